@@ -1,0 +1,40 @@
+"""Cross-tokenizer knowledge distillation: losses between models that cut text differently.
+
+>>> sorted(list_losses("uld*"))
+['uld']
+"""
+
+from ctkd import losses
+from ctkd.batch import Batch, Side
+from ctkd.errors import CtkdError
+from ctkd.logits import DenseLogits, Logits
+from ctkd.loss import Loss, LossOutput, Paper, Weights
+from ctkd.registry import (
+    LossFacts,
+    describe,
+    get_loss,
+    get_loss_class,
+    list_losses,
+    register,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "CtkdError",
+    "DenseLogits",
+    "Logits",
+    "Loss",
+    "LossFacts",
+    "LossOutput",
+    "Paper",
+    "Side",
+    "Weights",
+    "describe",
+    "get_loss",
+    "get_loss_class",
+    "list_losses",
+    "losses",
+    "register",
+]

@@ -1,0 +1,549 @@
+"""What a loss may ask of a model's next-token distribution.
+
+Losses never touch a (B, S, V) tensor themselves. They ask a `Logits` a few questions, and it
+reads its rows a block at a time, so that nothing of that size is allocated besides the gradient.
+
+Answers at positions that are not scored are zero and carry no gradient. Ties go to the lower id.
+Statistics are float64 for float64 logits and float32 for every other dtype.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ctkd.errors import BatchError
+
+__all__ = ["DenseLogits", "Logits", "RowFunction", "map_row_pairs", "stable_top_ids"]
+
+RowFunction = Callable[[Tensor, Tensor], Tensor]
+
+# Blocks stay in a CPU's cache; on a GPU they are large enough to fill it.
+_BLOCK_ELEMENTS = {"cpu": 1 << 20}
+_BLOCK_ELEMENTS_ELSEWHERE = 1 << 25
+
+# Only here may the number of scored rows be looked at: elsewhere that would wait for the device.
+_DEVICES_THAT_SKIP_PADDING = {"cpu"}
+
+_STANDARD_DEVIATION_EPSILON = 1e-4
+
+
+class Logits(ABC):
+    """The next-token distributions of one model at the positions of a `ctkd.Side`.
+
+    Attributes:
+        shape: (B, S, V).
+        mask: (B, S) bool, True on scored positions.
+    """
+
+    shape: tuple[int, int, int]
+    mask: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.mask.device
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of answers: float64 or float32."""
+
+    @abstractmethod
+    def masked(self, mask: Tensor) -> Logits:
+        """Return the same distributions with another mask of scored positions."""
+
+    @abstractmethod
+    def log_probs_at(
+        self, ids: Tensor, temperatures: Sequence[float], *, standardise: bool = False
+    ) -> tuple[Tensor, ...]:
+        r"""Log-probabilities of chosen entries, at several temperatures in one pass.
+
+        .. math:: \log \mathrm{softmax}(x / \tau)_{id}
+
+        Shape:
+            ``ids`` (B, S, K), or (B, 1, K) for one set per sequence. Each answer is (B, S, K),
+            in nats, differentiable.
+
+        Args:
+            ids: Columns to look up.
+            temperatures: Each above 0; one answer for each.
+            standardise: First divide each row by its standard deviation over the vocabulary
+                (unbiased) plus 1e-4.
+        """
+
+    @abstractmethod
+    def top_ids(self, k: int) -> Tensor:
+        """Columns of the k largest entries at each position, (B, S, k), largest first."""
+
+    @abstractmethod
+    def column_mass(
+        self, mask: Tensor | None = None, *, temperature: float = 1.0, standardise: bool = False
+    ) -> Tensor:
+        """Probability summed over the scored positions of each sequence, (B, V), no gradient.
+
+        Args:
+            mask: (B, S) bool, positions to sum over; default all scored ones.
+            temperature: Divides the logits.
+            standardise: As in `log_probs_at`.
+        """
+
+    @abstractmethod
+    def column_distance(
+        self, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
+    ) -> Tensor:
+        """L1 distance over positions of each column's probabilities to each target.
+
+        Shape:
+            ``targets`` (B, S, K); the answer is (B, K, V), no gradient.
+
+        Args:
+            targets: Values at every position to compare the columns with.
+            mask: (B, S) bool, positions to sum over; default all scored ones.
+            temperature: Divides the logits.
+        """
+
+    def log_probs(
+        self, ids: Tensor, *, temperature: float = 1.0, standardise: bool = False
+    ) -> Tensor:
+        """Log-probabilities of chosen entries at one temperature; see `log_probs_at`."""
+        return self.log_probs_at(ids, (temperature,), standardise=standardise)[0]
+
+    def sorted_probs(self, k: int, *, temperature: float = 1.0) -> Tensor:
+        """The k largest probabilities at each position, (B, S, k), descending, differentiable."""
+        probs = self.log_probs(self.top_ids(k), temperature=temperature).exp()
+        return probs.masked_fill(~self.mask.unsqueeze(-1), 0.0)
+
+
+class DenseLogits(Logits):
+    """Logits that exist as a tensor.
+
+    Args:
+        tensor: (B, L, V') raw logits, any floating dtype.
+        mask: (B, S) bool, scored positions; default all of them.
+        rows: (B, S) int64, the row of ``tensor`` that holds each position; default its own index.
+        vocab_size: Columns to keep, V; default all of them.
+
+    Raises:
+        BatchError: If the shapes do not fit, the dtype is not floating, or ``vocab_size`` exceeds
+            the columns there are.
+
+    Example:
+        >>> logits = DenseLogits(torch.tensor([[[0.0, 0.0, 9.0]]]), vocab_size=2)
+        >>> logits.log_probs(torch.tensor([[[1]]])).exp()
+        tensor([[[0.5000]]])
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        *,
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        if tensor.ndim != 3:
+            raise BatchError(f"logits must be (B, S, V), got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise BatchError(f"logits must be floating point, got {tensor.dtype}")
+        width = tensor.shape[-1]
+        if vocab_size is not None and not 1 <= vocab_size <= width:
+            raise BatchError(
+                f"the tokenizer has {vocab_size} tokens, but the logits only {width} columns; "
+                "these logits belong to another tokenizer"
+            )
+        expected = tensor.shape[:2] if rows is None else rows.shape
+        if mask is None:
+            mask = torch.ones(expected, dtype=torch.bool, device=tensor.device)
+        if mask.shape != expected:
+            raise BatchError(
+                f"mask must be (B, S) of the logits, {tuple(expected)}, got {tuple(mask.shape)}"
+            )
+        if mask.dtype != torch.bool:
+            raise BatchError(f"mask must be a bool tensor, got {mask.dtype}")
+        if mask.device != tensor.device:
+            raise BatchError(
+                f"mask is on {mask.device}, the logits on {tensor.device}; move both to one device"
+            )
+        self.tensor = tensor
+        self.mask = mask
+        self.rows = rows
+        self.shape = (mask.shape[0], mask.shape[1], vocab_size or width)
+        self._log_normalisers: dict[tuple[float, bool, int], Tensor] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _statistics_dtype(self.tensor.dtype)
+
+    def masked(self, mask: Tensor) -> DenseLogits:
+        if mask is self.mask:
+            return self
+        return DenseLogits(self.tensor, mask=mask, rows=self.rows, vocab_size=self.shape[2])
+
+    def log_probs_at(
+        self, ids: Tensor, temperatures: Sequence[float], *, standardise: bool = False
+    ) -> tuple[Tensor, ...]:
+        _check_ids(ids, self.shape)
+        answers = _LogProbs.apply(  # type: ignore[no-untyped-call]
+            self, ids, tuple(temperatures), standardise, self.tensor
+        )
+        return tuple(answers)
+
+    @torch.no_grad()
+    def top_ids(self, k: int) -> Tensor:
+        result = self.mask.new_zeros((*self.shape[:2], k), dtype=torch.int64)
+        for batch_index, position, block in self._blocks():
+            result[batch_index, position] = stable_top_ids(block, k)
+        return result.masked_fill_(~self.mask.unsqueeze(-1), 0)
+
+    @torch.no_grad()
+    def column_mass(
+        self, mask: Tensor | None = None, *, temperature: float = 1.0, standardise: bool = False
+    ) -> Tensor:
+        batch_size, _, vocabulary = self.shape
+        mass = self.tensor.new_zeros((batch_size, vocabulary), dtype=self.dtype)
+        selected = self.mask if mask is None else mask & self.mask
+        key, log_normaliser = self._memo(temperature, standardise)
+        for batch_index, position, block in self._blocks():
+            probs, block_normaliser = _softmax_(_scaled(block, temperature, standardise))
+            log_normaliser[batch_index, position] = block_normaliser
+            probs.masked_fill_(~selected[batch_index, position].unsqueeze(-1), 0.0)
+            _add_rows_(mass, batch_index, probs)
+        self._remember(key, log_normaliser)
+        return mass
+
+    @torch.no_grad()
+    def column_distance(
+        self, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
+    ) -> Tensor:
+        batch_size, _, vocabulary = self.shape
+        kept = targets.shape[-1]
+        distance = self.tensor.new_zeros((batch_size, kept, vocabulary), dtype=self.dtype)
+        selected = self.mask if mask is None else mask & self.mask
+        for batch_index, position, block in self._blocks():
+            probs, _ = _softmax_(_scaled(block, temperature, False))
+            left_out = ~selected[batch_index, position].unsqueeze(-1)
+            target = targets[batch_index, position].to(self.dtype)
+            for column in range(kept):
+                gap = (probs - target[:, column : column + 1]).abs_()
+                gap.masked_fill_(left_out, 0.0)
+                _add_rows_(distance[:, column], batch_index, gap)
+        return distance
+
+    def _memo(
+        self, temperature: float, standardise: bool
+    ) -> tuple[tuple[float, bool, int], Tensor]:
+        version = 0 if self.tensor.is_inference() else self.tensor._version
+        key = (temperature, standardise, version)
+        empty = self.tensor.new_zeros(self.shape[:2], dtype=self.dtype)
+        return key, empty
+
+    def _remember(self, key: tuple[float, bool, int], log_normaliser: Tensor) -> None:
+        # An inference tensor does not count its changes, so what is stored could be out of date.
+        if not self.tensor.is_inference():
+            self._log_normalisers[key] = log_normaliser
+
+    def _log_normaliser(self, temperature: float, standardise: bool) -> Tensor:
+        """Log of the softmax denominator at each position, (B, S), computed once."""
+        key, log_normaliser = self._memo(temperature, standardise)
+        if key in self._log_normalisers:
+            return self._log_normalisers[key]
+        for batch_index, position, block in self._blocks():
+            scaled = _scaled(block, temperature, standardise)
+            log_normaliser[batch_index, position] = scaled.logsumexp(-1)
+        self._remember(key, log_normaliser)
+        return log_normaliser
+
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (sequence indices, positions, their rows in the statistics dtype)."""
+        for batch_index, position in self._split(*self._visited()):
+            yield batch_index, position, self._read(batch_index, position)
+
+    def _visited(self) -> tuple[Tensor, Tensor]:
+        """Positions worth reading, flattened: the scored ones where that costs no waiting."""
+        if self.device.type in _DEVICES_THAT_SKIP_PADDING:
+            batch_index, position = self.mask.nonzero(as_tuple=True)
+            return batch_index, position
+        batch_size, positions, _ = self.shape
+        flat = torch.arange(batch_size * positions, device=self.device)
+        return flat // max(positions, 1), flat % max(positions, 1)
+
+    def _split(self, *indices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        size = _block_rows(self.shape[2], self.device)
+        for start in range(0, indices[0].shape[0], size):
+            yield tuple(index[start : start + size] for index in indices)
+
+    def _source_rows(self, batch_index: Tensor, position: Tensor) -> Tensor:
+        return position if self.rows is None else self.rows[batch_index, position]
+
+    def _read(self, batch_index: Tensor, position: Tensor) -> Tensor:
+        row = self._source_rows(batch_index, position)
+        vocabulary = self.shape[2]
+        if self.tensor.is_contiguous():
+            flat = self.tensor.view(-1, self.tensor.shape[-1])
+            block = flat.index_select(0, batch_index * self.tensor.shape[1] + row)[:, :vocabulary]
+        else:
+            block = self.tensor[batch_index, row, :vocabulary]
+        return block.to(self.dtype)
+
+    def _write(self, target: Tensor, batch_index: Tensor, position: Tensor, rows: Tensor) -> None:
+        row = self._source_rows(batch_index, position)
+        if self.device.type not in _DEVICES_THAT_SKIP_PADDING:
+            # Garbage behind the mask times a gradient of zero may be nan.
+            rows = rows.masked_fill(~self.mask[batch_index, position].unsqueeze(-1), 0.0)
+        target[batch_index, row, : self.shape[2]] = rows.to(target.dtype)
+
+
+class _LogProbs(torch.autograd.Function):
+    """Chosen log-probabilities; the backward pass recomputes the softmax block by block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: DenseLogits,
+        ids: Tensor,
+        temperatures: tuple[float, ...],
+        standardise: bool,
+        tensor: Tensor,
+    ) -> tuple[Tensor, ...]:
+        normalisers = [logits._log_normaliser(t, standardise) for t in temperatures]
+        ids = ids.expand(-1, logits.shape[1], -1)
+        answers = [tensor.new_zeros(ids.shape, dtype=logits.dtype) for _ in temperatures]
+        for batch_index, position, block in logits._blocks():
+            chosen_ids = ids[batch_index, position]
+            for temperature, normaliser, answer in zip(
+                temperatures, normalisers, answers, strict=True
+            ):
+                scaled = _scaled(block, temperature, standardise).gather(1, chosen_ids)
+                answer[batch_index, position] = scaled - normaliser[
+                    batch_index, position
+                ].unsqueeze(-1)
+        padding = ~logits.mask.unsqueeze(-1)
+        answers = [answer.masked_fill_(padding, 0.0) for answer in answers]
+        ctx.save_for_backward(tensor, ids, *normalisers)
+        ctx.logits = logits
+        ctx.temperatures = temperatures
+        ctx.standardise = standardise
+        return tuple(answers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        tensor, ids, *normalisers = ctx.saved_tensors
+        logits: DenseLogits = ctx.logits
+        gradient = torch.zeros_like(tensor)
+        for batch_index, position, block in logits._blocks():
+            chosen_ids = ids[batch_index, position]
+            result = torch.zeros_like(block)
+            for temperature, normaliser, incoming in zip(
+                ctx.temperatures, normalisers, gradients, strict=True
+            ):
+                chosen = incoming[batch_index, position]
+                scaled = _scaled(block, temperature, ctx.standardise)
+                probs = (scaled - normaliser[batch_index, position].unsqueeze(-1)).exp_()
+                probs.mul_(-chosen.sum(-1, keepdim=True)).scatter_add_(1, chosen_ids, chosen)
+                result += _unscaled_gradient(block, probs, temperature, ctx.standardise)
+            logits._write(gradient, batch_index, position, result)
+        return None, None, None, None, gradient
+
+
+def map_row_pairs(student: Logits, teacher: Logits, rows: Tensor, function: RowFunction) -> Tensor:
+    """Apply a function to pairs of whole rows, a block of pairs at a time.
+
+    The gradient into the student's logits is computed with the values, so that each block is
+    worked through once; the teacher gets none.
+
+    Shape:
+        ``rows`` (N, 2) int64: flattened positions, b * S + i on the student's side and
+        b * T + j on the teacher's. The answer is (N,), differentiable.
+
+    Args:
+        student: Logits of S positions and V columns.
+        teacher: Logits of T positions and W columns.
+        rows: Pairs; one with a negative entry is left out and gives 0. A student row must not
+            occur twice.
+        function: Takes raw logits (n, V) and (n, W), returns values (n,). It is differentiated by
+            autograd with respect to its first argument.
+    """
+    if not isinstance(student, DenseLogits) or not isinstance(teacher, DenseLogits):
+        raise BatchError("map_row_pairs needs whole rows of logits on both sides")
+    result: Tensor = _RowPairs.apply(  # type: ignore[no-untyped-call]
+        student, teacher, rows, function, torch.is_grad_enabled(), student.tensor
+    )
+    return result
+
+
+class _RowPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: DenseLogits,
+        teacher: DenseLogits,
+        rows: Tensor,
+        function: RowFunction,
+        grad_enabled: bool,
+        tensor: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(tensor, rows)
+        ctx.student, ctx.teacher, ctx.function = student, teacher, function
+        ctx.scores = None
+        values = tensor.new_zeros(rows.shape[0], dtype=student.dtype)
+        if grad_enabled and ctx.needs_input_grad[5]:
+            ctx.scores = _row_buffer(tensor)
+        _work_through_pairs(student, teacher, rows, function, values, ctx.scores)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        tensor, rows = ctx.saved_tensors
+        student: DenseLogits = ctx.student
+        scores, ctx.scores = ctx.scores, None
+        if scores is None:
+            # A second backward pass through a retained graph: the first one used the buffer up.
+            scores = _row_buffer(tensor)
+            values = torch.zeros_like(incoming)
+            _work_through_pairs(student, ctx.teacher, rows, ctx.function, values, scores)
+        for pair, batch_index, position, _, _ in _pair_blocks(student, ctx.teacher, rows):
+            row = _buffer_rows(student, batch_index, position, rows[pair])
+            scores[row] *= incoming[pair].unsqueeze(-1).to(scores.dtype)
+        return None, None, None, None, None, scores[:-1].view(tensor.shape)
+
+
+def _row_buffer(tensor: Tensor) -> Tensor:
+    """A gradient of (B, L, V') as rows, and one more row for pairs that are left out."""
+    return tensor.new_zeros(tensor.shape[0] * tensor.shape[1] + 1, tensor.shape[2])
+
+
+def _buffer_rows(
+    student: DenseLogits, batch_index: Tensor, position: Tensor, pairs: Tensor
+) -> Tensor:
+    size = student.tensor.shape[1]
+    row = batch_index * size + student._source_rows(batch_index, position)
+    return row.masked_fill(pairs.amin(-1) < 0, student.tensor.shape[0] * size)
+
+
+def _work_through_pairs(
+    student: DenseLogits,
+    teacher: DenseLogits,
+    rows: Tensor,
+    function: RowFunction,
+    values: Tensor,
+    scores: Tensor | None,
+) -> None:
+    """Fill in the values of all pairs and, if asked for, their gradients."""
+    for pair, batch_index, position, teacher_batch_index, teacher_position in _pair_blocks(
+        student, teacher, rows
+    ):
+        valid = rows[pair].amin(-1) >= 0
+        student_block = student._read(batch_index, position)
+        teacher_block = teacher._read(teacher_batch_index, teacher_position)
+        with torch.set_grad_enabled(scores is not None):
+            student_block.requires_grad_(scores is not None)
+            value = function(student_block, teacher_block)
+            if scores is not None:
+                (gradient,) = torch.autograd.grad(
+                    value.masked_fill(~valid, 0.0).sum(), student_block
+                )
+                row = _buffer_rows(student, batch_index, position, rows[pair])
+                scores[row, : student.shape[2]] = gradient.to(scores.dtype)
+        values[pair] = value.detach().masked_fill(~valid, 0.0).to(values.dtype)
+
+
+def _pair_blocks(
+    student: DenseLogits, teacher: DenseLogits, rows: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield (index into rows, student b, student i, teacher b, teacher j), block by block."""
+    pairs = torch.arange(rows.shape[0], device=rows.device)
+    if rows.device.type in _DEVICES_THAT_SKIP_PADDING:
+        pairs = pairs[(rows >= 0).all(-1)]
+    size = _block_rows(max(student.shape[2], teacher.shape[2]), rows.device)
+    for start in range(0, pairs.shape[0], size):
+        pair = pairs[start : start + size]
+        student_row, teacher_row = rows[pair].clamp_min(0).unbind(-1)
+        yield (
+            pair,
+            student_row // student.shape[1],
+            student_row % student.shape[1],
+            teacher_row // teacher.shape[1],
+            teacher_row % teacher.shape[1],
+        )
+
+
+def stable_top_ids(values: Tensor, k: int) -> Tensor:
+    """Indices of the k largest entries of each row, largest first, ties to the lower index.
+
+    Shape:
+        ``values`` (N, V); the answer is (N, k) int64.
+
+    Example:
+        >>> stable_top_ids(torch.tensor([[1.0, 3.0, 3.0]]), 2)
+        tensor([[1, 2]])
+    """
+    if values.dtype == torch.float64:
+        return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    bits = (values.float() + 0.0).view(torch.int32)
+    # Read as integers, negative floats run backwards: flip all but their sign.
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    width = values.shape[-1]
+    tie_break = torch.arange(width - 1, -1, -1, device=values.device)
+    return ((ordered << 32) | tie_break).topk(k, dim=-1).indices
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _block_rows(vocabulary: int, device: torch.device) -> int:
+    elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+    return max(1, elements // max(vocabulary, 1))
+
+
+def _add_rows_(sums: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add each row to the indexed row of the sums, in one order for all columns: ties stay ties."""
+    if sums.device.type == "cpu":
+        sums.index_add_(0, index, rows)
+    else:
+        # On CUDA index_add_ is atomic, so in no order; this sorts first.
+        sums.index_put_((index,), rows, accumulate=True)
+
+
+def _softmax_(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax and log-normaliser of each row, without touching the input."""
+    largest = scaled.amax(-1, keepdim=True)
+    probs = (scaled - largest).exp_()
+    total = probs.sum(-1, keepdim=True)
+    return probs.div_(total), (largest + total.log()).squeeze(-1)
+
+
+def _scaled(block: Tensor, temperature: float, standardise: bool) -> Tensor:
+    if standardise:
+        deviation = block.std(-1, keepdim=True)
+        return block / ((deviation + _STANDARD_DEVIATION_EPSILON) * temperature)
+    return block if temperature == 1.0 else block / temperature
+
+
+def _unscaled_gradient(
+    block: Tensor, gradient: Tensor, temperature: float, standardise: bool
+) -> Tensor:
+    """Carry a gradient from the scaled logits back to the raw ones."""
+    if not standardise:
+        return gradient if temperature == 1.0 else gradient.div_(temperature)
+    deviation, mean = torch.std_mean(block, -1, keepdim=True)
+    divisor = deviation + _STANDARD_DEVIATION_EPSILON
+    spread = (block - mean) / (deviation * (block.shape[-1] - 1))
+    # A constant row has no direction in which its deviation grows.
+    spread = spread.masked_fill(deviation == 0, 0.0)
+    along = (gradient * block).sum(-1, keepdim=True) / divisor.square()
+    return (gradient / divisor - spread * along).div_(temperature)
+
+
+def _check_ids(ids: Tensor, shape: tuple[int, int, int]) -> None:
+    if ids.ndim != 3 or ids.shape[0] != shape[0] or ids.shape[1] not in (1, shape[1]):
+        raise BatchError(
+            f"ids must be ({shape[0]}, {shape[1]}, K) or ({shape[0]}, 1, K), got {tuple(ids.shape)}"
+        )

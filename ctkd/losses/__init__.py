@@ -1,0 +1,13 @@
+"""One file per method; importing this package registers them all."""
+
+from ctkd.losses.multilevelot import MultiLevelOT, MultiLevelOTSequence, MultiLevelOTToken
+from ctkd.losses.multilevelot_released import MultiLevelOTReleased
+from ctkd.losses.uld import ULD
+
+__all__ = [
+    "ULD",
+    "MultiLevelOT",
+    "MultiLevelOTReleased",
+    "MultiLevelOTSequence",
+    "MultiLevelOTToken",
+]

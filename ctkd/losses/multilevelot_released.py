@@ -1,0 +1,160 @@
+"""What the authors' released code computes for MultiLevelOT, defects included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctkd.batch import Batch, Side
+from ctkd.logits import stable_top_ids
+from ctkd.loss import Loss, LossOutput, Paper, Weights, average, check_positive, masked_sum
+from ctkd.matching import paired_positions
+from ctkd.registry import register
+from ctkd.sinkhorn import sinkhorn
+
+__all__ = ["MultiLevelOTReleased"]
+
+# Constants of the released file; its command line reaches none of them.
+_KEPT_COLUMNS = 50
+_LOG_WEIGHT = 0.1
+_SINKHORN_WEIGHT = 0.1 * 0.001
+_SINKHORN_TEMPERATURE = 2.0
+_SINKHORN_REGULARIZATION = 0.1
+_SINKHORN_ITERATIONS = 10
+
+
+@register("multilevelot_released")
+class MultiLevelOTReleased(Loss):
+    r"""Computes the distillation term of the authors' file (712cfb4, ``f=1``) over its weight.
+
+    .. math::
+        L = \frac1B \sum_b \frac{1}{n_b} \sum_{i \le n_b} \sum_{l \le 50} |t_l - s_l|
+            + 0.1\, L_{KL} + 0.1 \cdot 0.001 \sum_b \langle P_b, C_b \rangle
+
+    .. math::
+        L_{KL} = -\frac{1}{B M} \sum_{b, i \le M} \sum_l
+            \mathrm{softmax}(s)_l \log \mathrm{softmax}(t)_l
+
+    n is min(S, T) of a sequence and M the longest answer of the batch on either side. Rows past
+    an answer's end are zero. For comparison with published runs, not for use.
+
+    Differs from the paper:
+        - each row of logits is divided by its standard deviation over the vocabulary;
+        - one ranking of columns for the whole batch, so a sample's loss depends on its batch;
+        - L_KL and the transport cost take a second softmax, of probabilities;
+        - L_KL has student and teacher exchanged, and counts padding rows;
+        - the transport runs over padding rows too, with 10 rounds instead of 20, is scaled by
+          0.001 and summed over the batch;
+        - HAD is a mean over tokens and sequences.
+        As a result the second and third term hardly have a gradient.
+
+    Differs from the released file:
+        A sequence without scored tokens on one side adds 0, where the file gives NaN; a teacher
+        answer longer than the student's logits works, where the file stops with an error. As in
+        the file, a row with a logit of minus infinity, or with one logit only, gives NaN: it has
+        no standard deviation.
+
+    Shape:
+        Student (B, S, V), teacher (B, T, W). ``count`` is B.
+
+    Args:
+        student_temperature: Divides the student's standardised logits, above 0.
+        teacher_temperature: Divides the teacher's standardised logits, above 0.
+
+    Raises:
+        SettingError: If a temperature is not above 0.
+
+    Example:
+        >>> import ctkd
+        >>> logits = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])
+        >>> labels = torch.tensor([[-100, 1]])
+        >>> batch = ctkd.Batch.from_causal_lm(
+        ...     student_logits=logits,
+        ...     student_labels=labels,
+        ...     teacher_logits=logits,
+        ...     teacher_labels=labels,
+        ... )
+        >>> output = ctkd.get_loss("multilevelot_released")(batch)
+        >>> round(float(output.parts["had"]), 4), float(output.parts["kl"]) > 0
+        (0.0, True)
+
+    References:
+        arXiv:2412.14528 and its code, 2018cx/Multi-Level-OT, models/distillation_model.py.
+    """
+
+    paper = Paper(
+        "Multi-Level Optimal Transport for Universal Cross-Tokenizer Knowledge Distillation",
+        "2412.14528",
+        "released code, not the paper's equations",
+    )
+    matches = "what the authors' code computes, defects included"
+    unit = "sequence"
+    default_weights = Weights(ce=1.0, kd=1.5)
+
+    def __init__(
+        self, *, student_temperature: float = 1.0, teacher_temperature: float = 1.0
+    ) -> None:
+        super().__init__()
+        check_positive("student_temperature", student_temperature)
+        check_positive("teacher_temperature", teacher_temperature)
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
+
+    def units(self, batch: Batch) -> Tensor:
+        return torch.full(
+            (), batch.student.mask.shape[0], dtype=torch.int64, device=batch.student.mask.device
+        )
+
+    def forward(self, batch: Batch) -> LossOutput:
+        student = _kept_probs(batch.student, self.student_temperature)
+        with torch.no_grad():
+            teacher = _kept_probs(batch.teacher, self.teacher_temperature)
+        width = max(student.shape[-1], teacher.shape[-1])
+        rows = max(student.shape[1], teacher.shape[1])
+        student, teacher = (
+            F.pad(probs, (0, width - probs.shape[-1], 0, rows - probs.shape[1]))
+            for probs in (student, teacher)
+        )
+        paired = paired_positions(batch)
+        longest = torch.maximum(batch.student.mask.sum(1).amax(), batch.teacher.mask.sum(1).amax())
+        used = (torch.arange(rows, device=paired.device) < longest).expand(student.shape[0], -1)
+
+        had = (student - teacher).abs().sum(-1)[:, : paired.shape[1]]
+        had = masked_sum(had, paired) / paired.sum(1).clamp_min(1)
+        kl = -(student.softmax(-1) * teacher.log_softmax(-1)).sum(-1)
+        kl = masked_sum(kl, used) / longest.clamp_min(1)
+        transport = sinkhorn(
+            torch.cdist(
+                (teacher / _SINKHORN_TEMPERATURE).softmax(-1),
+                (student / _SINKHORN_TEMPERATURE).softmax(-1),
+                p=1.0,
+            ),
+            regularization=_SINKHORN_REGULARIZATION,
+            iterations=_SINKHORN_ITERATIONS,
+            row_mask=used,
+            column_mask=used,
+        )
+        return average(
+            {
+                "had": had,
+                "kl": _LOG_WEIGHT * kl,
+                "sd": _SINKHORN_WEIGHT * transport.cost * student.shape[0],
+            },
+            self.units(batch),
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"student_temperature={self.student_temperature}, "
+            f"teacher_temperature={self.teacher_temperature}"
+        )
+
+
+def _kept_probs(side: Side, temperature: float) -> Tensor:
+    """Probabilities of the batch's 50 heaviest columns, (B, S, 50), zero past each answer."""
+    mass = side.logits.column_mass(temperature=temperature, standardise=True).sum(0, keepdim=True)
+    ids = stable_top_ids(mass, min(_KEPT_COLUMNS, side.logits.shape[2]))
+    ids = ids.expand(side.logits.shape[0], -1).unsqueeze(1)
+    probs = side.logits.log_probs(ids, temperature=temperature, standardise=True).exp()
+    return probs.masked_fill(~side.mask.unsqueeze(-1), 0.0)

@@ -1,0 +1,183 @@
+"""Which student column is compared with which teacher column, for a whole sequence.
+
+MultiLevelOT ranks the teacher's vocabulary once per sequence and gives every kept teacher column
+a student column. The paper's optimum (arXiv:2412.14528, eq. 11) is a linear assignment over the
+whole vocabulary, which is out of reach beyond some thousand columns, so there are cheaper rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctkd.batch import Batch
+from ctkd.errors import BatchError
+from ctkd.logits import Logits, stable_top_ids
+
+__all__ = [
+    "MATCHINGS",
+    "ColumnMatch",
+    "match_by_assignment",
+    "match_by_mass",
+    "match_greedily",
+    "match_top_by_assignment",
+    "paired_positions",
+]
+
+MATCHINGS = ("mass", "greedy", "assignment", "assignment_topk")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ColumnMatch:
+    """The kept columns of a batch, K of them per sequence.
+
+    Args:
+        student_ids: (B, K) int64.
+        teacher_ids: (B, K) int64, in the teacher's rank order.
+        found: (B, K) bool, False where a teacher column has no student column.
+    """
+
+    student_ids: Tensor
+    teacher_ids: Tensor
+    found: Tensor
+
+
+@torch.no_grad()
+def match_by_mass(batch: Batch, *, k: int, temperature: float) -> ColumnMatch:
+    """Rank both sides by their own column mass; equal ranks are compared."""
+    student_ids = stable_top_ids(batch.student.logits.column_mass(temperature=temperature), k)
+    teacher_ids = stable_top_ids(batch.teacher.logits.column_mass(temperature=temperature), k)
+    return ColumnMatch(student_ids, teacher_ids, _all_found(student_ids))
+
+
+@torch.no_grad()
+def match_greedily(batch: Batch, *, k: int, temperature: float) -> ColumnMatch:
+    """Each teacher column, in rank order, takes the nearest student column still free.
+
+    Distances are L1 over the first min(S, T) scored positions of the sequence.
+    """
+    teacher_ids, targets, paired = _ranked_teacher(batch, k=k, temperature=temperature)
+    student = batch.student.logits
+    distance = student.column_distance(
+        _fit(targets, student.shape[1]), _fit(paired, student.shape[1]), temperature=temperature
+    )
+    chosen = []
+    for rank in range(k):
+        nearest = distance[:, rank].argmin(-1, keepdim=True)
+        chosen.append(nearest)
+        distance.scatter_(2, nearest.unsqueeze(1).expand(-1, k, -1), torch.inf)
+    student_ids = torch.cat(chosen, dim=-1)
+    return ColumnMatch(student_ids, teacher_ids, _all_found(student_ids))
+
+
+@torch.no_grad()
+def match_by_assignment(
+    batch: Batch, *, k: int, temperature: float, max_columns: int
+) -> ColumnMatch:
+    r"""The paper's optimum: all columns of both sides, zero-padded to a square, then cut to k.
+
+    .. math:: Q^* = \arg\min_Q \sum_t \sum_i |t_i(t) - (Q s(t))_i| \quad \text{(eq. 11)}
+
+    Solved by scipy on the CPU. A teacher column matched with padding is reported as not found.
+
+    Raises:
+        BatchError: If a vocabulary has more than ``max_columns`` columns.
+    """
+    columns = max(batch.student.logits.shape[2], batch.teacher.logits.shape[2])
+    if columns > max_columns:
+        raise BatchError(
+            f"matching 'assignment' solves a {columns} x {columns} problem per sequence, "
+            f"max_columns allows {max_columns}; use matching 'greedy' or 'assignment_topk', "
+            "or raise max_columns"
+        )
+    teacher_ids, _, paired = _ranked_teacher(batch, k=k, temperature=temperature)
+    student_probs = _all_probs(batch.student.logits, paired.shape[1], temperature)
+    teacher_probs = _all_probs(batch.teacher.logits, paired.shape[1], temperature)
+    width = batch.student.logits.shape[2]
+    student_ids, found = [], []
+    for scored, student, teacher, kept in zip(
+        paired.cpu(), student_probs.cpu(), teacher_probs.cpu(), teacher_ids.cpu(), strict=True
+    ):
+        cost = _column_costs(teacher[scored], student[scored], columns)
+        partner = _assign(cost)[kept.numpy()]
+        student_ids.append(np.where(partner < width, partner, 0))
+        found.append(partner < width)
+    return ColumnMatch(
+        torch.from_numpy(np.stack(student_ids)).to(teacher_ids.device),
+        teacher_ids,
+        torch.from_numpy(np.stack(found)).to(teacher_ids.device),
+    )
+
+
+@torch.no_grad()
+def match_top_by_assignment(
+    batch: Batch, *, k: int, temperature: float, candidates: int
+) -> ColumnMatch:
+    """The teacher's k columns against the student's heaviest columns, by linear assignment.
+
+    This is another optimum than eq. 11: columns that are cut off cannot take a partner away, and
+    a student column outside the candidates cannot be chosen. Solved by scipy on the CPU.
+    """
+    teacher_ids, targets, paired = _ranked_teacher(batch, k=k, temperature=temperature)
+    student = batch.student.logits
+    mass = student.column_mass(temperature=temperature)
+    heaviest = stable_top_ids(mass, min(max(candidates, k), student.shape[2]))
+    probs = student.log_probs(heaviest.unsqueeze(1), temperature=temperature).exp()
+    rows = []
+    for scored, student_probs, teacher_probs in zip(
+        paired.cpu(), _fit(probs, paired.shape[1]).cpu(), targets.cpu(), strict=True
+    ):
+        cost = torch.cdist(teacher_probs[scored].T, student_probs[scored].T, p=1.0)
+        rows.append(torch.from_numpy(_assign(cost.numpy())))
+    student_ids = heaviest.gather(1, torch.stack(rows).to(heaviest.device))
+    return ColumnMatch(student_ids, teacher_ids, _all_found(student_ids))
+
+
+def paired_positions(batch: Batch) -> Tensor:
+    """The first min(S, T) scored positions of each sequence, (B, min(S, T)) bool."""
+    length = min(batch.student.mask.shape[1], batch.teacher.mask.shape[1])
+    return batch.student.mask[:, :length] & batch.teacher.mask[:, :length]
+
+
+def _ranked_teacher(batch: Batch, *, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's k heaviest columns, their probabilities, and the positions to compare at."""
+    teacher = batch.teacher.logits
+    ids = stable_top_ids(teacher.column_mass(temperature=temperature), k)
+    paired = paired_positions(batch)
+    probs = teacher.log_probs(ids.unsqueeze(1), temperature=temperature).exp().detach()
+    return ids, probs[:, : paired.shape[1]], paired
+
+
+def _all_probs(logits: Logits, length: int, temperature: float) -> Tensor:
+    ids = torch.arange(logits.shape[2], device=logits.device).expand(logits.shape[0], 1, -1)
+    return logits.log_probs(ids, temperature=temperature)[:, :length].exp()
+
+
+def _assign(cost: np.ndarray) -> np.ndarray:
+    # Imported here: scipy.optimize costs a second, and the default matching does without.
+    from scipy.optimize import linear_sum_assignment
+
+    partner: np.ndarray = linear_sum_assignment(cost)[1]
+    return partner
+
+
+def _column_costs(teacher: Tensor, student: Tensor, columns: int) -> np.ndarray:
+    teacher = torch.nn.functional.pad(teacher, (0, columns - teacher.shape[1]))
+    student = torch.nn.functional.pad(student, (0, columns - student.shape[1]))
+    return torch.cdist(teacher.T, student.T, p=1.0).numpy()
+
+
+def _fit(values: Tensor, length: int) -> Tensor:
+    """Cut or zero-pad the second dimension to a length."""
+    missing = length - values.shape[1]
+    if missing <= 0:
+        return values[:, :length]
+    shape = (values.shape[0], missing, *values.shape[2:])
+    return torch.cat([values, values.new_zeros(shape)], dim=1)
+
+
+def _all_found(ids: Tensor) -> Tensor:
+    return torch.ones_like(ids, dtype=torch.bool)

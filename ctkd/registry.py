@@ -1,0 +1,189 @@
+"""Losses by name: built in, registered at run time, or installed as a plugin.
+
+A plugin is any installed package with an entry point in the group ``ctkd.losses``, for
+example ``my_loss = "my_package:MyLoss"``. Plugins are listed without being imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from ctkd.errors import DuplicateLossError, PluginError, SettingError, UnknownLossError
+from ctkd.loss import Loss, Need, Paper, Unit, Weights
+
+__all__ = ["LossFacts", "describe", "get_loss", "get_loss_class", "list_losses", "register"]
+
+ENTRY_POINT_GROUP = "ctkd.losses"
+
+# Names people ask for that are ways to train, not losses between two models.
+_TRAINER_MODES = {
+    "sft": "'sft' is cross-entropy alone: leave the distillation loss out of your loop, "
+    "or run `ctkd train --loss sft`",
+    "seqkd": "'seqkd' is cross-entropy on text that the teacher wrote: generate the answers "
+    "first, then train on them as on any data",
+}
+
+L = TypeVar("L", bound=type[Loss])
+
+_losses: dict[str, type[Loss]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class LossFacts:
+    """What is known of a loss without running it."""
+
+    name: str
+    matches: str
+    paper: Paper
+    unit: Unit
+    needs: frozenset[Need]
+    default_weights: Weights
+    settings: dict[str, Any]
+    doc: str
+
+
+def register(name: str) -> Callable[[L], L]:
+    """Class decorator that files a loss under ``name``.
+
+    Raises:
+        DuplicateLossError: If another class has the name.
+    """
+
+    def add(cls: L) -> L:
+        taken_by = _losses.get(name)
+        if taken_by is not None and taken_by is not cls:
+            raise DuplicateLossError(f"{name!r} is claimed by {_path(taken_by)} and {_path(cls)}")
+        _losses[name] = cls
+        return cls
+
+    return add
+
+
+def list_losses(pattern: str = "*") -> list[str]:
+    """Names that match a shell-style pattern, sorted; plugins are included but not imported.
+
+    Example:
+        >>> list_losses("multilevelot_*")
+        ['multilevelot_released', 'multilevelot_sequence', 'multilevelot_token']
+    """
+    names = _losses.keys() | {plugin.name for plugin in _plugins()}
+    return sorted(name for name in names if fnmatch(name, pattern))
+
+
+def get_loss_class(name: str) -> type[Loss]:
+    """Return the class filed under ``name``; a plugin is imported at this moment.
+
+    Raises:
+        UnknownLossError: If no loss has the name; the message suggests a near one.
+        DuplicateLossError: If two claim it.
+        PluginError: If the plugin that has it cannot be loaded.
+    """
+    builtin = _losses.get(name)
+    plugins = [plugin for plugin in _plugins() if plugin.name == name and not _is(builtin, plugin)]
+    claims = [_path(cls) for cls in [builtin] if cls] + [plugin.value for plugin in plugins]
+    if len(claims) > 1:
+        raise DuplicateLossError(f"{name!r} is claimed by {' and '.join(claims)}")
+    if builtin is not None:
+        return builtin
+    if plugins:
+        return _load(plugins[0])
+    raise UnknownLossError(_unknown(name))
+
+
+def get_loss(name: str, /, **settings: Any) -> Loss:
+    """Build the loss filed under ``name`` with these settings.
+
+    Args:
+        name: One of `list_losses`.
+        **settings: The loss's own keyword arguments; `describe` lists them.
+
+    Raises:
+        UnknownLossError: If no loss has the name.
+        SettingError: If the loss has no such setting, refuses its value, or needs one more.
+
+    Example:
+        >>> get_loss("uld", student_temperature=2.0).student_temperature
+        2.0
+    """
+    cls = get_loss_class(name)
+    known = _settings(cls)
+    for setting in settings:
+        if setting not in known:
+            close = get_close_matches(setting, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            has = f"It has {', '.join(known)}." if known else "It has no settings."
+            raise SettingError(f"the loss {name!r} has no setting {setting!r}.{hint} {has}")
+    for setting, default in known.items():
+        if default is inspect.Parameter.empty and setting not in settings:
+            raise SettingError(f"the loss {name!r} needs the setting {setting!r}")
+    return cls(**settings)
+
+
+def describe(name: str) -> LossFacts:
+    """Collect the facts of the loss filed under ``name``.
+
+    Example:
+        >>> describe("uld").default_weights
+        Weights(ce=1.0, kd=1.5)
+    """
+    cls = get_loss_class(name)
+    return LossFacts(
+        name=name,
+        matches=cls.matches,
+        paper=cls.paper,
+        unit=cls.unit,
+        needs=cls.needs,
+        default_weights=cls.default_weights,
+        settings=_settings(cls),
+        doc=inspect.getdoc(cls) or "",
+    )
+
+
+def _settings(cls: type[Loss]) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def _plugins() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=ENTRY_POINT_GROUP))
+
+
+def _path(cls: type[Loss]) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _is(cls: type[Loss] | None, plugin: EntryPoint) -> bool:
+    """Whether a plugin is the class that is registered, under its own path or another one."""
+    if cls is None:
+        return False
+    try:
+        return _path(cls) == plugin.value or plugin.load() is cls
+    except Exception:
+        return False
+
+
+def _load(plugin: EntryPoint) -> type[Loss]:
+    try:
+        cls = plugin.load()
+    except Exception as error:
+        raise PluginError(
+            f"plugin {plugin.name!r} ({plugin.value}) failed to import: {error}"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Loss)):
+        raise PluginError(f"plugin {plugin.name!r} ({plugin.value}) is not a subclass of ctkd.Loss")
+    return cls
+
+
+def _unknown(name: str) -> str:
+    if name.lower() in _TRAINER_MODES:
+        return _TRAINER_MODES[name.lower()]
+    names = list_losses()
+    close = get_close_matches(name.lower().replace("-", "_"), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown loss {name!r}.{hint} Available: {', '.join(names)}"

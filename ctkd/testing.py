@@ -1,0 +1,361 @@
+"""Checks that every loss must pass, for ctkd's own tests and for authors of plugins.
+
+In a plugin's test file::
+
+    import pytest
+    from ctkd.testing import CHECKS
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_my_loss(check):
+        check(MyLoss())
+
+A check raises `AssertionError` with a sentence that says what went wrong. The batches hold three
+sequences with prompts, answers of different lengths on the two sides, a padded head on the
+student's side, and an answer that only the student has.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+from ctkd.batch import Batch
+from ctkd.loss import Loss, LossOutput
+
+__all__ = ["CHECKS", "Check", "Inputs", "check_loss", "make_inputs"]
+
+Check = Callable[[Loss], None]
+Inputs = dict[str, Any]
+"""Keyword arguments of `Batch.from_causal_lm`."""
+
+CHECKS: list[Check] = []
+
+STUDENT_VOCABULARY = 7
+STUDENT_HEAD = 9
+TEACHER_VOCABULARY = 5
+_SIDES = ("student", "teacher")
+# Chunk numbers of the labels of each sequence; None stands for a label that is not scored.
+_STUDENT_CHUNKS: list[list[int | None]] = [
+    [None, None, 0, 0, 1, 2],
+    [None, 0, 1, 1, None, None],
+    [None, None, None, 0, 1, None],
+]
+_TEACHER_CHUNKS: list[list[int | None]] = [
+    [None, 0, 1, 1, 2],
+    [None, None, 0, 1, None],
+    [None, None, None, None, None],
+]
+
+
+def check_loss(loss: Loss, *, skip: tuple[str, ...] = ()) -> None:
+    """Run every check on a loss, but those named in ``skip``.
+
+    Raises:
+        AssertionError: If a check fails.
+        ValueError: If ``skip`` names no check.
+
+    Example:
+        >>> from ctkd import get_loss
+        >>> check_loss(get_loss("uld"))
+    """
+    names = [check.__name__ for check in CHECKS]
+    unknown = set(skip) - set(names)
+    if unknown:
+        raise ValueError(f"no check is called {sorted(unknown)}; there are {names}")
+    for check in CHECKS:
+        if check.__name__ not in skip:
+            check(loss)
+
+
+def make_inputs(
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float64,
+    ties: bool = False,
+    device: str | torch.device = "cpu",
+) -> Inputs:
+    """Make the two models' outputs and labels for three texts.
+
+    Args:
+        seed: Of the random logits and labels.
+        dtype: Of the logits.
+        ties: Round the logits to halves, so that many entries of a row are equal.
+        device: Where the tensors lie.
+
+    Example:
+        >>> inputs = make_inputs()
+        >>> batch = Batch.from_causal_lm(**inputs)
+        >>> batch.student.logits.shape, batch.teacher.logits.shape
+        ((3, 5, 7), (3, 4, 5))
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs: Inputs = {"student_vocab_size": STUDENT_VOCABULARY, "num_chunks": 3}
+    for side, chunks, vocabulary, head in (
+        ("student", _STUDENT_CHUNKS, STUDENT_VOCABULARY, STUDENT_HEAD),
+        ("teacher", _TEACHER_CHUNKS, TEACHER_VOCABULARY, TEACHER_VOCABULARY),
+    ):
+        chunk_ids = torch.tensor([[-1 if c is None else c for c in row] for row in chunks])
+        size = chunk_ids.shape
+        logits = 2.0 * torch.randn(*size, head, generator=generator, dtype=torch.float64)
+        if ties:
+            logits = (2.0 * logits).round() / 2.0
+        token_ids = torch.randint(vocabulary, size, generator=generator)
+        hidden = torch.randn(*size, 4, generator=generator, dtype=torch.float64)
+        inputs[f"{side}_logits"] = logits.to(device, dtype)
+        inputs[f"{side}_labels"] = token_ids.masked_fill(chunk_ids < 0, -100).to(device)
+        inputs[f"{side}_chunk_ids"] = chunk_ids.to(device)
+        inputs[f"{side}_hidden"] = hidden.to(device, dtype)
+    return inputs
+
+
+def _check(function: Check) -> Check:
+    CHECKS.append(function)
+    return function
+
+
+def _tensors(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+
+
+def _map(inputs: Inputs, function: Callable[[str, Tensor], Tensor]) -> Inputs:
+    return {**inputs, **{name: function(name, value) for name, value in _tensors(inputs).items()}}
+
+
+def _sequence(inputs: Inputs, row: int) -> Inputs:
+    return _map(inputs, lambda _, tensor: tensor[row : row + 1])
+
+
+def _attributes(loss: Loss) -> dict[str, Any]:
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, module in loss.named_modules()
+        for name, value in vars(module).items()
+    }
+
+
+def _run(loss: Loss, inputs: Inputs) -> tuple[LossOutput, Tensor]:
+    """Value, and gradient with respect to the student's logits."""
+    logits = inputs["student_logits"].detach().clone().requires_grad_()
+    output = loss(Batch.from_causal_lm(**{**inputs, "student_logits": logits}))
+    assert output.value.requires_grad, "the value cannot be differentiated"
+    (gradient,) = torch.autograd.grad(output.value, logits, allow_unused=True)
+    assert gradient is not None, "the student's logits got no gradient"
+    return output, gradient
+
+
+def _equal(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
+    close = torch.allclose(
+        actual.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=False
+    )
+    assert close, f"{what}: {actual} against {expected}"
+
+
+@_check
+def value_is_a_finite_scalar(loss: Loss) -> None:
+    """The value is 0-dimensional and finite, in float64 for float64 and in float32 otherwise."""
+    for ties in (False, True):
+        for dtype, expected in (
+            (torch.float64, torch.float64),
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float32),
+        ):
+            output = loss(Batch.from_causal_lm(**make_inputs(dtype=dtype, ties=ties)))
+            assert output.value.shape == (), f"the value has shape {tuple(output.value.shape)}"
+            assert output.count.shape == (), f"the count has shape {tuple(output.count.shape)}"
+            assert output.count.dtype == torch.int64, f"the count is {output.count.dtype}"
+            assert output.value.dtype == expected, f"{dtype} gives {output.value.dtype}"
+            assert output.value.isfinite(), f"the value is {output.value}"
+
+
+@_check
+def gradient_reaches_the_student_only(loss: Loss) -> None:
+    """Paired student positions get a gradient; padding, prompts and the teacher get none."""
+    inputs = make_inputs()
+    for name in ("student_logits", "teacher_logits", "teacher_hidden"):
+        inputs[name].requires_grad_()
+    value = loss(Batch.from_causal_lm(**inputs)).value
+    assert value.requires_grad, "the value cannot be differentiated"
+    value.backward()  # type: ignore[no-untyped-call]
+    assert inputs["teacher_logits"].grad is None, "the teacher's logits got a gradient"
+    assert inputs["teacher_hidden"].grad is None, "the teacher's hidden states got a gradient"
+    gradient = inputs["student_logits"].grad
+    assert gradient is not None, "the student's logits got no gradient"
+    assert gradient.isfinite().all(), "the gradient is not finite"
+    size = gradient.abs().sum(-1)
+    student_scored = (inputs["student_labels"] != -100).roll(-1, 1)
+    assert (size[~student_scored] == 0).all(), "positions that are not scored got a gradient"
+    answers = (inputs["teacher_labels"] != -100).sum(1, keepdim=True)
+    paired = student_scored & (student_scored.cumsum(1) <= answers)
+    assert (size[paired] > 0).all(), "a position that both sides score got no gradient"
+    padded = gradient[..., STUDENT_VOCABULARY:]
+    assert (padded == 0).all(), "columns past the tokenizer's length got a gradient"
+
+
+@_check
+def gradient_matches_finite_differences(loss: Loss) -> None:
+    """The gradient in float64 is that of finite differences."""
+    inputs = make_inputs()
+
+    def value(logits: Tensor) -> Tensor:
+        return loss(Batch.from_causal_lm(**{**inputs, "student_logits": logits})).value
+
+    logits = inputs["student_logits"].clone().requires_grad_()
+    try:
+        torch.autograd.gradcheck(value, logits)
+    except GradcheckError as error:
+        raise AssertionError(f"the gradient is not that of finite differences: {error}") from error
+
+
+@_check
+def inputs_are_left_alone(loss: Loss) -> None:
+    """Forward and backward change no tensor of the caller."""
+    inputs = make_inputs()
+    before = _map(inputs, lambda _, tensor: tensor.clone())
+    logits = inputs["student_logits"].requires_grad_()
+    value = loss(Batch.from_causal_lm(**inputs)).value
+    value.backward()  # type: ignore[no-untyped-call]
+    for name, tensor in _tensors(before).items():
+        assert torch.equal(tensor, inputs[name]), f"{name} was changed"
+    assert logits.is_leaf, "the student's logits were replaced"
+
+
+@_check
+def padding_changes_nothing(loss: Loss) -> None:
+    """Two more positions of garbage after each text change neither value nor gradient."""
+    inputs = make_inputs()
+
+    def pad(name: str, tensor: Tensor) -> Tensor:
+        fill = {"labels": -100, "chunk_ids": -1}.get(name.split("_", 1)[1], 30.0)
+        padding = torch.full((tensor.shape[0], 2, *tensor.shape[2:]), fill, dtype=tensor.dtype)
+        return torch.cat([tensor, padding], dim=1)
+
+    output, gradient = _run(loss, inputs)
+    padded_output, padded_gradient = _run(loss, _map(inputs, pad))
+    _equal(padded_output.value, output.value, "padding changes the value")
+    _equal(padded_gradient[:, :-2], gradient, "padding changes the gradient")
+
+
+@_check
+def a_padded_head_changes_nothing(loss: Loss) -> None:
+    """Columns past the tokenizer's length have no influence, whatever they hold."""
+    inputs = make_inputs()
+    output, gradient = _run(loss, inputs)
+    inputs["student_logits"][..., STUDENT_VOCABULARY:] = 50.0
+    other_output, other_gradient = _run(loss, inputs)
+    _equal(other_output.value, output.value, "padded columns change the value")
+    _equal(other_gradient, gradient, "padded columns change the gradient")
+
+
+@_check
+def sequences_average_by_count(loss: Loss) -> None:
+    """A batch is the mean of its sequences, each weighted by its count."""
+    for ties in (False, True):
+        inputs = make_inputs(ties=ties)
+        output, gradient = _run(loss, inputs)
+        singles = [_run(loss, _sequence(inputs, row)) for row in range(3)]
+        counts = torch.stack([single.count for single, _ in singles])
+        shares = counts.double() / counts.sum()
+        value = (torch.stack([single.value for single, _ in singles]) * shares).sum()
+        gradients = torch.cat([part for _, part in singles]) * shares.view(-1, 1, 1)
+        _equal(output.value, value, "the batch is not the mean of its sequences")
+        _equal(gradient, gradients, "the batch's gradient is not that of its sequences")
+
+
+@_check
+def units_equal_the_count(loss: Loss) -> None:
+    """`units` says what ``count`` will be, without looking at logits."""
+    inputs = make_inputs()
+    count = loss(Batch.from_causal_lm(**inputs)).count
+    for side in _SIDES:
+        inputs[f"{side}_logits"] = torch.full_like(inputs[f"{side}_logits"], torch.nan)
+    units = loss.units(Batch.from_causal_lm(**inputs))
+    assert units.shape == () and units.dtype == torch.int64, f"units are {units}"
+    assert units == count, f"units gives {units}, count is {count}"
+
+
+@_check
+def nothing_scored_gives_zero(loss: Loss) -> None:
+    """Without scored positions the value is a zero with a zero gradient."""
+    inputs = make_inputs()
+    for side in _SIDES:
+        inputs[f"{side}_labels"] = torch.full_like(inputs[f"{side}_labels"], -100)
+    output, gradient = _run(loss, inputs)
+    assert output.value.shape == () and output.value == 0, f"the value is {output.value}"
+    assert (gradient == 0).all(), "the gradient is not zero"
+    assert output.count == loss.units(Batch.from_causal_lm(**inputs)), "count is not units"
+
+
+@_check
+def half_precision_agrees(loss: Loss) -> None:
+    """bfloat16 logits give what the same numbers give in float64."""
+    inputs = make_inputs(dtype=torch.bfloat16)
+    wide = _map(inputs, lambda _, tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    output, gradient = _run(loss, inputs)
+    wide_output, wide_gradient = _run(loss, wide)
+    assert gradient.dtype == torch.bfloat16, f"the gradient is {gradient.dtype}"
+    _equal(output.value, wide_output.value, "bfloat16 and float64 differ in value", 2e-6)
+    _equal(gradient, wide_gradient, "bfloat16 and float64 differ in gradient", 1e-2)
+
+
+@_check
+def parts_sum_to_the_value(loss: Loss) -> None:
+    """The logged parts are detached and add up to the value."""
+    output, _ = _run(loss, make_inputs())
+    assert output.parts, "there are no parts"
+    for name, part in output.parts.items():
+        assert part.shape == (), f"part {name!r} has shape {tuple(part.shape)}"
+        assert not part.requires_grad, f"part {name!r} is not detached"
+    total = torch.stack(list(output.parts.values())).sum()
+    _equal(total, output.value, "the parts do not sum to the value")
+
+
+@_check
+def a_second_call_gives_the_same(loss: Loss) -> None:
+    """Nothing is left behind by a call: not in the loss, the batch, or torch's random state."""
+    inputs = make_inputs(ties=True)
+    batch = Batch.from_causal_lm(**inputs)
+    random_state = torch.get_rng_state()
+    attributes, state = _attributes(loss), copy.deepcopy(loss.state_dict())
+    first = loss(batch)
+    written = [
+        name
+        for name, value in {**attributes, **_attributes(loss)}.items()
+        if attributes.get(name) is not value
+    ]
+    assert not written, f"forward wrote to {written}"
+    for name, value in loss.state_dict().items():
+        same = not isinstance(value, Tensor) or torch.equal(value, state[name])
+        assert same, f"forward changed {name}"
+    assert torch.equal(random_state, torch.get_rng_state()), "random numbers were drawn"
+    loss(Batch.from_causal_lm(**make_inputs(seed=1)))
+    for second in (loss(batch), loss(Batch.from_causal_lm(**inputs))):
+        assert torch.equal(first.value, second.value), f"{first.value}, then {second.value}"
+
+
+@_check
+def state_dict_round_trip(loss: Loss) -> None:
+    """Loading its own state leaves a loss as it was."""
+    inputs = make_inputs()
+    before, _ = _run(loss, inputs)
+    loss.load_state_dict(copy.deepcopy(loss.state_dict()))
+    after, _ = _run(loss, inputs)
+    assert torch.equal(before.value, after.value), "the value changed"
+
+
+@_check
+def runs_on_the_meta_device(loss: Loss) -> None:
+    """Shapes depend on no data, and no tensor is made on another device than the batch's."""
+    inputs = make_inputs(dtype=torch.float32, device="meta")
+    try:
+        output, gradient = _run(copy.deepcopy(loss).to("meta"), inputs)
+    except RuntimeError as error:
+        raise AssertionError(f"it does not run without numbers: {error}") from error
+    for tensor in (output.value, output.count, gradient, *output.parts.values()):
+        assert tensor.device.type == "meta", f"a result lies on {tensor.device}"
+    assert gradient.shape == inputs["student_logits"].shape, "the gradient has another shape"

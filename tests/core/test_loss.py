@@ -1,0 +1,344 @@
+"""The one place that masks and averages, and what every registered loss owes its callers."""
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import ctkd
+from ctkd import logits as logits_module
+from ctkd.batch import Batch
+from ctkd.errors import SettingError
+from ctkd.loss import (
+    average,
+    check_choice,
+    check_count,
+    check_positive,
+    check_weight,
+    masked_sum,
+)
+from ctkd.losses.uld import sorted_l1
+from tests.ragged_batches import loss_and_gradient, ragged_inputs
+
+FORMS = [
+    *[(name, {}) for name in ctkd.list_losses()],
+    ("uld", {"top_k": 3}),
+    ("multilevelot", {"k": 3, "matching": "greedy"}),
+    ("multilevelot", {"k": 3, "matching": "assignment"}),
+    ("multilevelot", {"k": 3, "matching": "assignment_topk"}),
+]
+IDS = {id(form): "-".join([form[0], *map(str, form[1].values())]) for form in FORMS}
+RELEASED = ("multilevelot_released", {})
+
+
+def by_forms(forms):
+    return pytest.mark.parametrize(("name", "settings"), forms, ids=[IDS[id(f)] for f in forms])
+
+
+by_form = by_forms(FORMS)
+by_name = pytest.mark.parametrize("name", ctkd.list_losses())
+
+
+def same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance=1e-12) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_masked_sum_replaces_what_is_masked():
+    mask = torch.tensor([[True, False], [False, False]])
+    values = torch.tensor([[1.0, torch.inf], [torch.nan, -torch.inf]], requires_grad=True)
+    total = masked_sum(values, mask)
+    assert total.tolist() == [1.0, 0.0]
+    total.sum().backward()
+    assert values.grad.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    single = masked_sum(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
+    assert single.tolist() == [1.0, 0.0]
+    assert masked_sum(torch.ones(2, 3, 4), torch.ones(2, 3, 4).bool()).tolist() == [12.0, 12.0]
+
+
+def test_average_divides_the_sum_by_the_count():
+    first = torch.tensor([1.0, 2.0], requires_grad=True)
+    output = average({"first": first, "second": torch.tensor([4.0, 5.0])}, torch.tensor(6))
+    assert (output.value.item(), output.count.item()) == (2.0, 6)
+    assert {n: part.item() for n, part in output.parts.items()} == {"first": 0.5, "second": 1.5}
+    assert not any(part.requires_grad for part in output.parts.values())
+    output.value.backward()
+    torch.testing.assert_close(first.grad, torch.full((2,), 1 / 6))
+
+
+def test_average_of_nothing_is_a_zero_with_a_gradient():
+    sums = torch.zeros(2, requires_grad=True)
+    output = average({"a": sums}, torch.tensor(0))
+    output.value.backward()
+    assert output.value.item() == 0 and sums.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_average_keeps_float64_and_widens_the_rest(dtype):
+    value = average({"a": torch.full((3000,), 1.0, dtype=dtype)}, torch.tensor(1)).value
+    assert value.item() == 3000
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "1", None, True, torch.ones(())])
+def test_numbers_out_of_range_are_refused(value):
+    for check, text in ((check_positive, "above 0"), (check_weight, "of at least 0")):
+        with pytest.raises(SettingError, match=f"w must be a finite number {text}, got"):
+            check("w", value)
+    with pytest.raises(SettingError, match="w must be a whole number of at least 1, got"):
+        check_count("w", value)
+
+
+def test_the_limits_of_the_ranges():
+    check_weight("w", 0)
+    check_positive("w", 1e-30)
+    check_count("w", 1)
+    for check, value in ((check_positive, 0.0), (check_count, 0), (check_count, 2.0)):
+        with pytest.raises(SettingError):
+            check("w", value)
+    check_choice("w", "a", ("a", "b"))
+    with pytest.raises(SettingError, match="w must be one of a, b, got 'c'"):
+        check_choice("w", "c", ("a", "b"))
+
+
+@by_name
+def test_settings_are_stored_under_their_own_names_and_shown(name):
+    others = {"matching": "greedy", "top_k": 7}
+    settings = {
+        setting: others[setting] if setting in others else 2 * default
+        for setting, default in ctkd.describe(name).settings.items()
+    }
+    loss = ctkd.get_loss(name, **settings)
+    for setting, value in settings.items():
+        assert getattr(loss, setting) == value
+        assert f"{setting}={value!r}" in repr(loss)
+    parameters = inspect.signature(type(loss)).parameters.values()
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters)
+
+
+@by_form
+def test_a_device_that_reads_padding_gets_the_same(name, settings, monkeypatch):
+    loss = ctkd.get_loss(name, **settings)
+    inputs = ragged_inputs(1)
+    expected = loss_and_gradient(loss, inputs)
+    for garbage in (0.0, torch.nan):
+        for side in ("student", "teacher"):
+            scored = (inputs[f"{side}_labels"] != -100).roll(-1, 1).unsqueeze(-1)
+            inputs[f"{side}_logits"] = inputs[f"{side}_logits"].masked_fill(~scored, garbage)
+        same(loss_and_gradient(loss, inputs), expected)
+        with monkeypatch.context() as patch:
+            patch.setattr(logits_module, "_DEVICES_THAT_SKIP_PADDING", set())
+            same(loss_and_gradient(loss, inputs), expected)
+            patch.setattr(logits_module, "_BLOCK_ELEMENTS", {"cpu": 30})
+            same(loss_and_gradient(loss, inputs), expected)
+
+
+@by_form
+def test_autocast_changes_nothing(name, settings):
+    loss = ctkd.get_loss(name, **settings)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = ragged_inputs(2, dtype=dtype)
+        expected = loss_and_gradient(loss, inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            value, count, gradient = loss_and_gradient(loss, inputs)
+        assert value.dtype == torch.float32
+        same((value, count, gradient), expected, tolerance=0.0)
+
+
+class LargeAllocations(TorchDispatchMode):
+    """Keeps every tensor made in its context whose storage holds so many elements."""
+
+    def __init__(self, elements: int, known: list[Tensor]) -> None:
+        super().__init__()
+        self.elements = elements
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.found: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                large = storage.nbytes() // tensor.element_size() >= self.elements
+                if large and storage.data_ptr() not in self.known:
+                    self.found[storage.data_ptr()] = tensor
+        return result
+
+
+def large_allocations(function, dtype: torch.dtype) -> tuple[list[int], int]:
+    """Storages of at least half a (B, S, V) that forward and backward make, and the gradient's."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        torch.randn(2, 41, width, generator=generator).to(dtype) for width in (5000, 6000)
+    )
+    student.requires_grad_()
+    labels = torch.ones(2, 41, dtype=torch.int64)
+    labels[1, 25:] = -100
+    batch = Batch.from_causal_lm(
+        student_logits=student, student_labels=labels, teacher_logits=teacher, teacher_labels=labels
+    )
+    with LargeAllocations(2 * 40 * 5000 // 2, [student, teacher]) as allocations:
+        (gradient,) = torch.autograd.grad(function(batch), student)
+    return list(allocations.found), gradient.untyped_storage().data_ptr()
+
+
+# "assignment" looks at whole vocabularies, which max_columns keeps small.
+@by_forms([form for form in FORMS if "assignment" not in form[1].values()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("devices", [{"cpu"}, set()])
+def test_the_only_large_tensor_is_the_gradient(name, settings, dtype, devices, monkeypatch):
+    monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", {"cpu": 8 * 6000})
+    monkeypatch.setattr(logits_module, "_DEVICES_THAT_SKIP_PADDING", devices)
+    loss = ctkd.get_loss(name, **settings)
+    found, gradient = large_allocations(lambda batch: loss(batch).value, dtype)
+    assert found == [gradient]
+
+
+def test_the_search_for_large_tensors_finds_them():
+    def careless(batch: Batch) -> Tensor:
+        student, teacher = batch.student.logits.tensor, batch.teacher.logits.tensor
+        return sorted_l1(student.flatten(0, 1), teacher.flatten(0, 1)).sum()
+
+    found, gradient = large_allocations(careless, torch.float32)
+    assert gradient in found and len(found) > 5
+
+
+@by_form
+@pytest.mark.parametrize("empty", [("teacher",), ("student",), ("student", "teacher")])
+@pytest.mark.parametrize("max_scored", [0, None])
+def test_a_side_without_scored_tokens_compares_nothing(name, settings, empty, max_scored):
+    inputs = ragged_inputs(3)
+    for side in empty:
+        inputs[f"{side}_labels"].fill_(-100)
+        inputs[f"{side}_max_scored"] = max_scored
+    loss = ctkd.get_loss(name, **settings)
+    value, count, gradient = loss_and_gradient(loss, inputs)
+    assert count == loss.units(Batch.from_causal_lm(**inputs))
+    if name == "multilevelot_released" and len(empty) == 1:
+        parts = loss(Batch.from_causal_lm(**inputs)).parts
+        assert parts["had"] == 0 and value.isfinite() and gradient.isfinite().all()
+    else:
+        assert value == 0 and (gradient == 0).all()
+
+
+@by_form
+def test_texts_of_one_token_score_nothing(name, settings):
+    inputs = {
+        f"{side}_{key}": value
+        for side in ("student", "teacher")
+        for key, value in (("logits", torch.zeros(2, 1, 4)), ("labels", torch.ones(2, 1).long()))
+    }
+    value, _, gradient = loss_and_gradient(ctkd.get_loss(name, **settings), inputs)
+    assert value == 0 and (gradient == 0).all()
+
+
+# A row of one logit has no standard deviation, in the released form as in the authors' file.
+@by_forms([form for form in FORMS if form != RELEASED])
+@pytest.mark.parametrize("widths", [{"V": 1}, {"W": 1}, {"V": 1, "W": 1}])
+def test_a_vocabulary_of_one_token(name, settings, widths):
+    loss = ctkd.get_loss(name, **settings)
+    value, _, gradient = loss_and_gradient(loss, ragged_inputs(4, **widths))
+    assert value.isfinite() and gradient.isfinite().all()
+
+
+@by_form
+def test_huge_logits(name, settings):
+    inputs = ragged_inputs(5, dtype=torch.float32)
+    for side in ("student", "teacher"):
+        inputs[f"{side}_logits"] *= 1e4
+    value, _, gradient = loss_and_gradient(ctkd.get_loss(name, **settings), inputs)
+    assert value.isfinite() and gradient.isfinite().all()
+
+
+@by_form
+def test_columns_of_minus_infinity(name, settings):
+    """As generation processors leave them: such a token has probability 0."""
+    inputs = ragged_inputs(6, head=0, V=10, W=8)
+    removed = dict(inputs, student_vocab_size=8)
+    for side, kept in (("student", [0, 1, 3, 4, 5, 6, 8, 9]), ("teacher", [0, 1, 3, 4, 6, 7])):
+        logits = inputs[f"{side}_logits"]
+        mask = torch.ones(logits.shape[-1], dtype=torch.bool)
+        mask[kept] = False
+        removed[f"{side}_logits"] = logits[..., kept]
+        inputs[f"{side}_logits"] = logits.masked_fill(mask, -torch.inf)
+    for side in ("student", "teacher"):
+        removed[f"{side}_labels"] = inputs[f"{side}_labels"].clamp_max(5)
+    if name.startswith("multilevelot") and name != "multilevelot_released":
+        settings = {**settings, "k": 3 if settings.get("matching") == "assignment" else 6}
+    loss = ctkd.get_loss(name, **settings)
+    value, count, gradient = loss_and_gradient(loss, inputs)
+    if name == "multilevelot_released":
+        assert value.isnan()  # documented: such a row has no standard deviation
+    elif settings.get("matching") in ("greedy", "assignment_topk"):
+        # A column of zeros may be the nearest, and the log term is then infinite.
+        output = loss(Batch.from_causal_lm(**inputs))
+        assert output.parts["sl"] == torch.inf and gradient.isfinite().all()
+        assert output.parts["had"].isfinite() and output.parts["sd"].isfinite()
+    else:
+        expected, expected_count, expected_gradient = loss_and_gradient(loss, removed)
+        kept_gradient = gradient[..., [0, 1, 3, 4, 5, 6, 8, 9]]
+        same((value, count, kept_gradient), (expected, expected_count, expected_gradient))
+        assert (gradient[..., [2, 7]] == 0).all()
+
+
+@by_forms([form for form in FORMS if form != RELEASED and "matching" not in form[1]])
+def test_columns_of_minus_infinity_on_both_sides_beyond_the_finite_ones(name, settings):
+    """More columns are kept than are finite: 0 log 0 counts as 0."""
+    inputs = ragged_inputs(7, head=0)
+    inputs["student_logits"][..., 5:] = -torch.inf
+    inputs["teacher_logits"][..., 5:] = -torch.inf
+    value, _, gradient = loss_and_gradient(ctkd.get_loss(name, **settings), inputs)
+    assert value.isfinite() and gradient.isfinite().all()
+
+
+@by_form
+def test_inference_mode(name, settings):
+    loss = ctkd.get_loss(name, **settings)
+    inputs = ragged_inputs(8)
+    expected = loss_and_gradient(loss, inputs)
+    with torch.inference_mode():
+        teacher_logits = inputs["teacher_logits"].clone()
+    assert teacher_logits.is_inference()
+    same(loss_and_gradient(loss, {**inputs, "teacher_logits": teacher_logits}), expected)
+    inputs["student_logits"].requires_grad_()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            value = loss(Batch.from_causal_lm(**inputs)).value
+        assert not value.requires_grad
+        same((value.clone(),), expected[:1])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@by_form
+def test_a_cuda_device_gives_the_same(name, settings):
+    loss = ctkd.get_loss(name, **settings)
+    inputs = ragged_inputs(1)
+    on_cuda = {n: v.cuda() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+    result = tuple(tensor.cpu() for tensor in loss_and_gradient(loss, on_cuda))
+    same(result, loss_and_gradient(loss, inputs))
+
+
+@by_form
+def test_sides_of_different_precision(name, settings):
+    loss = ctkd.get_loss(name, **settings)
+    inputs = ragged_inputs(9, dtype=torch.bfloat16)
+    wide = {**inputs, "teacher_logits": inputs["teacher_logits"].float()}
+    value, count, gradient = loss_and_gradient(loss, inputs)
+    same(loss_and_gradient(loss, wide), (value, count, gradient), tolerance=0.0)
+    assert gradient.dtype == torch.bfloat16
+
+
+@by_form
+def test_a_student_may_teach_itself(name, settings):
+    inputs = ragged_inputs(10, teacher_lengths=(6, 3, 4), head=0)
+    inputs["teacher_labels"] = inputs["student_labels"]
+    inputs["teacher_logits"] = inputs["student_logits"] + 0.5 * inputs["student_logits"].flip(-1)
+    loss = ctkd.get_loss(name, **settings)
+    _, _, expected = loss_and_gradient(loss, inputs)
+    logits = inputs["student_logits"].requires_grad_()
+    teacher = logits + 0.5 * logits.flip(-1)
+    loss(Batch.from_causal_lm(**{**inputs, "teacher_logits": teacher})).value.backward()
+    same((logits.grad,), (expected,))

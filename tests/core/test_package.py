@@ -1,0 +1,170 @@
+"""The package as a whole: what importing it costs, what is public, what every loss states."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+
+import ctkd
+from ctkd.loss import Loss, Paper, Weights
+
+# What needs more than torch, or is not part of the core.
+ELSEWHERE = ("ctkd.distill", "ctkd.tokenization", "ctkd.cli", "ctkd.__main__")
+CORE = [
+    module.name
+    for module in pkgutil.walk_packages(ctkd.__path__, "ctkd.")
+    if not module.name.startswith(ELSEWHERE)
+]
+HEAVY = ("transformers", "datasets", "matplotlib", "click", "rouge_score", "accelerate", "scipy")
+LOSSES = {name: ctkd.get_loss_class(name) for name in ctkd.list_losses()}
+by_module = pytest.mark.parametrize("name", ["ctkd", *CORE])
+by_loss = pytest.mark.parametrize("cls", LOSSES.values(), ids=LOSSES.keys())
+
+
+def loaded_by(code: str) -> list[str]:
+    """Which of the heavy packages a fresh interpreter has loaded after running some code."""
+    report = f"import sys; print(*(name for name in {HEAVY} if name in sys.modules))"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}; {report}"], capture_output=True, text=True, check=True
+    )
+    return run.stdout.split()
+
+
+def test_importing_ctkd_loads_nothing_heavy():
+    # One process for all of it: torch alone takes seconds to load.
+    modules = ", ".join(["ctkd", *CORE])
+    assert loaded_by(f"import {modules}; ctkd.get_loss('multilevelot')") == []
+
+
+def test_the_search_for_heavy_packages_finds_them():
+    assert loaded_by("import click, scipy") == ["click", "scipy"]
+
+
+def test_the_core_is_known():
+    known = "batch errors logits loss losses losses.uld matching registry sinkhorn testing".split()
+    assert {f"ctkd.{name}" for name in known} <= set(CORE)
+
+
+def public_definitions(module) -> list[str]:
+    """Names of classes and functions that a module defines and does not mark as private."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == module.__name__
+    ]
+
+
+@by_module
+def test_what_is_public_is_listed(name):
+    module = importlib.import_module(name)
+    names = module.__all__
+    # Constants first, then classes, then the rest.
+    assert names == sorted(set(names), key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    assert [missing for missing in names if not hasattr(module, missing)] == []
+    # The checks are public by way of `CHECKS`.
+    checks = {check.__name__ for check in getattr(module, "CHECKS", [])}
+    assert set(public_definitions(module)) - checks <= set(names)
+
+
+def test_ctkd_exports_what_its_users_need():
+    for name in ("Batch", "Side", "Loss", "LossOutput", "get_loss", "list_losses", "register"):
+        assert name in ctkd.__all__
+    exported = {value for name in ctkd.__all__ if inspect.isclass(value := getattr(ctkd, name))}
+    assert all(cls.__module__.startswith("ctkd.") for cls in exported)
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", ctkd.__version__)
+
+
+@by_module
+def test_everything_public_is_documented(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for definition in public_definitions(module):
+        value = getattr(module, definition)
+        own = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+        assert own and own.strip(), f"{name}.{definition} has no docstring"
+        # A dataclass or a named tuple without one gets its signature for a docstring.
+        assert not own.startswith(f"{definition}("), f"{name}.{definition} has no docstring"
+
+
+def test_public_methods_of_the_core_are_documented():
+    undocumented = []
+    for module in map(importlib.import_module, CORE):
+        for definition in public_definitions(module):
+            cls = getattr(module, definition)
+            if not inspect.isclass(cls) or issubclass(cls, Loss) and cls is not Loss:
+                continue
+            for method, value in vars(cls).items():
+                if inspect.isfunction(value) and not method.startswith("_"):
+                    if not inspect.getdoc(getattr(cls, method)):
+                        undocumented.append(f"{definition}.{method}")
+    assert undocumented == []
+
+
+@by_loss
+def test_a_loss_s_docstring_has_every_section(cls):
+    doc = inspect.getdoc(cls)
+    first, blank, *_ = doc.splitlines()
+    assert first.endswith(".") and blank == ""
+    sections = re.findall(r"^(\w[\w ]*):$", doc, flags=re.MULTILINE)
+    for section in ("Shape", "Args", "Raises", "Example", "References"):
+        assert section in sections, f"{section} is missing"
+    assert ".. math::" in doc
+    assert ">>> " in doc.split("Example:")[1]
+    assert "arXiv:" in doc.split("References:")[1]
+
+
+@by_loss
+def test_a_loss_s_docstring_explains_every_setting(cls):
+    section = inspect.getdoc(cls).split("Args:")[1].split("\n\n")[0]
+    explained = re.findall(r"^    (\w+): ", section, flags=re.MULTILINE)
+    assert explained == list(inspect.signature(cls).parameters)
+
+
+@by_loss
+def test_a_loss_states_its_facts(cls):
+    assert issubclass(cls, Loss) and cls.__module__.startswith("ctkd.losses.")
+    assert isinstance(cls.paper, Paper) and all((cls.paper.title, cls.paper.equation))
+    assert re.fullmatch(r"\d{4}\.\d{5}", cls.paper.arxiv)
+    assert cls.paper.arxiv in inspect.getdoc(cls)
+    assert cls.matches and "\n" not in cls.matches and not cls.matches.endswith(".")
+    assert cls.unit in ("position", "chunk", "sequence")
+    assert isinstance(cls.needs, frozenset) and cls.needs <= {"chunks", "hidden", "pair"}
+    assert isinstance(cls.default_weights, Weights)
+    assert cls.default_weights.ce > 0 and cls.default_weights.kd > 0
+    assert cls.__name__ in importlib.import_module("ctkd.losses").__all__
+
+
+def test_the_papers_weights():
+    weights = {name: tuple(cls.default_weights) for name, cls in LOSSES.items()}
+    for name in ("multilevelot", "multilevelot_token", "multilevelot_sequence"):
+        assert weights[name] == (1.0, 0.15)
+    assert weights["uld"] == weights["multilevelot_released"] == (1.0, 1.5)
+
+
+def test_the_papers_settings():
+    assert ctkd.describe("multilevelot").settings == {
+        "had_weight": 1.0,
+        "sl_weight": 0.1,
+        "sd_weight": 0.1,
+        "k": 50,
+        "temperature": 1.0,
+        "sl_temperature": 1.0,
+        "sd_temperature": 2.0,
+        "regularization": 0.1,
+        "iterations": 20,
+        "matching": "mass",
+        "candidates": 256,
+        "max_columns": 4096,
+    }
+    both = {"student_temperature": 1.0, "teacher_temperature": 1.0}
+    assert ctkd.describe("uld").settings == {**both, "top_k": None}
+    assert ctkd.describe("multilevelot_released").settings == both
+    whole = ctkd.describe("multilevelot").settings
+    for name in ("multilevelot_token", "multilevelot_sequence"):
+        assert ctkd.describe(name).settings.items() <= whole.items()
