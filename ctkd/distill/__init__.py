@@ -1,0 +1,1 @@
+"""What needs transformers: models, tasks, data, training and evaluation."""

@@ -1,0 +1,143 @@
+"""What a person sees of a training run, and how a person stops one without losing work."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+__all__ = ["StepReport", "StopOnSignal", "loss_line"]
+
+
+class StepReport(TrainerCallback):  # type: ignore[misc]
+    """Shows a bar on a terminal and a line per log, and measures the time of steps.
+
+    Args:
+        say: Prints one line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._bar: Any = None
+        self._started = 0.0
+        self.seconds: list[float] = []
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median time of an optimizer step, without evaluation and saving."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            disable=None,
+            leave=False,
+        )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+        self._bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is None or "ce" not in logs:
+            return
+        line = f"step {state.global_step:>4}/{state.max_steps}  {loss_line(logs)}"
+        if self.seconds:
+            line += f"  {self.seconds[-1]:.1f} s/step"
+        if self._bar is None or self._bar.disable:
+            self._say(line)
+        else:
+            self._bar.write(line, file=sys.stderr)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._bar.close()
+
+
+def loss_line(logs: dict[str, Any]) -> str:
+    """Put cross-entropy, the loss and its parts on one line.
+
+    Example:
+        >>> loss_line({"ce": 2.5, "kd": 1.25, "kd/had": 1.0, "kd/sl": 0.25})
+        'ce 2.5000  kd 1.2500 (had 1.0000, sl 0.2500)'
+    """
+    line = f"ce {logs['ce']:.4f}"
+    if "kd" in logs:
+        parts = [
+            f"{name.removeprefix('kd/')} {value:.4f}"
+            for name, value in logs.items()
+            if name.startswith("kd/")
+        ]
+        line += f"  kd {logs['kd']:.4f}"
+        if len(parts) > 1:
+            line += f" ({', '.join(parts)})"
+    return line
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """Ends training after the current step, with a checkpoint, on the first interrupt.
+
+    A second interrupt ends it at once.
+
+    Args:
+        say: Prints one line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._before: dict[int, Any] = {}
+        self.stopped = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._stop)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.stopped:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Give signals back their handlers; to be called however training ends."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _stop(self, number: int, frame: object) -> None:
+        if self.stopped:
+            self.restore()
+            raise KeyboardInterrupt
+        self.stopped = True
+        self._say("stopping after this step, with a checkpoint (once more to stop at once)")

@@ -1,0 +1,1 @@
+"""What two tokenizers have in common."""
