@@ -10,7 +10,7 @@ Statistics are float64 for float64 logits and float32 for every other dtype.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,19 +18,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.errors import BatchError
+from ctkd.rows import (
+    add_rows_,
+    block_rows,
+    skips_padding,
+    softmax,
+    stable_top_ids,
+    statistics_dtype,
+    tempered,
+    untempered_gradient,
+)
 
-__all__ = ["DenseLogits", "Logits", "RowFunction", "map_row_pairs", "stable_top_ids"]
-
-RowFunction = Callable[[Tensor, Tensor], Tensor]
-
-# Blocks stay in a CPU's cache; on a GPU they are large enough to fill it.
-_BLOCK_ELEMENTS = {"cpu": 1 << 20}
-_BLOCK_ELEMENTS_ELSEWHERE = 1 << 25
-
-# Only here may the number of scored rows be looked at: elsewhere that would wait for the device.
-_DEVICES_THAT_SKIP_PADDING = {"cpu"}
-
-_STANDARD_DEVIATION_EPSILON = 1e-4
+__all__ = ["DenseLogits", "Logits"]
 
 
 class Logits(ABC):
@@ -177,7 +176,7 @@ class DenseLogits(Logits):
 
     @property
     def dtype(self) -> torch.dtype:
-        return _statistics_dtype(self.tensor.dtype)
+        return statistics_dtype(self.tensor.dtype)
 
     def masked(self, mask: Tensor) -> DenseLogits:
         if mask is self.mask:
@@ -209,10 +208,10 @@ class DenseLogits(Logits):
         selected = self.mask if mask is None else mask & self.mask
         key, log_normaliser = self._memo(temperature, standardise)
         for batch_index, position, block in self._blocks():
-            probs, block_normaliser = _softmax_(_scaled(block, temperature, standardise))
+            probs, block_normaliser = softmax(tempered(block, temperature, standardise))
             log_normaliser[batch_index, position] = block_normaliser
             probs.masked_fill_(~selected[batch_index, position].unsqueeze(-1), 0.0)
-            _add_rows_(mass, batch_index, probs)
+            add_rows_(mass, batch_index, probs)
         self._remember(key, log_normaliser)
         return mass
 
@@ -225,13 +224,13 @@ class DenseLogits(Logits):
         distance = self.tensor.new_zeros((batch_size, kept, vocabulary), dtype=self.dtype)
         selected = self.mask if mask is None else mask & self.mask
         for batch_index, position, block in self._blocks():
-            probs, _ = _softmax_(_scaled(block, temperature, False))
+            probs, _ = softmax(tempered(block, temperature, False))
             left_out = ~selected[batch_index, position].unsqueeze(-1)
             target = targets[batch_index, position].to(self.dtype)
             for column in range(kept):
                 gap = (probs - target[:, column : column + 1]).abs_()
                 gap.masked_fill_(left_out, 0.0)
-                _add_rows_(distance[:, column], batch_index, gap)
+                add_rows_(distance[:, column], batch_index, gap)
         return distance
 
     def _memo(
@@ -253,8 +252,8 @@ class DenseLogits(Logits):
         if key in self._log_normalisers:
             return self._log_normalisers[key]
         for batch_index, position, block in self._blocks():
-            scaled = _scaled(block, temperature, standardise)
-            log_normaliser[batch_index, position] = scaled.logsumexp(-1)
+            row = tempered(block, temperature, standardise)
+            log_normaliser[batch_index, position] = row.logsumexp(-1)
         self._remember(key, log_normaliser)
         return log_normaliser
 
@@ -265,7 +264,7 @@ class DenseLogits(Logits):
 
     def _visited(self) -> tuple[Tensor, Tensor]:
         """Positions worth reading, flattened: the scored ones where that costs no waiting."""
-        if self.device.type in _DEVICES_THAT_SKIP_PADDING:
+        if skips_padding(self.device):
             batch_index, position = self.mask.nonzero(as_tuple=True)
             return batch_index, position
         batch_size, positions, _ = self.shape
@@ -273,7 +272,7 @@ class DenseLogits(Logits):
         return flat // max(positions, 1), flat % max(positions, 1)
 
     def _split(self, *indices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        size = _block_rows(self.shape[2], self.device)
+        size = block_rows(self.shape[2], self.device)
         for start in range(0, indices[0].shape[0], size):
             yield tuple(index[start : start + size] for index in indices)
 
@@ -292,7 +291,7 @@ class DenseLogits(Logits):
 
     def _write(self, target: Tensor, batch_index: Tensor, position: Tensor, rows: Tensor) -> None:
         row = self._source_rows(batch_index, position)
-        if self.device.type not in _DEVICES_THAT_SKIP_PADDING:
+        if not skips_padding(self.device):
             # Garbage behind the mask times a gradient of zero may be nan.
             rows = rows.masked_fill(~self.mask[batch_index, position].unsqueeze(-1), 0.0)
         target[batch_index, row, : self.shape[2]] = rows.to(target.dtype)
@@ -318,10 +317,10 @@ class _LogProbs(torch.autograd.Function):
             for temperature, normaliser, answer in zip(
                 temperatures, normalisers, answers, strict=True
             ):
-                scaled = _scaled(block, temperature, standardise).gather(1, chosen_ids)
-                answer[batch_index, position] = scaled - normaliser[
-                    batch_index, position
-                ].unsqueeze(-1)
+                row = tempered(block, temperature, standardise).gather(1, chosen_ids)
+                answer[batch_index, position] = row - normaliser[batch_index, position].unsqueeze(
+                    -1
+                )
         padding = ~logits.mask.unsqueeze(-1)
         answers = [answer.masked_fill_(padding, 0.0) for answer in answers]
         ctx.save_for_backward(tensor, ids, *normalisers)
@@ -343,203 +342,12 @@ class _LogProbs(torch.autograd.Function):
                 ctx.temperatures, normalisers, gradients, strict=True
             ):
                 chosen = incoming[batch_index, position]
-                scaled = _scaled(block, temperature, ctx.standardise)
-                probs = (scaled - normaliser[batch_index, position].unsqueeze(-1)).exp_()
+                row = tempered(block, temperature, ctx.standardise)
+                probs = (row - normaliser[batch_index, position].unsqueeze(-1)).exp_()
                 probs.mul_(-chosen.sum(-1, keepdim=True)).scatter_add_(1, chosen_ids, chosen)
-                result += _unscaled_gradient(block, probs, temperature, ctx.standardise)
+                result += untempered_gradient(block, probs, temperature, ctx.standardise)
             logits._write(gradient, batch_index, position, result)
         return None, None, None, None, gradient
-
-
-def map_row_pairs(student: Logits, teacher: Logits, rows: Tensor, function: RowFunction) -> Tensor:
-    """Apply a function to pairs of whole rows, a block of pairs at a time.
-
-    The gradient into the student's logits is computed with the values, so that each block is
-    worked through once; the teacher gets none.
-
-    Shape:
-        ``rows`` (N, 2) int64: flattened positions, b * S + i on the student's side and
-        b * T + j on the teacher's. The answer is (N,), differentiable.
-
-    Args:
-        student: Logits of S positions and V columns.
-        teacher: Logits of T positions and W columns.
-        rows: Pairs; one with a negative entry is left out and gives 0. A student row must not
-            occur twice.
-        function: Takes raw logits (n, V) and (n, W), returns values (n,). It is differentiated by
-            autograd with respect to its first argument.
-    """
-    if not isinstance(student, DenseLogits) or not isinstance(teacher, DenseLogits):
-        raise BatchError("map_row_pairs needs whole rows of logits on both sides")
-    result: Tensor = _RowPairs.apply(  # type: ignore[no-untyped-call]
-        student, teacher, rows, function, torch.is_grad_enabled(), student.tensor
-    )
-    return result
-
-
-class _RowPairs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: DenseLogits,
-        teacher: DenseLogits,
-        rows: Tensor,
-        function: RowFunction,
-        grad_enabled: bool,
-        tensor: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(tensor, rows)
-        ctx.student, ctx.teacher, ctx.function = student, teacher, function
-        ctx.scores = None
-        values = tensor.new_zeros(rows.shape[0], dtype=student.dtype)
-        if grad_enabled and ctx.needs_input_grad[5]:
-            ctx.scores = _row_buffer(tensor)
-        _work_through_pairs(student, teacher, rows, function, values, ctx.scores)
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        tensor, rows = ctx.saved_tensors
-        student: DenseLogits = ctx.student
-        scores, ctx.scores = ctx.scores, None
-        if scores is None:
-            # A second backward pass through a retained graph: the first one used the buffer up.
-            scores = _row_buffer(tensor)
-            values = torch.zeros_like(incoming)
-            _work_through_pairs(student, ctx.teacher, rows, ctx.function, values, scores)
-        for pair, batch_index, position, _, _ in _pair_blocks(student, ctx.teacher, rows):
-            row = _buffer_rows(student, batch_index, position, rows[pair])
-            scores[row] *= incoming[pair].unsqueeze(-1).to(scores.dtype)
-        return None, None, None, None, None, scores[:-1].view(tensor.shape)
-
-
-def _row_buffer(tensor: Tensor) -> Tensor:
-    """A gradient of (B, L, V') as rows, and one more row for pairs that are left out."""
-    return tensor.new_zeros(tensor.shape[0] * tensor.shape[1] + 1, tensor.shape[2])
-
-
-def _buffer_rows(
-    student: DenseLogits, batch_index: Tensor, position: Tensor, pairs: Tensor
-) -> Tensor:
-    size = student.tensor.shape[1]
-    row = batch_index * size + student._source_rows(batch_index, position)
-    return row.masked_fill(pairs.amin(-1) < 0, student.tensor.shape[0] * size)
-
-
-def _work_through_pairs(
-    student: DenseLogits,
-    teacher: DenseLogits,
-    rows: Tensor,
-    function: RowFunction,
-    values: Tensor,
-    scores: Tensor | None,
-) -> None:
-    """Fill in the values of all pairs and, if asked for, their gradients."""
-    for pair, batch_index, position, teacher_batch_index, teacher_position in _pair_blocks(
-        student, teacher, rows
-    ):
-        valid = rows[pair].amin(-1) >= 0
-        student_block = student._read(batch_index, position)
-        teacher_block = teacher._read(teacher_batch_index, teacher_position)
-        with torch.set_grad_enabled(scores is not None):
-            student_block.requires_grad_(scores is not None)
-            value = function(student_block, teacher_block)
-            if scores is not None:
-                (gradient,) = torch.autograd.grad(
-                    value.masked_fill(~valid, 0.0).sum(), student_block
-                )
-                row = _buffer_rows(student, batch_index, position, rows[pair])
-                scores[row, : student.shape[2]] = gradient.to(scores.dtype)
-        values[pair] = value.detach().masked_fill(~valid, 0.0).to(values.dtype)
-
-
-def _pair_blocks(
-    student: DenseLogits, teacher: DenseLogits, rows: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield (index into rows, student b, student i, teacher b, teacher j), block by block."""
-    pairs = torch.arange(rows.shape[0], device=rows.device)
-    if rows.device.type in _DEVICES_THAT_SKIP_PADDING:
-        pairs = pairs[(rows >= 0).all(-1)]
-    size = _block_rows(max(student.shape[2], teacher.shape[2]), rows.device)
-    for start in range(0, pairs.shape[0], size):
-        pair = pairs[start : start + size]
-        student_row, teacher_row = rows[pair].clamp_min(0).unbind(-1)
-        yield (
-            pair,
-            student_row // student.shape[1],
-            student_row % student.shape[1],
-            teacher_row // teacher.shape[1],
-            teacher_row % teacher.shape[1],
-        )
-
-
-def stable_top_ids(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest entries of each row, largest first, ties to the lower index.
-
-    Shape:
-        ``values`` (N, V); the answer is (N, k) int64.
-
-    Example:
-        >>> stable_top_ids(torch.tensor([[1.0, 3.0, 3.0]]), 2)
-        tensor([[1, 2]])
-    """
-    if values.dtype == torch.float64:
-        return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    bits = (values.float() + 0.0).view(torch.int32)
-    # Read as integers, negative floats run backwards: flip all but their sign.
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
-    width = values.shape[-1]
-    tie_break = torch.arange(width - 1, -1, -1, device=values.device)
-    return ((ordered << 32) | tie_break).topk(k, dim=-1).indices
-
-
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _block_rows(vocabulary: int, device: torch.device) -> int:
-    elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-    return max(1, elements // max(vocabulary, 1))
-
-
-def _add_rows_(sums: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Add each row to the indexed row of the sums, in one order for all columns: ties stay ties."""
-    if sums.device.type == "cpu":
-        sums.index_add_(0, index, rows)
-    else:
-        # On CUDA index_add_ is atomic, so in no order; this sorts first.
-        sums.index_put_((index,), rows, accumulate=True)
-
-
-def _softmax_(scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and log-normaliser of each row, without touching the input."""
-    largest = scaled.amax(-1, keepdim=True)
-    probs = (scaled - largest).exp_()
-    total = probs.sum(-1, keepdim=True)
-    return probs.div_(total), (largest + total.log()).squeeze(-1)
-
-
-def _scaled(block: Tensor, temperature: float, standardise: bool) -> Tensor:
-    if standardise:
-        deviation = block.std(-1, keepdim=True)
-        return block / ((deviation + _STANDARD_DEVIATION_EPSILON) * temperature)
-    return block if temperature == 1.0 else block / temperature
-
-
-def _unscaled_gradient(
-    block: Tensor, gradient: Tensor, temperature: float, standardise: bool
-) -> Tensor:
-    """Carry a gradient from the scaled logits back to the raw ones."""
-    if not standardise:
-        return gradient if temperature == 1.0 else gradient.div_(temperature)
-    deviation, mean = torch.std_mean(block, -1, keepdim=True)
-    divisor = deviation + _STANDARD_DEVIATION_EPSILON
-    spread = (block - mean) / (deviation * (block.shape[-1] - 1))
-    # A constant row has no direction in which its deviation grows.
-    spread = spread.masked_fill(deviation == 0, 0.0)
-    along = (gradient * block).sum(-1, keepdim=True) / divisor.square()
-    return (gradient / divisor - spread * along).div_(temperature)
 
 
 def _check_ids(ids: Tensor, shape: tuple[int, int, int]) -> None:

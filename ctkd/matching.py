@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ctkd.batch import Batch
 from ctkd.errors import BatchError
-from ctkd.logits import Logits, stable_top_ids
+from ctkd.logits import Logits
+from ctkd.rows import stable_top_ids
 
 __all__ = [
     "MATCHINGS",

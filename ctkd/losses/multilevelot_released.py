@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctkd.batch import Batch, Side
-from ctkd.logits import stable_top_ids
 from ctkd.loss import Loss, LossOutput, Paper, Weights, average, check_positive, masked_sum
 from ctkd.matching import paired_positions
 from ctkd.registry import register
+from ctkd.rows import stable_top_ids
 from ctkd.sinkhorn import sinkhorn
 
 __all__ = ["MultiLevelOTReleased"]

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctkd.batch import Batch
-from ctkd.logits import map_row_pairs
 from ctkd.loss import (
     Loss,
     LossOutput,
@@ -20,6 +19,7 @@ from ctkd.loss import (
 )
 from ctkd.matching import paired_positions
 from ctkd.registry import register
+from ctkd.row_pairs import map_row_pairs
 
 __all__ = ["ULD", "sorted_l1"]
 

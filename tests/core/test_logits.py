@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctkd import logits as logits_module
+from ctkd import row_pairs
+from ctkd import rows as rows_module
 from ctkd.errors import BatchError
-from ctkd.logits import DenseLogits, map_row_pairs, stable_top_ids
+from ctkd.logits import DenseLogits
+from ctkd.row_pairs import map_row_pairs
+from ctkd.rows import stable_top_ids
 
 B, S, V = 3, 5, 11
 LENGTHS = (5, 3, 0)
@@ -21,9 +24,9 @@ by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 def reading(request, monkeypatch) -> str:
     """How rows are read: in one block or several, with or without those that are not scored."""
     if "small" in request.param:
-        monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", {"cpu": 2 * V + 3})
+        monkeypatch.setattr(rows_module, "BLOCK_ELEMENTS", {"cpu": 2 * V + 3})
     if "padding" in request.param:
-        monkeypatch.setattr(logits_module, "_DEVICES_THAT_SKIP_PADDING", set())
+        monkeypatch.setattr(rows_module, "DEVICES_THAT_SKIP_PADDING", set())
     return request.param
 
 
@@ -36,7 +39,7 @@ def build(layout: str, seed: int = 0) -> tuple[Tensor, DenseLogits, Tensor]:
     """A leaf, `DenseLogits` on some view of it, and the same (B, S, V) values by plain indexing."""
     mask = torch.arange(S) < torch.tensor(LENGTHS).unsqueeze(1)
     shapes = {
-        "sliced": (B, S + 1, V),
+        "sliced": (B, S + 1, V + 2),
         "transposed": (S, B, V),
         "expanded": (B, 1, V),
         "cut_head": (B, S, V + 3),
@@ -47,7 +50,7 @@ def build(layout: str, seed: int = 0) -> tuple[Tensor, DenseLogits, Tensor]:
         leaf = leaf.masked_fill(~mask.unsqueeze(-1), torch.nan)
     leaf.requires_grad_()
     if layout == "sliced":
-        return leaf, DenseLogits(leaf[:, :-1], mask=mask), leaf[:, :S]
+        return leaf, DenseLogits(leaf[:, :-1], mask=mask, vocab_size=V), leaf[:, :S, :V]
     if layout == "transposed":
         return leaf, DenseLogits(leaf.transpose(0, 1), mask=mask), leaf.permute(1, 0, 2)
     if layout == "expanded":
@@ -176,12 +179,14 @@ def test_ties_go_to_the_lower_id(dtype):
         [-3.0, -3.0, 2.5, 2.5, -0.0],
         [-0.0, 0.0, -0.0, 0.0, -1e-3],
     ]
-    rows += (randn(20, 5, seed=4) * 1.5).round().tolist()
-    values = torch.tensor(rows, dtype=dtype)
-    for k in (1, 3, 5):
-        expected = [sorted(range(5), key=lambda i, row=row: (-row[i], i))[:k] for row in rows]
-        assert stable_top_ids(values, k).tolist() == expected
-        assert DenseLogits(values[None]).top_ids(k).tolist() == [expected]
+    # Sorts of a few entries are stable by chance.
+    wide = (randn(3, 300, seed=4) * 1.5).round().tolist()
+    for table, counts in ((rows, (1, 3, 5)), (wide, (1, 50, 300))):
+        values, ids = torch.tensor(table, dtype=dtype), range(len(table[0]))
+        for k in counts:
+            expected = [sorted(ids, key=lambda i, row=row: (-row[i], i))[:k] for row in table]
+            assert stable_top_ids(values, k).tolist() == expected
+            assert DenseLogits(values[None]).top_ids(k).tolist() == [expected]
 
 
 def l1_to_scaled(student: Tensor, teacher: Tensor) -> Tensor:
@@ -227,7 +232,7 @@ def test_without_gradients_none_are_computed(mode, monkeypatch):
     def refuse(*_):
         raise RuntimeError("a buffer for gradients was made")
 
-    monkeypatch.setattr(logits_module, "_row_buffer", refuse)
+    monkeypatch.setattr(row_pairs, "_row_buffer", refuse)
     tensor = randn(1, 2, V).requires_grad_()
     rows = torch.tensor([[0, 1], [1, 0]])
     with mode():
@@ -238,17 +243,27 @@ def test_without_gradients_none_are_computed(mode, monkeypatch):
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_answers_are_new_after_the_logits_changed(inference):
+@pytest.mark.parametrize("mass_first", [False, True])
+def test_answers_are_new_after_the_logits_changed(inference, mass_first):
     ids = torch.tensor([[[0, 1]]])
     with torch.inference_mode(inference):
         tensor = randn(1, 2, V)
         logits = DenseLogits(tensor)
-        for _ in range(2):
-            logits.column_mass()
-            expected = naive_log_probs(tensor, 1.0)[..., :2]
-            agree(logits.log_probs(ids), expected)
+        for _ in range(3):
+            if mass_first:
+                agree(logits.column_mass(), naive_log_probs(tensor, 1.0).exp().sum(1))
+            agree(logits.log_probs(ids), naive_log_probs(tensor, 1.0)[..., :2])
             tensor.mul_(-1.7)
     assert tensor.is_inference() == inference
+
+
+def test_answers_do_not_mix_up_temperatures_and_scales():
+    logits = DenseLogits(tensor := randn(1, 2, V))
+    ids = torch.arange(V).view(1, 1, V)
+    for _ in range(2):
+        for temperature, standardise in itertools.product((1.0, 2.0), (False, True)):
+            answer = logits.log_probs(ids, temperature=temperature, standardise=standardise)
+            agree(answer, naive_log_probs(tensor, temperature, standardise))
 
 
 def test_inference_tensors_answer_outside_of_inference_mode():

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ctkd
-from ctkd import logits as logits_module
+from ctkd import rows as rows_module
 from ctkd.batch import Batch
 from ctkd.errors import SettingError
 from ctkd.loss import (
@@ -129,9 +129,9 @@ def test_a_device_that_reads_padding_gets_the_same(name, settings, monkeypatch):
             inputs[f"{side}_logits"] = inputs[f"{side}_logits"].masked_fill(~scored, garbage)
         same(loss_and_gradient(loss, inputs), expected)
         with monkeypatch.context() as patch:
-            patch.setattr(logits_module, "_DEVICES_THAT_SKIP_PADDING", set())
+            patch.setattr(rows_module, "DEVICES_THAT_SKIP_PADDING", set())
             same(loss_and_gradient(loss, inputs), expected)
-            patch.setattr(logits_module, "_BLOCK_ELEMENTS", {"cpu": 30})
+            patch.setattr(rows_module, "BLOCK_ELEMENTS", {"cpu": 30})
             same(loss_and_gradient(loss, inputs), expected)
 
 
@@ -189,8 +189,8 @@ def large_allocations(function, dtype: torch.dtype) -> tuple[list[int], int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("devices", [{"cpu"}, set()])
 def test_the_only_large_tensor_is_the_gradient(name, settings, dtype, devices, monkeypatch):
-    monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", {"cpu": 8 * 6000})
-    monkeypatch.setattr(logits_module, "_DEVICES_THAT_SKIP_PADDING", devices)
+    monkeypatch.setattr(rows_module, "BLOCK_ELEMENTS", {"cpu": 8 * 6000})
+    monkeypatch.setattr(rows_module, "DEVICES_THAT_SKIP_PADDING", devices)
     loss = ctkd.get_loss(name, **settings)
     found, gradient = large_allocations(lambda batch: loss(batch).value, dtype)
     assert found == [gradient]

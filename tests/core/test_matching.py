@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from baselines import multilevelot
-from ctkd import logits as logits_module
 from ctkd import matching as matching_module
+from ctkd import rows as rows_module
 from ctkd.batch import Batch
 from ctkd.errors import BatchError
 from ctkd.losses.multilevelot import MultiLevelOT
@@ -190,8 +190,8 @@ def test_an_empty_side_is_matched_somehow(matching):
 def test_a_device_that_reads_padding_finds_the_same(matching, monkeypatch):
     batch = Batch.from_causal_lm(**long_inputs(7))
     expected = match(matching, batch, k=6)
-    monkeypatch.setattr(logits_module, "_DEVICES_THAT_SKIP_PADDING", set())
-    monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", {"cpu": 30})
+    monkeypatch.setattr(rows_module, "DEVICES_THAT_SKIP_PADDING", set())
+    monkeypatch.setattr(rows_module, "BLOCK_ELEMENTS", {"cpu": 30})
     result = match(matching, Batch.from_causal_lm(**long_inputs(7)), k=6)
     assert torch.equal(result.student_ids, expected.student_ids)
     assert torch.equal(result.teacher_ids, expected.teacher_ids)

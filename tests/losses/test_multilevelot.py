@@ -10,7 +10,7 @@ from torch import Tensor
 import ctkd
 from baselines import multilevelot as oracle
 from ctkd.batch import Batch
-from ctkd.losses.multilevelot import (
+from ctkd.losses.multilevelot_terms import (
     absolute_difference,
     sequence_cost,
     teacher_weighted_log_loss,
@@ -116,7 +116,7 @@ def test_golden_values_of_the_paper_assignment(monkeypatch):
 
     pairing = ColumnMatch(torch.tensor([columns]), match.teacher_ids, match.found)
     monkeypatch.setattr(
-        "ctkd.losses.multilevelot.match_by_assignment", lambda *_, **settings: pairing
+        "ctkd.losses.multilevelot_terms.match_by_assignment", lambda *_, **settings: pairing
     )
     for term, expected in (("sl", golden["L_SL"]), ("sd", golden["L_SD_by_N"]["20"])):
         value = summed(batch, **only(term, **settings))

@@ -113,6 +113,8 @@ def test_golden_gradient_norms_of_the_terms(case, dtype, monkeypatch):
         {"V": 60, "W": 70, "head": 0},
         {"V": 11, "W": 8, "head": 0},
         {"V": 8, "W": 55, "head": 0, "teacher_lengths": (6, 2, 1)},
+        # With two columns the costs are far enough apart for the number of rounds to show.
+        {"V": 2, "W": 2, "head": 0},
     ],
     ids=str,
 )
@@ -126,7 +128,8 @@ def test_the_as_published_version_agrees(settings, shape, seed):
     assert output.count == 3
     torch.testing.assert_close(output.value, expected["value"], rtol=1e-12, atol=0)
     for name, weight in WEIGHTS.items():
-        torch.testing.assert_close(output.parts[name] / weight, expected[name].detach())
+        part = output.parts[name] / weight
+        torch.testing.assert_close(part, expected[name].detach(), rtol=1e-10, atol=0)
     gradient, expected_gradient = (
         torch.autograd.grad(value, leaf)[0] for value in (output.value, expected["value"])
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import ctkd
 from baselines import uld
-from ctkd import logits as logits_module
+from ctkd import rows as rows_module
 from ctkd.batch import Batch
 from ctkd.losses.uld import sorted_l1
 from tests.golden_values import entries_of, gradient_norm, load, paper_case, released_case
@@ -183,7 +183,7 @@ def test_equal_distributions_in_any_order_are_no_distance_apart():
 def test_blocks_change_nothing(monkeypatch):
     inputs = ragged_inputs(6)
     expected = loss_and_gradient(ctkd.get_loss("uld"), inputs)
-    monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(rows_module, "BLOCK_ELEMENTS", {"cpu": 1})
     torch.testing.assert_close(
         loss_and_gradient(ctkd.get_loss("uld"), inputs), expected, rtol=1e-13, atol=1e-16
     )
