@@ -127,7 +127,7 @@ def _plan(path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
         try_to_write(path)
         if resume:
             _check_same(path, before["settings"], settings)
-            return before
+            return {**before, "settings": settings}
     return record
 
 

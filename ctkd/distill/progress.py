@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["StepReport", "StopOnSignal", "loss_line"]
+__all__ = ["StepReport", "StepsAsAsked", "StopOnSignal", "loss_line"]
 
 
 class StepReport(TrainerCallback):  # type: ignore[misc]
@@ -26,6 +27,7 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._bar: Any = None
+        self._held_out_bar: Any = None
         self._started = 0.0
         self.seconds: list[float] = []
 
@@ -56,6 +58,31 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.seconds.append(time.perf_counter() - self._started)
         self._bar.update(1)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        if self._held_out_bar is None:
+            self._held_out_bar = tqdm(
+                total=len(eval_dataloader),
+                desc="held-out losses",
+                unit="batch",
+                disable=None,
+                leave=False,
+            )
+        self._held_out_bar.update(1)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._held_out_bar is not None:
+            self._held_out_bar.close()
+            self._held_out_bar = None
 
     def on_log(
         self,
@@ -101,6 +128,15 @@ def loss_line(logs: dict[str, Any]) -> str:
     return line
 
 
+class StepsAsAsked(TrainerCallback):  # type: ignore[misc]
+    """Logs and saves a resumed run as often as it is asked to now, not as it was at its start."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     """Ends training after the current step, with a checkpoint, on the first interrupt.
 
@@ -140,4 +176,6 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
             self.restore()
             raise KeyboardInterrupt
         self.stopped = True
-        self._say("stopping after this step, with a checkpoint (once more to stop at once)")
+        # A signal can come while a line is being written, and then none can be written here.
+        with suppress(RuntimeError):
+            self._say("stopping after this step, with a checkpoint (once more to stop at once)")

@@ -186,6 +186,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         """Average cross-entropy and the loss over the units of all batches."""
         model = self._wrap_model(self.model, training=False, dataloader=dataloader)
         model.eval()
+        self.callback_handler.eval_dataloader = dataloader
         total: Tensor | None = None
         samples = 0
         for inputs in dataloader:

@@ -25,21 +25,24 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ctkd import __version__
 from ctkd.distill.config import TrainConfig
-from ctkd.distill.curves import plot_curves
 from ctkd.distill.data import EMBEDDED, load_rows, split_off
-from ctkd.distill.encoding import Collator, EncodedExamples, encode_pair, padding_id
-from ctkd.distill.evaluation import answer, score_predictions
-from ctkd.distill.metrics import write_predictions
-from ctkd.distill.models import check_token_ids, load_model, load_tokenizer
+from ctkd.distill.encoding import (
+    Collator,
+    EncodedExamples,
+    EncodedSide,
+    encode_pair,
+    padding_id,
+)
+from ctkd.distill.measuring import Measure, keep_history
+from ctkd.distill.models import check_token_ids, head_width, load_model, load_tokenizer
 from ctkd.distill.output_folder import OutputFolder
-from ctkd.distill.progress import StepReport, StopOnSignal, loss_line
+from ctkd.distill.progress import StepReport, StepsAsAsked, StopOnSignal
 from ctkd.distill.tasks import Example, examples
 from ctkd.distill.trainer import CrossTokenizerTrainer
-from ctkd.errors import CtkdError, ModelError, OutputError, SettingError
+from ctkd.errors import CtkdError, DataError, ModelError, OutputError, SettingError
 
-__all__ = ["CURVES", "Interrupted", "choose_device", "is_embedded", "load_examples", "train"]
+__all__ = ["Interrupted", "choose_device", "is_embedded", "load_examples", "train"]
 
-CURVES = "curves.png"
 HELD_OUT_FRACTION = 0.1
 
 
@@ -101,10 +104,10 @@ def train(
     folder.write()
     report, stop = StepReport(say), StopOnSignal(say)
     trainer = _make_trainer(config, models, encoded, encoded_held_out, folder, device)
-    trainer.add_callback(report)
-    trainer.add_callback(stop)
+    for callback in (StepsAsAsked(), report, stop):
+        trainer.add_callback(callback)
 
-    measure = _Measure(config, folder, held_out, say)
+    measure = Measure(config, folder, held_out, say)
     measure.metrics("student before", models.student, models.student_tokenizer)
     if models.teacher is not None and models.teacher_tokenizer is not None:
         measure.metrics("teacher", models.teacher, models.teacher_tokenizer)
@@ -121,7 +124,7 @@ def train(
     folder.results["steps"] = trainer.state.global_step
     if report.seconds_per_step is not None:
         folder.results["seconds per step"] = report.seconds_per_step
-    _keep_history(folder, trainer)
+    keep_history(folder, trainer)
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; repeat the "
@@ -131,7 +134,7 @@ def train(
     models.student.config.use_cache = True
     trainer.save_model(str(folder.path))
     measure.losses("losses after", trainer)
-    _keep_history(folder, trainer)
+    keep_history(folder, trainer)
     measure.metrics("student after", models.student, models.student_tokenizer)
     folder.keep("finished", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     if not config.keep_checkpoints:
@@ -199,7 +202,25 @@ def _encode(
     )
     if encoded.too_long:
         say(f"{what}: {encoded.report()}")
+    _check_ids(encoded, models)
     return encoded
+
+
+def _check_ids(encoded: EncodedExamples, models: _Models) -> None:
+    """Refuse ids without an embedding: some tokenizers spell special tokens that models lack."""
+    for side, model in (("student", models.student), ("teacher", models.teacher)):
+        if model is None:
+            continue
+        width = head_width(model)
+        for row in encoded.rows:
+            found: EncodedSide | None = getattr(row, side)
+            largest = 0 if found is None else max(*found.prompt_ids, *found.answer_ids)
+            if largest >= width:
+                raise DataError(
+                    f"example {row.id}: its token id {largest} is out of the {side}'s range of "
+                    f"{width} ids; the text spells a special token that the model does not know, "
+                    "remove it"
+                )
 
 
 def _longest(config: TrainConfig, models: _Models, room: int) -> int:
@@ -289,60 +310,6 @@ def _train_from(trainer: CrossTokenizerTrainer, checkpoint: Path | None) -> None
     # All steps are done; Trainer would do one more.
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
-
-
-def _keep_history(folder: OutputFolder, trainer: CrossTokenizerTrainer) -> None:
-    """Keep and draw what was logged, with the held-out losses at both ends of it."""
-    ends = {"losses before": 0, "losses after": trainer.state.global_step}
-    before, *after = [
-        {"step": step, **{f"eval_{name}": value for name, value in folder.results[stage].items()}}
-        for stage, step in ends.items()
-        if stage in folder.results
-    ]
-    logged = [entry for entry in trainer.state.log_history if "eval_ce" not in entry]
-    folder.keep("history", [before, *logged, *after])
-    plot_curves(folder.results["history"], folder.path / CURVES)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Measure:
-    """Measures on held-out examples, each once, also when a run is resumed."""
-
-    config: TrainConfig
-    folder: OutputFolder
-    held_out: Sequence[Example]
-    say: Callable[[str], None]
-
-    def metrics(
-        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        if name not in self.folder.results:
-            predictions = answer(
-                model,
-                tokenizer,
-                self.held_out,
-                max_new_tokens=self.config.max_new_tokens,
-                progress=f"{name}: answering",
-            )
-            file = f"predictions-{name.replace(' ', '-')}.jsonl"
-            write_predictions(self.folder.path / file, predictions)
-            self.folder.keep(name, score_predictions(predictions).summary())
-        found = self.folder.results[name]
-        self.say(
-            f"{name}: F1 {found['f1']:.1f}, exact match {found['exact_match']:.1f}, "
-            f"Rouge-LSum {found['rouge_lsum']:.1f}"
-        )
-
-    def losses(self, name: str, trainer: CrossTokenizerTrainer) -> None:
-        if name not in self.folder.results:
-            metrics = trainer.evaluate()
-            losses = {
-                entry.removeprefix("eval_"): value
-                for entry, value in metrics.items()
-                if entry == "eval_ce" or entry.startswith("eval_kd")
-            }
-            self.folder.keep(name, losses)
-        self.say(f"{name}, held-out: {loss_line(self.folder.results[name])}")
 
 
 def choose_device(name: str) -> torch.device:

@@ -58,6 +58,7 @@ class MultiLevelOT(MultiLevelOTTerms):
     Example:
         One token on both sides and k = 1: t = 0.75, s = 0.5. HAD is 0.25, SL is -0.75 log 0.5.
 
+        >>> import torch
         >>> import ctkd
         >>> batch = ctkd.Batch.from_causal_lm(
         ...     student_logits=torch.tensor([[[0.5, 0.5], [0.0, 0.0]]]).log(),

@@ -41,6 +41,7 @@ class MultiLevelOTSequence(MultiLevelOTTerms):
     Example:
         One token on both sides: the plan is 1, the cost |0.75 - 0.5|.
 
+        >>> import torch
         >>> import ctkd
         >>> batch = ctkd.Batch.from_causal_lm(
         ...     student_logits=torch.tensor([[[0.5, 0.5], [0.0, 0.0]]]).log(),

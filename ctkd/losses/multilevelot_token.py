@@ -40,6 +40,7 @@ class MultiLevelOTToken(MultiLevelOTTerms):
     Example:
         t = 0.75 and s = 0.5 on the one kept column.
 
+        >>> import torch
         >>> import ctkd
         >>> batch = ctkd.Batch.from_causal_lm(
         ...     student_logits=torch.tensor([[[0.5, 0.5], [0.0, 0.0]]]).log(),

@@ -1,0 +1,300 @@
+"""The command line: train, evaluate, losses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ctkd import __version__
+from ctkd.errors import CtkdError, SettingError
+from ctkd.registry import describe, list_losses
+
+__all__ = ["main"]
+
+TRACEBACK_VARIABLE = "CTKD_TRACEBACK"
+_START = """
+\b
+Start here:
+  ctkd train --loss multilevelot      real models and data, some minutes on a laptop
+  ctkd losses                         what there is to distil with
+  ctkd train --help                   more examples, and every option
+"""
+_LOSSES_EXAMPLES = """
+\b
+Examples:
+  ctkd losses
+  ctkd losses multilevelot
+"""
+_TRAIN_EXAMPLES = """
+\b
+Examples:
+  ctkd train --loss multilevelot
+  ctkd train --loss uld --kd-weight 1.5 --data rows.jsonl --epochs 3
+  ctkd train --loss multilevelot --loss-option k=20 --loss-option matching=greedy
+  ctkd train --loss sft --student gemma-3-270m --output runs/teacher
+  ctkd train --config run.yaml --seed 1
+"""
+_EVALUATE_EXAMPLES = """
+\b
+Examples:
+  ctkd evaluate runs/multilevelot-seed0
+  ctkd evaluate runs/sft-seed0 --loss uld --teacher gemma-3-270m
+  ctkd evaluate smollm2-135m-instruct --data rows.jsonl --limit 100 --predictions answers.jsonl
+  ctkd evaluate --predictions answers.jsonl
+"""
+
+
+class _Group(click.Group):
+    """Turns what went wrong into one line with a way out."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except CtkdError as error:
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            raise click.ClickException(_one_line(error)) from error
+        except KeyboardInterrupt:
+            way_out = "repeat the command"
+            if ctx.invoked_subcommand == train.name:
+                way_out += " with --resume to go on from the last checkpoint"
+            raise click.ClickException(f"stopped; {way_out}") from None
+        except Exception as error:
+            # A reader that closed the pipe, such as `head`, is click's business.
+            closed = isinstance(error, OSError) and error.errno == errno.EPIPE
+            if closed or os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            raise click.ClickException(
+                f"unexpected {type(error).__name__}: {_one_line(error)} "
+                f"(set {TRACEBACK_VARIABLE}=1 to see where)"
+            ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@click.group(cls=_Group, epilog=_START, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ctkd")
+def main() -> None:
+    """Distil a language model into a smaller one with another tokenizer."""
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def add(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+_DATA_OPTIONS = _options(
+    click.option("--data", help="pocketqa, a file, a folder or a hub id. [pocketqa]"),
+    click.option("--task", help="qa, summarization or text. [qa]"),
+    click.option(
+        "--column",
+        "columns",
+        multiple=True,
+        metavar="FIELD=COLUMN",
+        help="Name of a field's column in the data, such as context=passage. Repeatable.",
+    ),
+)
+
+
+@main.command(epilog=_TRAIN_EXAMPLES)
+@click.option("--loss", help="A loss of `ctkd losses`, or sft. [multilevelot]")
+@click.option(
+    "--loss-option",
+    "loss_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting of the loss; see `ctkd losses NAME`. Repeatable.",
+)
+@click.option("--teacher", help="Packaged name, folder, GGUF file or hub id. [gemma-3-270m]")
+@click.option("--student", help="The same for the student. [smollm2-135m-instruct]")
+@_DATA_OPTIONS
+@click.option("--eval-data", help="Held-out data. Default: a part of --data, by passage.")
+@click.option("--output", help="Folder of the run. [runs/LOSS-seedN]")
+@click.option("--max-steps", type=int, help="Optimizer steps; goes before --epochs.")
+@click.option("--epochs", type=float, help="Passes over the data. [1]")
+@click.option("--batch-size", type=int, help="Sequences per micro-batch. [4]")
+@click.option("--grad-accumulation", type=int, help="Micro-batches per step. [1]")
+@click.option("--learning-rate", type=float, help="Peak rate; the paper's is 1e-6. [5e-5]")
+@click.option("--warmup", type=float, help="Share of the steps with a rising rate. [0.1]")
+@click.option("--weight-decay", type=float, help="Of AdamW. [0]")
+@click.option("--max-length", type=int, help="Longest prompt and answer, in tokens. [1024]")
+@click.option("--kd-weight", type=float, help="Weight of the loss. [the loss's own]")
+@click.option("--ce-weight", type=float, help="Weight of cross-entropy. [the loss's own]")
+@click.option(
+    "--score-eos/--no-score-eos",
+    default=None,
+    help="Let distillation score the end of sequence, on both sides. [no]",
+)
+@click.option(
+    "--dtype", help="float32, bfloat16 (autocast over float32 weights), bfloat16-pure. [float32]"
+)
+@click.option("--device", help="auto, cpu or cuda. [auto]")
+@click.option("--seed", type=int, help="Of everything random. [0]")
+@click.option("--eval-limit", type=int, help="Most held-out examples used. [200]")
+@click.option("--max-new-tokens", type=int, help="Longest generated answer. [32]")
+@click.option("--logging-steps", type=int, help="Steps between lines of the log. [5]")
+@click.option("--save-steps", type=int, help="Steps between checkpoints. [200]")
+@click.option(
+    "--keep-checkpoints/--no-keep-checkpoints",
+    default=None,
+    help="Keep the last checkpoint of a finished run. [no]",
+)
+@click.option("--report-to", help="Tracker, as transformers names it. [none]")
+@click.option("--config", "config_file", metavar="FILE.yaml", help="Settings; options override it.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the output folder.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
+def train(
+    config_file: str | None,
+    resume: bool,
+    overwrite: bool,
+    loss_options: tuple[str, ...],
+    columns: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Distil a teacher into a student, and measure both before and after."""
+    _quieten()
+    from ctkd.distill.config import TrainConfig, parse_loss_option, read_config_file
+    from ctkd.distill.summary import summarize
+    from ctkd.distill.training import train as run
+
+    settings = {} if config_file is None else read_config_file(config_file)
+    if options["epochs"] is not None:
+        # Steps go before epochs, but an option goes before the file.
+        settings.pop("max_steps", None)
+    settings.update({name: value for name, value in options.items() if value is not None})
+    _merge(settings, "loss_options", dict(parse_loss_option(option) for option in loss_options))
+    _merge(settings, "columns", _columns(columns))
+    config = TrainConfig.from_mapping(settings, source=config_file or "options")
+    folder = run(config, resume=resume, overwrite=overwrite, say=_say)
+    click.echo(summarize(folder))
+
+
+@main.command(epilog=_EVALUATE_EXAMPLES)
+@click.argument("model", required=False)
+@_DATA_OPTIONS
+@click.option("--limit", type=int, help="Use the first N examples.")
+@click.option(
+    "--predictions",
+    metavar="FILE",
+    help="With MODEL: write its answers there. Without: score the answers in it.",
+)
+@click.option("--loss", help="Also measure this loss against a teacher.")
+@click.option("--loss-option", "loss_options", multiple=True, metavar="KEY=VALUE")
+@click.option("--teacher", help="For --loss. [gemma-3-270m]")
+@click.option("--batch-size", type=int, default=8, show_default=True)
+@click.option("--max-new-tokens", type=int, default=32, show_default=True)
+@click.option("--max-length", type=int, default=1024, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+)
+def evaluate(model: str | None, columns: tuple[str, ...], form: str, **options: Any) -> None:
+    """Answer held-out prompts with MODEL and score the answers, or score a file of answers."""
+    _quieten()
+    from ctkd.distill.config import parse_loss_option
+    from ctkd.distill.evaluate_command import EvaluateRequest, run_evaluation
+
+    request = EvaluateRequest(
+        model=model,
+        columns=_columns(columns),
+        **{
+            **options,
+            "loss_options": dict(parse_loss_option(one) for one in options["loss_options"]),
+        },
+    )
+    result = run_evaluation(request, say=_say)
+    if form == "json":
+        import json
+
+        click.echo(json.dumps(result, indent=2))
+        return
+    from tabulate import tabulate
+
+    rows = [
+        [name, str(value) if isinstance(value, int) else f"{value:.4g}"]
+        for name, value in result.items()
+    ]
+    click.echo(
+        tabulate(rows, ["measure", "value"], disable_numparse=True, colalign=("left", "right"))
+    )
+
+
+@main.command(epilog=_LOSSES_EXAMPLES)
+@click.argument("name", required=False)
+def losses(name: str | None) -> None:
+    """List the losses, or show all that is known of one."""
+    from tabulate import tabulate
+
+    if name is None:
+        rows = []
+        for each in list_losses():
+            facts = describe(each)
+            rows.append([each, facts.matches, f"arXiv:{facts.paper.arxiv}", _needs(facts.needs)])
+        click.echo(tabulate(rows, headers=["loss", "matches", "paper", "needs"]))
+        return
+    facts = describe(name)
+    click.echo(f"{facts.name}: {facts.matches}")
+    click.echo(f"{facts.paper.title}, arXiv:{facts.paper.arxiv}, {facts.paper.equation}")
+    click.echo(
+        f"unit: {facts.unit}; needs: {_needs(facts.needs)}; default weights: "
+        f"ce {facts.default_weights.ce:g}, kd {facts.default_weights.kd:g}\n"
+    )
+    settings = list(facts.settings.items())
+    # As --loss-option takes it.
+    click.echo(tabulate(settings, headers=["setting", "default"], missingval="null"))
+    click.echo(f"\n{facts.doc}")
+
+
+def _needs(needs: frozenset[str]) -> str:
+    return ", ".join(sorted(needs)) or "logits"
+
+
+def _merge(settings: dict[str, Any], name: str, given: dict[str, Any]) -> None:
+    """Let options override single entries of a mapping in the file."""
+    there = settings.get(name)
+    if given and (there is None or isinstance(there, dict)):
+        settings[name] = {**(there or {}), **given}
+
+
+def _columns(pairs: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        field, separator, column = pair.partition("=")
+        if not separator or not field or not column:
+            raise SettingError(f"a column is FIELD=COLUMN, such as context=passage, got {pair!r}")
+        found[field] = column
+    return found
+
+
+def _quieten() -> None:
+    """Leave the terminal to our own lines: libraries speak up only about errors."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
