@@ -192,6 +192,14 @@ def test_what_nobody_expected_is_one_line_too(place, monkeypatch):
     assert isinstance(result.exception, ctkd.CtkdError)
 
 
+def test_lines_of_an_error_are_joined(place, monkeypatch):
+    def refused(*arguments, **settings):
+        raise ctkd.CtkdError("the first line\n  and another")
+
+    monkeypatch.setattr(training, "train", refused)
+    assert error_of(invoke(*place.train("new"))) == "the first line and another"
+
+
 def test_a_reader_that_leaves_is_no_error_of_ours(monkeypatch):
     def closed(*arguments, **settings):
         raise BrokenPipeError(32, "Broken pipe")

@@ -147,8 +147,10 @@ def test_a_run_that_is_stopped_after_its_last_step_trains_no_more(place, monkeyp
 
     monkeypatch.setattr(measuring, "answer", interrupted)
     words = place.train("late", "--learning-rate", "0.01")
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     said = error_of(invoke(*words))
     assert said == "stopped; repeat the command with --resume to go on from the last checkpoint"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert last_checkpoint(run) == run / "checkpoint-2"
     (run / "model.safetensors").unlink()
     monkeypatch.setattr(measuring, "answer", answer)
