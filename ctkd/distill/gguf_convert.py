@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ctkd.distill.cache_folder import building, cache_dir, locked, say
+from ctkd.cache_folder import building, cache_dir, locked, say
 from ctkd.distill.loading import check_causal, check_complete, one_line, quiet
 from ctkd.errors import ModelError
 

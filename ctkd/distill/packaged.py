@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ctkd.distill.cache_folder import building, cache_dir, locked, say
+from ctkd.cache_folder import building, cache_dir, locked, say
 from ctkd.distill.gguf_convert import converted_folder, write_converted
 from ctkd.distill.loading import one_line
 from ctkd.errors import ModelError

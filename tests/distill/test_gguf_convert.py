@@ -155,7 +155,7 @@ def test_two_at_once_convert_once(path, monkeypatch):
     told = threading.Event()
     monkeypatch.setattr(gguf_convert, "write_converted", slow)
     monkeypatch.setattr(
-        "ctkd.distill.cache_folder.say", lambda line: told.set() if "waiting" in line else None
+        "ctkd.cache_folder.say", lambda line: told.set() if "waiting" in line else None
     )
     results = []
     threads = [threading.Thread(target=lambda: results.append(convert_gguf(path))) for _ in "12"]

@@ -216,7 +216,7 @@ def test_disk_full(index, cache, monkeypatch):
 def test_two_at_once_fetch_once(index, monkeypatch):
     waits, results = threading.Event(), []
     monkeypatch.setattr(
-        "ctkd.distill.cache_folder.say", lambda line: waits.set() if "waiting" in line else None
+        "ctkd.cache_folder.say", lambda line: waits.set() if "waiting" in line else None
     )
 
     def slow(command, scratch, bar):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ctkd.distill.cache_folder import building, cache_dir, locked
+from ctkd.cache_folder import building, cache_dir, locked
 from ctkd.errors import ModelError
 
 
