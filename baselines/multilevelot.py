@@ -82,7 +82,13 @@ def _assign(
 
 
 def match(
-    student_probs: Tensor, teacher_probs: Tensor, *, k: int, matching: str, candidates: int = 256
+    student_probs: Tensor,
+    teacher_probs: Tensor,
+    *,
+    k: int,
+    matching: str,
+    candidates: int = 256,
+    pairs: tuple[list[int], list[int]] | None = None,
 ) -> tuple[list[int], list[int | None]]:
     """Equations (9) to (12): the kept teacher columns and the student column matched to each.
 
@@ -92,17 +98,21 @@ def match(
         k: columns to keep.
         matching: one of the four of this module.
         candidates: student columns considered by ``"assignment_topk"``.
+        pairs: student positions and teacher positions whose distances count, one list each; the
+            first min(S, T) of both if None.
 
     Returns:
         Two lists of min(k, V, W) column ids. None stands for a column of zero padding.
     """
     student_width, teacher_width = student_probs.shape[1], teacher_probs.shape[1]
     kept = min(k, student_width, teacher_width)
-    common = min(len(student_probs), len(teacher_probs))
+    if pairs is None:
+        common = list(range(min(len(student_probs), len(teacher_probs))))
+        pairs = common, common
     teacher_order = columns_by_mass(teacher_probs)
     student_order = columns_by_mass(student_probs)
-    teacher = teacher_probs[:common].detach().numpy()
-    student = student_probs[:common].detach().numpy()
+    teacher = teacher_probs[pairs[1]].detach().numpy()
+    student = student_probs[pairs[0]].detach().numpy()
     matched: list[int | None]
     if matching == "mass":
         matched = [*student_order[:kept]]
@@ -125,7 +135,7 @@ def match(
     return teacher_order[:kept], matched
 
 
-def _student_kept(student_probs: Tensor, columns: list[int | None]) -> Tensor:
+def student_kept(student_probs: Tensor, columns: list[int | None]) -> Tensor:
     """Columns of (S, V) in the given order, a column of zeros for None."""
     zeros = student_probs.new_zeros(len(student_probs))
     return torch.stack([zeros if j is None else student_probs[:, j] for j in columns], dim=1)
@@ -205,7 +215,7 @@ def terms(
             student_probs, teacher_probs, k=k, matching=matching, candidates=candidates
         )
         had = had + absolute_difference(
-            teacher_probs[:, teacher_columns], _student_kept(student_probs, student_columns)
+            teacher_probs[:, teacher_columns], student_kept(student_probs, student_columns)
         )
         sl = sl + cross_entropy(
             F.softmax(teacher_logits / sl_temperature, dim=1)[:, teacher_columns],
@@ -214,7 +224,7 @@ def terms(
         )
         cost = sequence_cost(
             F.softmax(teacher_logits / sd_temperature, dim=1)[:, teacher_columns],
-            _student_kept(F.softmax(student_logits / sd_temperature, dim=1), student_columns),
+            student_kept(F.softmax(student_logits / sd_temperature, dim=1), student_columns),
         )
         sd = sd + (sinkhorn.plan(cost, regularization, iterations) * cost).sum()
     return {"had": had, "sl": sl, "sd": sd}

@@ -249,8 +249,8 @@ class Batch:
     Args:
         student: S positions, V words.
         teacher: T positions, W words.
-        num_chunks: The most chunks in one sequence, C. Known on the CPU, so that no loss has to
-            wait for the device.
+        num_chunks: The most chunks in one sequence, C. A number, so that no loss has to wait for
+            the device. 0 stands for as many as there can be, max(S, T).
 
     Raises:
         BatchError: If the two sides hold different numbers of sequences or live on two devices.
@@ -272,6 +272,18 @@ class Batch:
                 f"the student is on {student.device}, the teacher on {teacher.device}; "
                 "move both to one device"
             )
+        if self.num_chunks == 0:
+            object.__setattr__(self, "num_chunks", max(student.shape[1], teacher.shape[1]))
+        for name, side in (("student", self.student), ("teacher", self.teacher)):
+            chunk_ids = side.chunk_ids
+            # Only a CPU tensor can be looked into without making the device wait.
+            if chunk_ids is None or chunk_ids.device.type != "cpu" or chunk_ids.numel() == 0:
+                continue
+            if int(chunk_ids.max()) >= self.num_chunks:
+                raise BatchError(
+                    f"the {name}'s chunk_ids go up to {int(chunk_ids.max())}, but num_chunks is "
+                    f"{self.num_chunks}; give the largest number of chunks in one sequence"
+                )
 
     @classmethod
     def from_causal_lm(

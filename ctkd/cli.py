@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, losses."""
+"""The command line: train, evaluate, losses, doctor."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _START = """
 \b
 Start here:
   ctkd train --loss multilevelot      real models and data, some minutes on a laptop
+  ctkd doctor                         whether two tokenizers suit each other, before training
   ctkd losses                         what there is to distil with
   ctkd train --help                   more examples, and every option
 """
@@ -46,6 +47,13 @@ Examples:
   ctkd evaluate runs/sft-seed0 --loss uld --teacher gemma-3-270m
   ctkd evaluate smollm2-135m-instruct --data rows.jsonl --limit 100 --predictions answers.jsonl
   ctkd evaluate --predictions answers.jsonl
+"""
+_DOCTOR_EXAMPLES = """
+\b
+Examples:
+  ctkd doctor
+  ctkd doctor --student my-model --teacher gemma-3-270m --data rows.jsonl
+  ctkd doctor --student a/folder --teacher model.gguf --json
 """
 
 
@@ -135,6 +143,15 @@ _DATA_OPTIONS = _options(
 @click.option("--warmup", type=float, help="Share of the steps with a rising rate. [0.1]")
 @click.option("--weight-decay", type=float, help="Of AdamW. [0]")
 @click.option("--max-length", type=int, help="Longest prompt and answer, in tokens. [1024]")
+@click.option("--on-long", help="Longer training rows: drop, cut (on both sides), refuse. [drop]")
+@click.option(
+    "--min-coverage",
+    type=float,
+    help="Least share of the answers' bytes that both tokenizers spell alike. [0.95]",
+)
+@click.option("--student-template", help="The student's prompts: plain, or chat. [plain]")
+@click.option("--teacher-template", help="The same for the teacher. [plain]")
+@click.option("--teacher-shots", type=int, help="Examples the teacher reads first. [0]")
 @click.option("--kd-weight", type=float, help="Weight of the loss. [the loss's own]")
 @click.option("--ce-weight", type=float, help="Weight of cross-entropy. [the loss's own]")
 @click.option(
@@ -198,6 +215,8 @@ def train(
 @click.option("--loss", help="Also measure this loss against a teacher.")
 @click.option("--loss-option", "loss_options", multiple=True, metavar="KEY=VALUE")
 @click.option("--teacher", help="For --loss. [gemma-3-270m]")
+@click.option("--template", help="plain, or chat. [as the run in MODEL was trained, else plain]")
+@click.option("--teacher-template", help="plain, or chat, for --loss. [plain]")
 @click.option("--batch-size", type=int, default=8, show_default=True)
 @click.option("--max-new-tokens", type=int, default=32, show_default=True)
 @click.option("--max-length", type=int, default=1024, show_default=True)
@@ -264,6 +283,47 @@ def losses(name: str | None) -> None:
     # As --loss-option takes it.
     click.echo(tabulate(settings, headers=["setting", "default"], missingval="null"))
     click.echo(f"\n{facts.doc}")
+
+
+@main.command(epilog=_DOCTOR_EXAMPLES)
+@click.option(
+    "--student", help="Packaged name, folder, GGUF file or hub id. [smollm2-135m-instruct]"
+)
+@click.option("--teacher", help="The same for the teacher. [gemma-3-270m]")
+@_DATA_OPTIONS
+@click.option("--limit", type=int, help="Use the first N rows. [200]")
+@click.option(
+    "--min-coverage",
+    type=float,
+    help="Unsound if less of the answers' bytes is spelled alike on both sides. [0.95]",
+)
+@click.option(
+    "--min-one-to-one",
+    type=float,
+    help="Unsound if fewer of the chunks are one token on both sides. [0.05]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
+def doctor(columns: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Examine two tokenizers before any training: exit code 1 if the pair is unsound.
+
+    No weights are loaded.
+    """
+    _quieten()
+    from ctkd.distill.doctor_command import DoctorRequest, run_doctor
+    from ctkd.tokenization.doctor import Thresholds
+
+    given = {name: value for name, value in options.items() if value is not None}
+    limits = {name: given.pop(name) for name in ("min_coverage", "min_one_to_one") if name in given}
+    request = DoctorRequest(columns=_columns(columns), thresholds=Thresholds(**limits), **given)
+    report = run_doctor(request, say=_say)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        click.echo(report.page())
+    if not report.sound:
+        raise click.exceptions.Exit(1)
 
 
 def _needs(needs: frozenset[str]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.errors import BatchError
+from ctkd.log_mass import log_mass
 from ctkd.rows import (
     add_rows_,
     block_rows,
@@ -73,6 +74,21 @@ class Logits(ABC):
             temperatures: Each above 0; one answer for each.
             standardise: First divide each row by its standard deviation over the vocabulary
                 (unbiased) plus 1e-4.
+        """
+
+    @abstractmethod
+    def log_mass(self, columns: Tensor, *, temperature: float = 1.0) -> Tensor:
+        r"""Log of the probability that a set of columns holds together.
+
+        .. math:: \log \sum_{c} \mathrm{softmax}(x / \tau)_c
+
+        Shape:
+            ``columns`` (V,) bool. The answer is (B, S), in nats, differentiable; -inf
+            where no column of the set has any probability.
+
+        Args:
+            columns: True on the columns to add up.
+            temperature: Divides the logits.
         """
 
     @abstractmethod
@@ -191,6 +207,9 @@ class DenseLogits(Logits):
             self, ids, tuple(temperatures), standardise, self.tensor
         )
         return tuple(answers)
+
+    def log_mass(self, columns: Tensor, *, temperature: float = 1.0) -> Tensor:
+        return log_mass(self, columns, temperature)
 
     @torch.no_grad()
     def top_ids(self, k: int) -> Tensor:

@@ -76,14 +76,15 @@ class Loss(nn.Module, ABC):
         paper: Where the method comes from.
         matches: What is compared with what, in a few words, for tables.
         unit: What ``count`` counts.
-        needs: What a batch must hold besides logits and ids.
+        needs: What the loss must be given besides logits and ids: "chunks" and "hidden" in the
+            batch, a "pair" of tokenizers when it is built. A setting may change it.
         default_weights: The paper's weights of cross-entropy and of this loss.
     """
 
     paper: ClassVar[Paper]
     matches: ClassVar[str]
     unit: ClassVar[Unit]
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    needs: frozenset[Need] = frozenset()
     default_weights: ClassVar[Weights]
 
     @abstractmethod

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ctkd.batch import Batch
+from ctkd.chunks import PositionPairs, pair_positions
 from ctkd.errors import BatchError
 from ctkd.logits import Logits
 from ctkd.rows import stable_top_ids
@@ -55,15 +56,20 @@ def match_by_mass(batch: Batch, *, k: int, temperature: float) -> ColumnMatch:
 
 
 @torch.no_grad()
-def match_greedily(batch: Batch, *, k: int, temperature: float) -> ColumnMatch:
+def match_greedily(
+    batch: Batch, *, k: int, temperature: float, pairing: str = "position"
+) -> ColumnMatch:
     """Each teacher column, in rank order, takes the nearest student column still free.
 
-    Distances are L1 over the first min(S, T) scored positions of the sequence.
+    Distances are L1 over the paired positions of the sequence.
     """
-    teacher_ids, targets, paired = _ranked_teacher(batch, k=k, temperature=temperature)
+    pairs = pair_positions(batch, pairing)
+    teacher_ids, targets = _ranked_teacher(batch, pairs, k=k, temperature=temperature)
     student = batch.student.logits
     distance = student.column_distance(
-        _fit(targets, student.shape[1]), _fit(paired, student.shape[1]), temperature=temperature
+        pairs.at_student_positions(targets, student.shape[1]),
+        pairs.at_student_positions(pairs.valid, student.shape[1]),
+        temperature=temperature,
     )
     chosen = []
     for rank in range(k):
@@ -76,7 +82,7 @@ def match_greedily(batch: Batch, *, k: int, temperature: float) -> ColumnMatch:
 
 @torch.no_grad()
 def match_by_assignment(
-    batch: Batch, *, k: int, temperature: float, max_columns: int
+    batch: Batch, *, k: int, temperature: float, max_columns: int, pairing: str = "position"
 ) -> ColumnMatch:
     r"""The paper's optimum: all columns of both sides, zero-padded to a square, then cut to k.
 
@@ -94,13 +100,14 @@ def match_by_assignment(
             f"max_columns allows {max_columns}; use matching 'greedy' or 'assignment_topk', "
             "or raise max_columns"
         )
-    teacher_ids, _, paired = _ranked_teacher(batch, k=k, temperature=temperature)
-    student_probs = _all_probs(batch.student.logits, paired.shape[1], temperature)
-    teacher_probs = _all_probs(batch.teacher.logits, paired.shape[1], temperature)
+    pairs = pair_positions(batch, pairing)
+    teacher_ids, _ = _ranked_teacher(batch, pairs, k=k, temperature=temperature)
+    student_probs = pairs.of_student(_all_probs(batch.student.logits, temperature))
+    teacher_probs = pairs.of_teacher(_all_probs(batch.teacher.logits, temperature))
     width = batch.student.logits.shape[2]
     student_ids, found = [], []
     for scored, student, teacher, kept in zip(
-        paired.cpu(), student_probs.cpu(), teacher_probs.cpu(), teacher_ids.cpu(), strict=True
+        pairs.valid.cpu(), student_probs.cpu(), teacher_probs.cpu(), teacher_ids.cpu(), strict=True
     ):
         cost = _column_costs(teacher[scored], student[scored], columns)
         partner = _assign(cost)[kept.numpy()]
@@ -115,21 +122,22 @@ def match_by_assignment(
 
 @torch.no_grad()
 def match_top_by_assignment(
-    batch: Batch, *, k: int, temperature: float, candidates: int
+    batch: Batch, *, k: int, temperature: float, candidates: int, pairing: str = "position"
 ) -> ColumnMatch:
     """The teacher's k columns against the student's heaviest columns, by linear assignment.
 
     This is another optimum than eq. 11: columns that are cut off cannot take a partner away, and
     a student column outside the candidates cannot be chosen. Solved by scipy on the CPU.
     """
-    teacher_ids, targets, paired = _ranked_teacher(batch, k=k, temperature=temperature)
+    pairs = pair_positions(batch, pairing)
+    teacher_ids, targets = _ranked_teacher(batch, pairs, k=k, temperature=temperature)
     student = batch.student.logits
     mass = student.column_mass(temperature=temperature)
     heaviest = stable_top_ids(mass, min(max(candidates, k), student.shape[2]))
     probs = student.log_probs(heaviest.unsqueeze(1), temperature=temperature).exp()
     rows = []
     for scored, student_probs, teacher_probs in zip(
-        paired.cpu(), _fit(probs, paired.shape[1]).cpu(), targets.cpu(), strict=True
+        pairs.valid.cpu(), pairs.of_student(probs).cpu(), targets.cpu(), strict=True
     ):
         cost = torch.cdist(teacher_probs[scored].T, student_probs[scored].T, p=1.0)
         rows.append(torch.from_numpy(_assign(cost.numpy())))
@@ -143,18 +151,19 @@ def paired_positions(batch: Batch) -> Tensor:
     return batch.student.mask[:, :length] & batch.teacher.mask[:, :length]
 
 
-def _ranked_teacher(batch: Batch, *, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher's k heaviest columns, their probabilities, and the positions to compare at."""
+def _ranked_teacher(
+    batch: Batch, pairs: PositionPairs, *, k: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The teacher's k heaviest columns, and their probabilities at the paired positions."""
     teacher = batch.teacher.logits
     ids = stable_top_ids(teacher.column_mass(temperature=temperature), k)
-    paired = paired_positions(batch)
     probs = teacher.log_probs(ids.unsqueeze(1), temperature=temperature).exp().detach()
-    return ids, probs[:, : paired.shape[1]], paired
+    return ids, pairs.of_teacher(probs)
 
 
-def _all_probs(logits: Logits, length: int, temperature: float) -> Tensor:
+def _all_probs(logits: Logits, temperature: float) -> Tensor:
     ids = torch.arange(logits.shape[2], device=logits.device).expand(logits.shape[0], 1, -1)
-    return logits.log_probs(ids, temperature=temperature)[:, :length].exp()
+    return logits.log_probs(ids, temperature=temperature).exp()
 
 
 def _assign(cost: np.ndarray) -> np.ndarray:
@@ -169,15 +178,6 @@ def _column_costs(teacher: Tensor, student: Tensor, columns: int) -> np.ndarray:
     teacher = torch.nn.functional.pad(teacher, (0, columns - teacher.shape[1]))
     student = torch.nn.functional.pad(student, (0, columns - student.shape[1]))
     return torch.cdist(teacher.T, student.T, p=1.0).numpy()
-
-
-def _fit(values: Tensor, length: int) -> Tensor:
-    """Cut or zero-pad the second dimension to a length."""
-    missing = length - values.shape[1]
-    if missing <= 0:
-        return values[:, :length]
-    shape = (values.shape[0], missing, *values.shape[2:])
-    return torch.cat([values, values.new_zeros(shape)], dim=1)
 
 
 def _all_found(ids: Tensor) -> Tensor:

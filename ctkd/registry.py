@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ctkd.errors import DuplicateLossError, PluginError, SettingError, UnknownLossError
 from ctkd.loss import Loss, Need, Paper, Unit, Weights
+from ctkd.pair import Pair
 
 __all__ = ["LossFacts", "describe", "get_loss", "get_loss_class", "list_losses", "register"]
 
@@ -96,11 +97,12 @@ def get_loss_class(name: str) -> type[Loss]:
     raise UnknownLossError(_unknown(name))
 
 
-def get_loss(name: str, /, **settings: Any) -> Loss:
+def get_loss(name: str, /, *, pair: Pair | None = None, **settings: Any) -> Loss:
     """Build the loss filed under ``name`` with these settings.
 
     Args:
         name: One of `list_losses`.
+        pair: The two tokenizers, for losses that need them; the others do without.
         **settings: The loss's own keyword arguments; `describe` lists them.
 
     Raises:
@@ -122,7 +124,16 @@ def get_loss(name: str, /, **settings: Any) -> Loss:
     for setting, default in known.items():
         if default is inspect.Parameter.empty and setting not in settings:
             raise SettingError(f"the loss {name!r} needs the setting {setting!r}")
-    return cls(**settings)
+    takes_pair = inspect.signature(cls).parameters.get("pair")
+    if takes_pair is None:
+        return cls(**settings)
+    if pair is None and takes_pair.default is inspect.Parameter.empty:
+        raise SettingError(
+            f"the loss {name!r} compares two vocabularies and needs to know both tokenizers: "
+            f"get_loss({name!r}, pair=ctkd.tokenization.TokenizerPair(student_tokenizer, "
+            "teacher_tokenizer))"
+        )
+    return cls(pair=pair, **settings)
 
 
 def describe(name: str) -> LossFacts:
@@ -147,7 +158,9 @@ def describe(name: str) -> LossFacts:
 
 def _settings(cls: type[Loss]) -> dict[str, Any]:
     parameters = inspect.signature(cls).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters}
+    return {
+        parameter.name: parameter.default for parameter in parameters if parameter.name != "pair"
+    }
 
 
 def _plugins() -> tuple[EntryPoint, ...]:

@@ -13,12 +13,19 @@ from ctkd.errors import BatchError
 from ctkd.logits import DenseLogits, Logits
 from ctkd.rows import block_rows, skips_padding
 
-__all__ = ["RowFunction", "map_row_pairs"]
+__all__ = ["RowFunction", "map_row_pairs", "map_row_pairs_to_parts"]
 
-RowFunction = Callable[[Tensor, Tensor], Tensor]
+RowFunction = Callable[..., Tensor]
 
 
-def map_row_pairs(student: Logits, teacher: Logits, rows: Tensor, function: RowFunction) -> Tensor:
+def map_row_pairs(
+    student: Logits,
+    teacher: Logits,
+    rows: Tensor,
+    function: RowFunction,
+    *,
+    per_pair: Tensor | None = None,
+) -> Tensor:
     """Apply a function to pairs of whole rows, a block of pairs at a time.
 
     The gradient into the student's logits is computed with the values, so that each block is
@@ -26,22 +33,48 @@ def map_row_pairs(student: Logits, teacher: Logits, rows: Tensor, function: RowF
 
     Shape:
         ``rows`` (N, 2) int64: flattened positions, b * S + i on the student's side and
-        b * T + j on the teacher's. The answer is (N,), differentiable.
+        b * T + j on the teacher's. ``per_pair`` (N, E). The answer is (N,), differentiable.
 
     Args:
         student: Logits of S positions and V columns.
         teacher: Logits of T positions and W columns.
         rows: Pairs; one with a negative entry is left out and gives 0. A student row must not
             occur twice.
-        function: Takes raw logits (n, V) and (n, W), returns values (n,). It is differentiated by
-            autograd with respect to its first argument.
+        function: Takes raw logits (n, V) and (n, W), and (n, E) where there are numbers per pair;
+            returns values (n,). It is differentiated by autograd with respect to the first and
+            the third.
+        per_pair: Numbers that belong to each pair, differentiable.
+    """
+
+    def one_part(*arguments: Tensor) -> Tensor:
+        return function(*arguments).unsqueeze(-1)
+
+    return map_row_pairs_to_parts(student, teacher, rows, one_part, parts=1, per_pair=per_pair)[0]
+
+
+def map_row_pairs_to_parts(
+    student: Logits,
+    teacher: Logits,
+    rows: Tensor,
+    function: RowFunction,
+    *,
+    parts: int,
+    per_pair: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do what `map_row_pairs` does for a function whose values are sums of parts.
+
+    Shape:
+        ``function`` returns (n, P). The answers are the sums over parts, (N,), differentiable,
+        and the parts themselves, (N, P), detached.
     """
     if not isinstance(student, DenseLogits) or not isinstance(teacher, DenseLogits):
         raise BatchError("map_row_pairs needs whole rows of logits on both sides")
-    result: Tensor = _RowPairs.apply(  # type: ignore[no-untyped-call]
-        student, teacher, rows, function, torch.is_grad_enabled(), student.tensor
+    if per_pair is None:
+        per_pair = student.tensor.new_zeros((rows.shape[0], 0), dtype=student.dtype)
+    values, found = _RowPairs.apply(  # type: ignore[no-untyped-call]
+        student, teacher, rows, function, parts, torch.is_grad_enabled(), student.tensor, per_pair
     )
-    return result
+    return values, found
 
 
 class _RowPairs(torch.autograd.Function):
@@ -52,33 +85,38 @@ class _RowPairs(torch.autograd.Function):
         teacher: DenseLogits,
         rows: Tensor,
         function: RowFunction,
+        parts: int,
         grad_enabled: bool,
         tensor: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(tensor, rows)
+        per_pair: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(tensor, rows, per_pair)
         ctx.student, ctx.teacher, ctx.function = student, teacher, function
-        ctx.scores = None
-        values = tensor.new_zeros(rows.shape[0], dtype=student.dtype)
-        if grad_enabled and ctx.needs_input_grad[5]:
-            ctx.scores = _row_buffer(tensor)
-        _work_through_pairs(student, teacher, rows, function, values, ctx.scores)
-        return values
+        ctx.gradients = None
+        values = tensor.new_zeros((rows.shape[0], parts), dtype=student.dtype)
+        if grad_enabled and any(ctx.needs_input_grad[6:]):
+            ctx.gradients = _row_buffer(tensor), torch.zeros_like(per_pair)
+        _work_through_pairs(student, teacher, rows, function, per_pair, values, ctx.gradients)
+        ctx.mark_non_differentiable(values)
+        return values.sum(-1), values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        tensor, rows = ctx.saved_tensors
+    def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        tensor, rows, per_pair = ctx.saved_tensors
         student: DenseLogits = ctx.student
-        scores, ctx.scores = ctx.scores, None
-        if scores is None:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
             # A second backward pass through a retained graph: the first one used the buffer up.
-            scores = _row_buffer(tensor)
-            values = torch.zeros_like(incoming)
-            _work_through_pairs(student, ctx.teacher, rows, ctx.function, values, scores)
+            gradients = _row_buffer(tensor), torch.zeros_like(per_pair)
+            _work_through_pairs(student, ctx.teacher, rows, ctx.function, per_pair, None, gradients)
+        scores, per_pair_gradient = gradients
         for pair, batch_index, position, _, _ in _pair_blocks(student, ctx.teacher, rows):
             row = _buffer_rows(student, batch_index, position, rows[pair])
             scores[row] *= incoming[pair].unsqueeze(-1).to(scores.dtype)
-        return None, None, None, None, None, scores[:-1].view(tensor.shape)
+        score_gradient = scores[:-1].view(tensor.shape)
+        per_pair_gradient = per_pair_gradient * incoming.unsqueeze(-1)
+        return None, None, None, None, None, None, score_gradient, per_pair_gradient
 
 
 def _row_buffer(tensor: Tensor) -> Tensor:
@@ -99,26 +137,33 @@ def _work_through_pairs(
     teacher: DenseLogits,
     rows: Tensor,
     function: RowFunction,
-    values: Tensor,
-    scores: Tensor | None,
+    per_pair: Tensor,
+    values: Tensor | None,
+    gradients: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Fill in the values of all pairs and, if asked for, their gradients."""
+    """Fill in the values of all pairs and the gradients, whichever is asked for."""
     for pair, batch_index, position, teacher_batch_index, teacher_position in _pair_blocks(
         student, teacher, rows
     ):
-        valid = rows[pair].amin(-1) >= 0
-        student_block = student._read(batch_index, position)
+        left_out = rows[pair].amin(-1, keepdim=True) < 0
+        inputs = [student._read(batch_index, position)]
         teacher_block = teacher._read(teacher_batch_index, teacher_position)
-        with torch.set_grad_enabled(scores is not None):
-            student_block.requires_grad_(scores is not None)
-            value = function(student_block, teacher_block)
-            if scores is not None:
-                (gradient,) = torch.autograd.grad(
-                    value.masked_fill(~valid, 0.0).sum(), student_block
-                )
+        if per_pair.shape[1]:
+            inputs.append(per_pair[pair].detach())
+        with torch.set_grad_enabled(gradients is not None):
+            for differentiated in inputs:
+                differentiated.requires_grad_(gradients is not None)
+            value = function(inputs[0], teacher_block, *inputs[1:]).masked_fill(left_out, 0.0)
+            if gradients is not None:
+                found = torch.autograd.grad(value.sum(), inputs)
                 row = _buffer_rows(student, batch_index, position, rows[pair])
-                scores[row, : student.shape[2]] = gradient.to(scores.dtype)
-        values[pair] = value.detach().masked_fill(~valid, 0.0).to(values.dtype)
+                gradients[0][row, : student.shape[2]] = found[0].to(gradients[0].dtype)
+                if per_pair.shape[1]:
+                    # What was read for a pair that is left out may be garbage.
+                    per_pair_gradient = found[1].masked_fill(left_out, 0.0)
+                    gradients[1][pair] = per_pair_gradient.to(gradients[1].dtype)
+        if values is not None:
+            values[pair] = value.detach().to(values.dtype)
 
 
 def _pair_blocks(

@@ -7,7 +7,7 @@ In a plugin's test file::
 
     @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
     def test_my_loss(check):
-        check(MyLoss())
+        check(MyLoss())  # or MyLoss(pair=make_pair()), if it needs one
 
 A check raises `AssertionError` with a sentence that says what went wrong. The batches hold three
 sequences with prompts, answers of different lengths on the two sides, a padded head on the
@@ -26,30 +26,13 @@ from torch.autograd.gradcheck import GradcheckError
 
 from ctkd.batch import Batch
 from ctkd.loss import Loss, LossOutput
+from ctkd.testing_inputs import STUDENT_VOCABULARY, Inputs, make_inputs, make_pair
 
-__all__ = ["CHECKS", "Check", "Inputs", "check_loss", "make_inputs"]
+__all__ = ["CHECKS", "Check", "Inputs", "check_loss", "make_inputs", "make_pair"]
 
 Check = Callable[[Loss], None]
-Inputs = dict[str, Any]
-"""Keyword arguments of `Batch.from_causal_lm`."""
-
 CHECKS: list[Check] = []
-
-STUDENT_VOCABULARY = 7
-STUDENT_HEAD = 9
-TEACHER_VOCABULARY = 5
 _SIDES = ("student", "teacher")
-# Chunk numbers of the labels of each sequence; None stands for a label that is not scored.
-_STUDENT_CHUNKS: list[list[int | None]] = [
-    [None, None, 0, 0, 1, 2],
-    [None, 0, 1, 1, None, None],
-    [None, None, None, 0, 1, None],
-]
-_TEACHER_CHUNKS: list[list[int | None]] = [
-    [None, 0, 1, 1, 2],
-    [None, None, 0, 1, None],
-    [None, None, None, None, None],
-]
 
 
 def check_loss(loss: Loss, *, skip: tuple[str, ...] = ()) -> None:
@@ -70,47 +53,6 @@ def check_loss(loss: Loss, *, skip: tuple[str, ...] = ()) -> None:
     for check in CHECKS:
         if check.__name__ not in skip:
             check(loss)
-
-
-def make_inputs(
-    seed: int = 0,
-    *,
-    dtype: torch.dtype = torch.float64,
-    ties: bool = False,
-    device: str | torch.device = "cpu",
-) -> Inputs:
-    """Make the two models' outputs and labels for three texts.
-
-    Args:
-        seed: Of the random logits and labels.
-        dtype: Of the logits.
-        ties: Round the logits to halves, so that many entries of a row are equal.
-        device: Where the tensors lie.
-
-    Example:
-        >>> inputs = make_inputs()
-        >>> batch = Batch.from_causal_lm(**inputs)
-        >>> batch.student.logits.shape, batch.teacher.logits.shape
-        ((3, 5, 7), (3, 4, 5))
-    """
-    generator = torch.Generator().manual_seed(seed)
-    inputs: Inputs = {"student_vocab_size": STUDENT_VOCABULARY, "num_chunks": 3}
-    for side, chunks, vocabulary, head in (
-        ("student", _STUDENT_CHUNKS, STUDENT_VOCABULARY, STUDENT_HEAD),
-        ("teacher", _TEACHER_CHUNKS, TEACHER_VOCABULARY, TEACHER_VOCABULARY),
-    ):
-        chunk_ids = torch.tensor([[-1 if c is None else c for c in row] for row in chunks])
-        size = chunk_ids.shape
-        logits = 2.0 * torch.randn(*size, head, generator=generator, dtype=torch.float64)
-        if ties:
-            logits = (2.0 * logits).round() / 2.0
-        token_ids = torch.randint(vocabulary, size, generator=generator)
-        hidden = torch.randn(*size, 4, generator=generator, dtype=torch.float64)
-        inputs[f"{side}_logits"] = logits.to(device, dtype)
-        inputs[f"{side}_labels"] = token_ids.masked_fill(chunk_ids < 0, -100).to(device)
-        inputs[f"{side}_chunk_ids"] = chunk_ids.to(device)
-        inputs[f"{side}_hidden"] = hidden.to(device, dtype)
-    return inputs
 
 
 def _check(function: Check) -> Check:
@@ -175,7 +117,10 @@ def value_is_a_finite_scalar(loss: Loss) -> None:
 
 @_check
 def gradient_reaches_the_student_only(loss: Loss) -> None:
-    """Paired student positions get a gradient; padding, prompts and the teacher get none."""
+    """Paired student positions get a gradient; padding, prompts and the teacher get none.
+
+    Paired are equal positions or, for a loss on chunks, the first positions of a chunk.
+    """
     inputs = make_inputs()
     for name in ("student_logits", "teacher_logits", "teacher_hidden"):
         inputs[name].requires_grad_()
@@ -192,6 +137,11 @@ def gradient_reaches_the_student_only(loss: Loss) -> None:
     assert (size[~student_scored] == 0).all(), "positions that are not scored got a gradient"
     answers = (inputs["teacher_labels"] != -100).sum(1, keepdim=True)
     paired = student_scored & (student_scored.cumsum(1) <= answers)
+    if "chunks" in loss.needs:
+        chunk_ids = inputs["student_chunk_ids"]
+        begins = chunk_ids != chunk_ids.roll(1, 1)
+        shared = torch.isin(chunk_ids, inputs["teacher_chunk_ids"]) & (answers > 0)
+        paired = (begins & shared & (chunk_ids >= 0)).roll(-1, 1)
     assert (size[paired] > 0).all(), "a position that both sides score got no gradient"
     padded = gradient[..., STUDENT_VOCABULARY:]
     assert (padded == 0).all(), "columns past the tokenizer's length got a gradient"

@@ -18,6 +18,7 @@ def ragged_inputs(
     W: int = 8,
     head: int = 2,
     ties: bool = False,
+    chunks: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Any]:
     """Keyword arguments of `Batch.from_causal_lm`; a length is that of one scored answer.
@@ -39,7 +40,28 @@ def ragged_inputs(
             logits = np.round(2.0 * logits) / 2.0
         inputs[f"{side}_logits"] = torch.from_numpy(logits).to(dtype)
         inputs[f"{side}_labels"] = torch.from_numpy(labels)
+    if chunks:
+        _add_chunks(inputs, seed)
     return inputs
+
+
+def _add_chunks(inputs: dict[str, Any], seed: int) -> None:
+    """Number chunks of one or more tokens on each side; some tokens are in none."""
+    rs = np.random.RandomState(seed + 1)
+    for side in ("student", "teacher"):
+        inputs[f"{side}_chunk_ids"] = torch.full_like(inputs[f"{side}_labels"], -1)
+    for b in range(len(inputs["student_labels"])):
+        scored = {
+            side: (inputs[f"{side}_labels"][b] != -100).nonzero().flatten()
+            for side in ("student", "teacher")
+        }
+        chunks = max(min(map(len, scored.values())) - rs.randint(2), 0)
+        for side, positions in scored.items():
+            # Every chunk takes one token, the tokens left over join some chunk or none (the last).
+            extra = rs.randint(0, chunks + 1, size=len(positions) - chunks)
+            numbers = np.sort(np.concatenate([np.arange(chunks), extra]))
+            numbers[numbers == chunks] = -1
+            inputs[f"{side}_chunk_ids"][b, positions] = torch.from_numpy(numbers)
 
 
 def answer_rows(inputs: dict[str, Any], side: str) -> list[Tensor]:
@@ -53,6 +75,26 @@ def answer_rows(inputs: dict[str, Any], side: str) -> list[Tensor]:
         scored = [i for i in range(1, len(labels)) if labels[i] != -100]
         rows.append(logits[[i - 1 for i in scored]][:, :width])
     return rows
+
+
+def chunk_starts(inputs: dict[str, Any]) -> dict[str, list[list[int]]]:
+    """For each side and sequence the answer positions that begin a chunk both sides have."""
+    found: dict[str, list[list[int]]] = {"student": [], "teacher": []}
+    for b in range(len(inputs["student_labels"])):
+        chunks = {
+            side: [
+                int(chunk)
+                for chunk, label in zip(
+                    inputs[f"{side}_chunk_ids"][b], inputs[f"{side}_labels"][b], strict=True
+                )
+                if label != -100
+            ]
+            for side in found
+        }
+        shared = sorted((set(chunks["student"]) & set(chunks["teacher"])) - {-1})
+        for side, starts in found.items():
+            starts.append([chunks[side].index(chunk) for chunk in shared])
+    return found
 
 
 def side_of(*sequences: Tensor) -> Side:

@@ -263,7 +263,7 @@ def test_all_that_is_known_of_a_loss_is_shown(name):
 
 
 def test_an_unknown_loss_is_named():
-    assert error_of(invoke("losses", "nope")).startswith("unknown loss 'nope'. Available: multi")
+    assert error_of(invoke("losses", "nope")).startswith("unknown loss 'nope'. Available: alm")
     assert "Did you mean 'uld'?" in error_of(invoke("losses", "ulf"))
 
 

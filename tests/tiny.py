@@ -4,7 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ctkd.distill.encoding import Collator, encode_pair, padding_id
+from ctkd.distill.collator import Collator, padding_id
+from ctkd.distill.encoding import encode_pair
 from ctkd.distill.tasks import Example
 
 TEXTS = [

@@ -17,6 +17,7 @@ import yaml
 
 from ctkd.errors import SettingError
 from ctkd.loss import Loss, Weights
+from ctkd.pair import Pair, PlaceholderPair
 from ctkd.registry import get_loss
 
 __all__ = ["DTYPES", "TrainConfig", "parse_loss_option", "read_config_file"]
@@ -48,6 +49,12 @@ class TrainConfig:
         warmup: Share of the steps over which the learning rate rises.
         weight_decay: Of AdamW.
         max_length: Longest prompt and answer together, in tokens of either side.
+        on_long: What becomes of a longer training row: "drop" leaves it out, "cut" cuts its answer
+            at one byte on both sides, "refuse" stops. Held-out rows are left out.
+        min_coverage: Least share of the answers' bytes that both tokenizers must spell alike.
+        student_template: How the student reads a prompt: "plain", or "chat" for its own template.
+        teacher_template: The same for the teacher.
+        teacher_shots: Answered training examples that the teacher reads before each prompt.
         kd_weight: Weight of the loss; default the loss's own.
         ce_weight: Weight of cross-entropy; default the loss's own.
         score_eos: Let distillation score the end of sequence, on both sides.
@@ -80,6 +87,11 @@ class TrainConfig:
     warmup: float = 0.1
     weight_decay: float = 0.0
     max_length: int = 1024
+    on_long: Literal["drop", "cut", "refuse"] = "drop"
+    min_coverage: float = 0.95
+    student_template: Literal["plain", "chat"] = "plain"
+    teacher_template: Literal["plain", "chat"] = "plain"
+    teacher_shots: int = 0
     kd_weight: float | None = None
     ce_weight: float | None = None
     score_eos: bool = False
@@ -119,6 +131,12 @@ class TrainConfig:
             raise SettingError(
                 f"warmup is a share of the steps, from 0 to below 1, got {self.warmup}"
             )
+        if not 0 <= self.min_coverage <= 1:
+            raise SettingError(
+                f"min_coverage is a share of the bytes, from 0 to 1, got {self.min_coverage}"
+            )
+        if self.teacher_shots < 0:
+            raise SettingError(f"teacher_shots must be at least 0, got {self.teacher_shots}")
         if not 0 <= self.seed < 2**32:
             raise SettingError(f"seed must lie between 0 and {2**32 - 1}, got {self.seed}")
         # Fails here, before anything is fetched, if the loss or a setting of it is wrong.
@@ -157,10 +175,14 @@ class TrainConfig:
             return Path(self.output).expanduser()
         return Path("runs") / f"{self.loss}-seed{self.seed}"
 
-    def make_loss(self) -> Loss | None:
-        """The loss with its settings; None for "sft"."""
+    def make_loss(self, pair: Pair | None = None) -> Loss | None:
+        """The loss with its settings; None for "sft".
+
+        Args:
+            pair: The tokenizers. Without them the loss only tells its settings and weights.
+        """
         if self.distils:
-            return get_loss(self.loss, **self.loss_options)
+            return get_loss(self.loss, pair=pair or PlaceholderPair(), **self.loss_options)
         if self.loss_options:
             raise SettingError("loss 'sft' is cross-entropy alone and has no options")
         return None

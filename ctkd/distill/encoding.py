@@ -1,125 +1,29 @@
-"""From examples to token ids on both sides, and from those to batches.
+"""From examples to token ids on both sides, with the chunks that tie the two together.
 
 Prompt and answer are tokenized apart, so that the scored part begins at the same character for
-student and teacher, and the answer's ids must spell exactly the answer's bytes. No chat template
-is applied, and nothing is truncated: an example that is too long on one side is left out on both.
+student and teacher. Each side renders the prompt in its own form; the answer is the same text on
+both. An example that is too long on one side is left out or cut on both, never on one alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ctkd.batch import IGNORE_INDEX
-from ctkd.distill.exact_ids import exact_ids, tokenized
+from ctkd.distill.coverage import Coverage, RowCoverage, kept_bytes, shown
+from ctkd.distill.encoded import EncodedExamples, EncodedPair, EncodedSide
+from ctkd.distill.exact_ids import check_unicode, exact_ids, tokenized
+from ctkd.distill.prompts import PLAIN, PromptForm, encode_prompt
 from ctkd.distill.tasks import Example
-from ctkd.errors import BatchError, DataError, SettingError
+from ctkd.errors import DataError, SettingError
+from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.token_bytes import TokenBytes
 
-__all__ = [
-    "Collator",
-    "EncodedExamples",
-    "EncodedPair",
-    "EncodedSide",
-    "encode_pair",
-    "encode_prompt",
-    "encode_side",
-    "leading_ids",
-    "padding_id",
-]
+__all__ = ["encode_pair", "encode_side"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedSide:
-    """One example in one tokenizer's ids.
-
-    Args:
-        prompt_ids: The prompt, with what the tokenizer puts in front of a text; at least one id.
-        answer_ids: The answer, without an end of sequence.
-        eos_id: The end of sequence, None if the tokenizer has none.
-    """
-
-    prompt_ids: list[int]
-    answer_ids: list[int]
-    eos_id: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedPair:
-    """One example in the ids of the student and, if there is one, of the teacher."""
-
-    id: str
-    student: EncodedSide
-    teacher: EncodedSide | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedExamples:
-    """What `encode_pair` made of some examples.
-
-    Args:
-        rows: The encoded examples, in their order.
-        too_long: The ids of the examples left out, each with its lengths.
-        max_length: The most tokens a side may have.
-    """
-
-    rows: list[EncodedPair]
-    too_long: tuple[str, ...]
-    max_length: int
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def report(self) -> str:
-        """Say in one line what was left out; empty if nothing was.
-
-        Example:
-            >>> EncodedExamples(rows=[], too_long=("7 (student 90)",), max_length=64).report()
-            'left out 1 of 1 examples as longer than 64 tokens: 7 (student 90)'
-        """
-        if not self.too_long:
-            return ""
-        more = ", ..." if len(self.too_long) > 3 else ""
-        return (
-            f"left out {len(self.too_long)} of {len(self.rows) + len(self.too_long)} examples as "
-            f"longer than {self.max_length} tokens: {', '.join(self.too_long[:3])}{more}"
-        )
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return an id to pad with: pad, else eos, else 0. Padding is masked, so any id would do."""
-    for index in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if index is not None:
-            return int(index)
-    return 0
-
-
-def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that the tokenizer by itself puts before a text: mostly bos, or nothing."""
-    (plain,) = tokenized(tokenizer, ["a"])
-    (full,) = tokenized(tokenizer, ["a"], special=True)
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start]
-    return []
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, *, leading: Sequence[int] | None = None
-) -> list[int]:
-    """Tokenize a prompt as training does: what a model is given to continue.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        prompt: The text.
-        leading: What to put in front; by default what the tokenizer itself does, see `leading_ids`.
-            An end of sequence that a tokenizer adds by itself is left away.
-    """
-    (ids,) = tokenized(tokenizer, [prompt])
-    return [*(leading_ids(tokenizer) if leading is None else leading), *ids]
+# Aligned together; the tensors are as wide as the longest answer among them.
+_ROWS_AT_ONCE = 1024
 
 
 def encode_side(
@@ -132,7 +36,7 @@ def encode_side(
     where: str = "example",
     side: str = "student",
 ) -> EncodedSide:
-    """Tokenize prompt and answer apart, the answer to ids that spell exactly its bytes.
+    """Tokenize plain prompt and answer apart, the answer to ids that spell exactly its bytes.
 
     Tokenizers that put a space in front of every text are dealt with, see `exact_ids`.
 
@@ -147,11 +51,14 @@ def encode_side(
 
     Raises:
         DataError: If the ids cannot spell the answer (the tokenizer changes the text, lacks a
-            character, or takes a part of it for a special token), or the prompt has no ids.
+            character, or takes a part of it for a special token), the prompt has no ids, or a text
+            is not valid Unicode.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt, leading=leading)
+    encoder = _Encoder(tokenizer, token_bytes, PLAIN, side)
+    prompt_ids = encode_prompt(tokenizer, prompt, leading=leading, where=where)
+    check_unicode(answer, "answer", where)
     (answer_ids,) = tokenized(tokenizer, [answer])
-    return _checked(tokenizer, token_bytes, prompt_ids, answer_ids, answer, where, side)
+    return encoder.side(prompt_ids, answer_ids, answer, where, exactly=True)
 
 
 def encode_pair(
@@ -161,9 +68,20 @@ def encode_pair(
     *,
     max_length: int,
     score_eos: bool = False,
-    on_long: Literal["drop", "refuse"] = "drop",
+    on_long: Literal["drop", "refuse", "cut"] = "drop",
+    min_coverage: float = 0.95,
+    student_form: PromptForm = PLAIN,
+    teacher_form: PromptForm = PLAIN,
+    pair: TokenizerPair | None = None,
 ) -> EncodedExamples:
-    """Tokenize examples for the student and, if there is one, for the teacher.
+    """Tokenize examples for the student and, if there is one, for the teacher, and align them.
+
+    A tokenizer that changes the text is read as it is: the ids are its own, and chunks cover what
+    the two sides spell alike. Where it takes a part of an answer for a special token, the row is
+    refused.
+
+    Where every side is asked in a chat, an answer stands without the space in front that a task
+    gives it; else with it, on all sides, so that all score the same text.
 
     Args:
         examples: What to encode, at least one.
@@ -172,220 +90,234 @@ def encode_pair(
         max_length: The most tokens a side may have: prompt, answer and, where it is read, the end
             of sequence.
         score_eos: Whether distillation scores the end of sequence, on both sides.
-        on_long: What becomes of an example that is too long on either side: left out on both and
-            reported, or refused.
+        on_long: What becomes of an example that is too long on either side. "drop": it is left out
+            on both and reported. "cut": its answer ends with the last chunk that fits on both, at
+            the end of a character, without an end of sequence; without a chunk that fits it is left
+            out. "refuse": an error.
+        min_coverage: The least share of the answers' bytes, from 0 to 1, that must lie in chunks;
+            without a teacher, that the student's tokenizer must keep.
+        student_form: How the student is asked.
+        teacher_form: How the teacher is asked.
+        pair: The two tokenizers' pair; by default made here.
 
     Raises:
-        SettingError: If `max_length` is too small to be meant, or `score_eos` is asked of a
-            tokenizer without an end of sequence.
-        DataError: If an answer cannot be tokenized exactly (see `encode_side`), an example is too
-            long and `on_long` is "refuse", or no example is left.
+        SettingError: If `max_length` is too small to be meant, another setting is out of range, or
+            `score_eos` is asked of a tokenizer without an end of sequence.
+        DataError: If too little is covered, an answer holds a special token or has no ids, a text
+            is not valid Unicode, an example is too long and `on_long` is "refuse", or no example is
+            left.
+        ModelError: If a side has no chat template and its form asks for one.
     """
     if max_length < 2:
         raise SettingError(f"max_length must be at least 2 tokens, got {max_length}")
-    if on_long not in ("drop", "refuse"):
-        raise SettingError(f"on_long must be 'drop' or 'refuse', got {on_long!r}")
+    if on_long not in ("drop", "refuse", "cut"):
+        raise SettingError(f"on_long must be 'drop', 'refuse' or 'cut', got {on_long!r}")
+    if not 0.0 <= min_coverage <= 1.0:
+        raise SettingError(f"min_coverage must be from 0 to 1, got {min_coverage}")
     if not examples:
         raise DataError("there are no examples to encode; expected at least one")
     tokenizers = {"student": student_tokenizer, "teacher": teacher_tokenizer}
-    sides: dict[str, list[EncodedSide]] = {}
-    for side, tokenizer in tokenizers.items():
-        if tokenizer is None:
-            continue
-        if score_eos and tokenizer.eos_token_id is None:
+    for name, tokenizer in tokenizers.items():
+        if score_eos and tokenizer is not None and tokenizer.eos_token_id is None:
             raise SettingError(
-                f"score_eos needs an end of sequence on both sides, but the {side}'s tokenizer has "
+                f"score_eos needs an end of sequence on both sides, but the {name}'s tokenizer has "
                 "none; leave score_eos off, or set the tokenizer's eos_token"
             )
-        sides[side] = _encode_all(examples, tokenizer, side)
+    forms = [student_form] if teacher_tokenizer is None else [student_form, teacher_form]
+    if all(form.template == "chat" for form in forms):
+        examples = [replace(one, answer=one.answer.removeprefix(" ")) for one in examples]
+    if teacher_tokenizer is None:
+        table = TokenBytes.from_tokenizer(student_tokenizer)
+        student = _Encoder(student_tokenizer, table, student_form, "student")
+        pairs, coverage = _alone(examples, student.all(examples), table)
+    else:
+        if pair is None:
+            pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
+        table = pair.student_bytes
+        student = _Encoder(student_tokenizer, table, student_form, "student")
+        teacher = _Encoder(teacher_tokenizer, pair.teacher_bytes, teacher_form, "teacher")
+        pairs, coverage = _aligned(examples, student.all(examples), teacher.all(examples), pair)
+    coverage.check(min_coverage)
     rows: list[EncodedPair] = []
     too_long: list[str] = []
-    for index, example in enumerate(examples):
-        encoded = {side: found[index] for side, found in sides.items()}
-        lengths = {
-            side: _length(one, with_eos=side == "student" or score_eos)
-            for side, one in encoded.items()
-        }
+    cut: list[str] = []
+    for example, row in zip(examples, pairs, strict=True):
+        lengths = {"student": _length(row.student, with_eos=True)}
+        if row.teacher is not None:
+            lengths["teacher"] = _length(row.teacher, with_eos=score_eos)
         if max(lengths.values()) <= max_length:
-            rows.append(EncodedPair(id=example.id, **encoded))
+            rows.append(row)
             continue
-        shown = ", ".join(f"{side} {length}" for side, length in lengths.items())
+        told = ", ".join(f"{side} {length}" for side, length in lengths.items())
         if on_long == "refuse":
             raise DataError(
-                f"{_name(example)} is longer than {max_length} tokens ({shown}); raise max_length, "
+                f"{_name(example)} is longer than {max_length} tokens ({told}); raise max_length, "
                 "or shorten the row"
             )
-        too_long.append(f"{example.id} ({shown})")
+        shorter = row.cut_to(max_length, table) if on_long == "cut" else None
+        if shorter is None:
+            too_long.append(f"{example.id} ({told})")
+        else:
+            cut.append(f"{example.id} ({told})")
+            rows.append(shorter)
     if not rows:
         raise DataError(
             f"all {len(examples)} examples are longer than {max_length} tokens, the first is "
             f"{too_long[0]}; raise max_length"
         )
-    return EncodedExamples(rows=rows, too_long=tuple(too_long), max_length=max_length)
+    return EncodedExamples(
+        rows=rows,
+        coverage=coverage,
+        max_length=max_length,
+        too_long=tuple(too_long),
+        cut=tuple(cut),
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collator:
-    """Pads encoded examples to a batch of tensors on the CPU, prompts left and answers right.
+@dataclass(frozen=True, slots=True)
+class _Encoder:
+    """What one side does to examples."""
 
-    In every sequence the answer starts at one column, so that the scored rows are the last ones and
-    a model that takes ``logits_to_keep`` computes no others: ``logits_to_keep=labels.shape[1]``.
-    The labels belong to these last positions, in Hugging Face's convention: ``logits[:, i]``
-    predicts ``labels[:, i + 1]``, and -100 is not scored.
+    tokenizer: PreTrainedTokenizerBase
+    table: TokenBytes
+    form: PromptForm
+    name: str
 
-    Cross-entropy (``labels``) scores the end of sequence, padding with the same id or not.
-    Distillation (``distill_labels``, ``teacher_distill_labels``) scores it on both sides or on
-    neither; if on neither, the teacher does not read it.
+    def all(self, examples: Sequence[Example]) -> list[EncodedSide]:
+        """Encode many examples in one call of the tokenizer."""
+        prompts = self.form.ids(self.tokenizer, examples, side=self.name)
+        for example in examples:
+            check_unicode(example.answer, "answer", _name(example))
+        answers = tokenized(self.tokenizer, [example.answer for example in examples])
+        return [
+            self.side(prompt_ids, answer_ids, example.answer, _name(example), exactly=False)
+            for example, prompt_ids, answer_ids in zip(examples, prompts, answers, strict=True)
+        ]
 
-    Shape:
-        With P and A the longest prompt and answer of the batch, end of sequence included:
-        ``input_ids``, ``attention_mask``, ``position_ids`` (B, P + A), ``labels``,
-        ``distill_labels`` (B, A + 1). With a teacher the same with ``teacher_`` in front, and its
-        own P and A, without ``teacher_labels``. All int64.
-
-    Args:
-        student_pad_id: What to pad the student's ids with, see `padding_id`.
-        teacher_pad_id: The teacher's; None to make no teacher's tensors.
-        score_eos: Whether distillation scores the end of sequence.
-
-    Example:
-        >>> rows = [
-        ...     EncodedPair(id=i, student=EncodedSide(prompt_ids=p, answer_ids=a, eos_id=2))
-        ...     for i, p, a in [("1", [5, 6, 7], [8]), ("2", [5], [9, 9])]
-        ... ]
-        >>> batch = Collator(student_pad_id=2)(rows)
-        >>> batch["input_ids"]
-        tensor([[5, 6, 7, 8, 2, 2],
-                [2, 2, 5, 9, 9, 2]])
-        >>> batch["labels"]
-        tensor([[-100,    8,    2, -100],
-                [-100,    9,    9,    2]])
-        >>> batch["distill_labels"]
-        tensor([[-100,    8, -100, -100],
-                [-100,    9,    9, -100]])
-    """
-
-    student_pad_id: int
-    teacher_pad_id: int | None = None
-    score_eos: bool = False
-
-    def __call__(self, rows: Sequence[EncodedPair]) -> dict[str, Tensor]:
-        """Make the batch.
-
-        Raises:
-            BatchError: If there are no rows, a teacher's side is missing, or `score_eos` meets a
-                side without an end of sequence.
-        """
-        if not rows:
-            raise BatchError("a batch needs at least one example")
-        student = [row.student for row in rows]
-        batch, labels = _padded(student, self.student_pad_id, with_eos=True)
-        batch["labels"] = labels
-        batch["distill_labels"] = self._distilled(student, labels)
-        if self.teacher_pad_id is None:
-            return batch
-        teacher = [row.teacher for row in rows if row.teacher is not None]
-        if len(teacher) < len(rows):
-            raise BatchError(
-                "a teacher's padding was given, but an example has no teacher's side; encode with "
-                "the teacher's tokenizer"
+    def side(
+        self,
+        prompt_ids: list[int],
+        answer_ids: list[int],
+        answer: str,
+        where: str,
+        *,
+        exactly: bool,
+    ) -> EncodedSide:
+        if not prompt_ids:
+            raise DataError(
+                f"{where}: the prompt is empty and the {self.name}'s tokenizer puts nothing in "
+                "front of it, so that nothing predicts the answer's first token; write a prompt"
             )
-        inputs, labels = _padded(teacher, self.teacher_pad_id, with_eos=self.score_eos)
-        batch.update({f"teacher_{name}": value for name, value in inputs.items()})
-        batch["teacher_distill_labels"] = self._distilled(teacher, labels)
-        return batch
+        if not answer:
+            raise DataError(f"{where}: the answer is empty; expected at least one character")
+        exact = exact_ids(self.tokenizer, self.table, answer, answer_ids)
+        if exact is None and (exactly or not answer_ids or self._has_special(answer_ids)):
+            raise DataError(
+                f"{where}: the {self.name}'s tokenizer ({type(self.tokenizer).__name__}) cannot "
+                f"spell the answer exactly: expected {shown(answer.encode())}, its ids spell "
+                f"{shown(self.table.decode(answer_ids))}; rewrite the answer or remove the row"
+            )
+        return EncodedSide(
+            prompt_ids=prompt_ids,
+            answer_ids=answer_ids if exact is None else exact,
+            eos_id=self.tokenizer.eos_token_id,
+        )
 
-    def _distilled(self, sides: Sequence[EncodedSide], labels: Tensor) -> Tensor:
-        if self.score_eos:
-            if any(side.eos_id is None for side in sides):
-                raise BatchError("score_eos needs an end of sequence on every side; leave it off")
-            return labels
-        lengths = torch.tensor([len(side.answer_ids) for side in sides])
-        beyond = torch.arange(labels.shape[1]) > lengths.unsqueeze(1)
-        return labels.masked_fill(beyond, IGNORE_INDEX)
-
-
-def _padded(
-    sides: Sequence[EncodedSide], pad_id: int, *, with_eos: bool
-) -> tuple[dict[str, Tensor], Tensor]:
-    answers = [_answer(side, with_eos=with_eos) for side in sides]
-    before = max(len(side.prompt_ids) for side in sides)
-    after = max(map(len, answers))
-    ids = torch.full((len(sides), before + after), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    labels = torch.full((len(sides), after + 1), IGNORE_INDEX, dtype=torch.int64)
-    for row, (side, answer) in enumerate(zip(sides, answers, strict=True)):
-        start, end = before - len(side.prompt_ids), before + len(answer)
-        ids[row, start:end] = torch.tensor([*side.prompt_ids, *answer])
-        mask[row, start:end] = 1
-        labels[row, 1 : 1 + len(answer)] = torch.tensor(answer, dtype=torch.int64)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, labels
+    def _has_special(self, ids: Sequence[int]) -> bool:
+        """Whether the text spells a special token; one for unknown characters is none."""
+        found = {index for index in ids if self.table.roles[index] != "text"}
+        unknown = self.tokenizer.unk_token_id
+        # GPT-2 names its end of sequence as unknown, too.
+        return any(index != unknown or self.table.roles[index] != "other" for index in found)
 
 
-def _answer(side: EncodedSide, *, with_eos: bool) -> list[int]:
-    if with_eos and side.eos_id is not None:
-        return [*side.answer_ids, side.eos_id]
-    return side.answer_ids
+def _aligned(
+    examples: Sequence[Example],
+    student: Sequence[EncodedSide],
+    teacher: Sequence[EncodedSide],
+    pair: TokenizerPair,
+) -> tuple[list[EncodedPair], Coverage]:
+    pairs: list[EncodedPair] = []
+    covered: list[int] = []
+    chunks = one_to_one = 0
+    for start in range(0, len(examples), _ROWS_AT_ONCE):
+        block = slice(start, start + _ROWS_AT_ONCE)
+        found = pair.align(
+            [side.answer_ids for side in student[block]],
+            [side.answer_ids for side in teacher[block]],
+        )
+        chunks += int(found.chunks.sum())
+        one_to_one += int(found.one_to_one.sum())
+        covered += found.covered_bytes.tolist()
+        numbers = (found.student_chunk_ids.tolist(), found.teacher_chunk_ids.tolist())
+        pairs += [
+            EncodedPair(
+                id=example.id,
+                student=replace(ours, chunk_ids=our_chunks[: len(ours.answer_ids)]),
+                teacher=replace(theirs, chunk_ids=their_chunks[: len(theirs.answer_ids)]),
+            )
+            for example, ours, theirs, our_chunks, their_chunks in zip(
+                examples[block], student[block], teacher[block], *numbers, strict=True
+            )
+        ]
+    coverage = _coverage(
+        examples,
+        covered,
+        [pair.student_bytes.decode(side.answer_ids) for side in student],
+        [pair.teacher_bytes.decode(side.answer_ids) for side in teacher],
+    )
+    return pairs, replace(
+        coverage,
+        chunks=chunks,
+        one_to_one=one_to_one,
+        student_tokens=sum(len(side.answer_ids) for side in student),
+        teacher_tokens=sum(len(side.answer_ids) for side in teacher),
+    )
+
+
+def _alone(
+    examples: Sequence[Example], student: Sequence[EncodedSide], table: TokenBytes
+) -> tuple[list[EncodedPair], Coverage]:
+    spelled = [table.decode(side.answer_ids) for side in student]
+    kept = [
+        kept_bytes(example.answer.encode(), one)
+        for example, one in zip(examples, spelled, strict=True)
+    ]
+    coverage = _coverage(examples, kept, spelled, [None] * len(spelled))
+    pairs = [
+        EncodedPair(id=example.id, student=side)
+        for example, side in zip(examples, student, strict=True)
+    ]
+    tokens = sum(len(side.answer_ids) for side in student)
+    return pairs, replace(coverage, student_tokens=tokens)
+
+
+def _coverage(
+    examples: Sequence[Example],
+    covered: Sequence[int],
+    student: Sequence[bytes],
+    teacher: Sequence[bytes | None],
+) -> Coverage:
+    rows = []
+    for example, count, ours, theirs in zip(examples, covered, student, teacher, strict=True):
+        text = example.answer.encode()
+        rows.append(
+            RowCoverage(
+                id=example.id,
+                where=_name(example),
+                text=text,
+                # What a tokenizer adds to a text makes up for nothing that is lost elsewhere.
+                covered_bytes=min(count, len(text)),
+                student=ours,
+                teacher=theirs,
+            )
+        )
+    return Coverage.summed(rows)
 
 
 def _length(side: EncodedSide, *, with_eos: bool) -> int:
-    return len(side.prompt_ids) + len(_answer(side, with_eos=with_eos))
-
-
-def _encode_all(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, side: str
-) -> list[EncodedSide]:
-    """Do what `encode_side` does, for many examples in one call of the tokenizer."""
-    token_bytes = TokenBytes.from_tokenizer(tokenizer)
-    leading = leading_ids(tokenizer)
-    prompts = tokenized(tokenizer, [example.prompt for example in examples])
-    answers = tokenized(tokenizer, [example.answer for example in examples])
-    return [
-        _checked(
-            tokenizer,
-            token_bytes,
-            [*leading, *prompt_ids],
-            answer_ids,
-            example.answer,
-            _name(example),
-            side,
-        )
-        for example, prompt_ids, answer_ids in zip(examples, prompts, answers, strict=True)
-    ]
+    return len(side.prompt_ids) + len(side.answer_ids) + (with_eos and side.eos_id is not None)
 
 
 def _name(example: Example) -> str:
     return example.where or f"example {example.id}"
-
-
-def _checked(
-    tokenizer: PreTrainedTokenizerBase,
-    token_bytes: TokenBytes,
-    prompt_ids: list[int],
-    answer_ids: list[int],
-    answer: str,
-    where: str,
-    side: str,
-) -> EncodedSide:
-    if not prompt_ids:
-        raise DataError(
-            f"{where}: the prompt is empty and the {side}'s tokenizer puts nothing in front of it, "
-            "so that nothing predicts the answer's first token; write a prompt"
-        )
-    wanted = answer.encode()
-    if not wanted:
-        raise DataError(f"{where}: the answer is empty; expected at least one character")
-    exact = exact_ids(tokenizer, token_bytes, answer, answer_ids)
-    if exact is None:
-        raise DataError(
-            f"{where}: the {side}'s tokenizer ({type(tokenizer).__name__}) cannot spell the answer "
-            f"exactly: expected {_short(wanted)}, its ids spell "
-            f"{_short(token_bytes.decode(answer_ids))}; rewrite the answer or remove the row"
-        )
-    return EncodedSide(prompt_ids=prompt_ids, answer_ids=exact, eos_id=tokenizer.eos_token_id)
-
-
-def _short(spelled: bytes, limit: int = 60) -> str:
-    text = repr(spelled.decode(errors="backslashreplace"))
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,13 +13,15 @@ from ctkd.distill.data import load_rows
 from ctkd.distill.encoding import encode_pair
 from ctkd.distill.evaluation import answer, held_out_losses, score_predictions
 from ctkd.distill.metrics import match_predictions, read_predictions, write_predictions
-from ctkd.distill.models import check_token_ids, load_model, load_tokenizer
-from ctkd.distill.output_folder import try_to_write
+from ctkd.distill.models import check_token_ids, head_width, load_model, load_tokenizer
+from ctkd.distill.output_folder import OutputFolder, try_to_write
+from ctkd.distill.prompts import PromptForm
 from ctkd.distill.tasks import Example, examples
 from ctkd.distill.training import choose_device, is_embedded
 from ctkd.errors import OutputError, SettingError
-from ctkd.loss import Loss
+from ctkd.pair import PlaceholderPair
 from ctkd.registry import get_loss
+from ctkd.tokenization.pair import TokenizerPair
 
 __all__ = ["EvaluateRequest", "run_evaluation"]
 
@@ -40,6 +42,8 @@ class EvaluateRequest:
     loss: str | None = None
     loss_options: Mapping[str, Any] = field(default_factory=dict)
     teacher: str | None = None
+    template: Literal["plain", "chat"] | None = None
+    teacher_template: Literal["plain", "chat"] | None = None
     batch_size: int = 8
     max_new_tokens: int = 32
     max_length: int = 1024
@@ -62,11 +66,17 @@ def run_evaluation(
         value = getattr(request, name)
         if value is not None and value < 1:
             raise SettingError(f"{name} must be at least 1, got {value}")
-    if request.loss is None and (request.teacher is not None or request.loss_options):
-        raise SettingError("--teacher and --loss-option belong to a loss; name it with --loss")
+    of_loss = (request.teacher, request.teacher_template, request.loss_options or None)
+    if request.loss is None and any(given is not None for given in of_loss):
+        raise SettingError(
+            "--teacher, --teacher-template and --loss-option belong to a loss; name it with --loss"
+        )
     if request.model is None:
         return _score_file(request)
-    loss = None if request.loss is None else get_loss(request.loss, **request.loss_options)
+    if request.loss is not None:
+        # Fails here, before anything is loaded, if the loss or a setting of it is wrong.
+        get_loss(request.loss, pair=PlaceholderPair(), **request.loss_options)
+    form = PromptForm(template=request.template or _template_of_run(request.model))
     device = choose_device(request.device)
     if request.predictions is not None:
         _check_can_be_written(Path(request.predictions))
@@ -76,14 +86,15 @@ def run_evaluation(
     model = load_model(request.model, device=device)
     check_token_ids(model, tokenizer)
     losses: dict[str, float] = {}
-    if loss is not None:
-        losses = _losses(request, loss, chosen, model, tokenizer, say)
+    if request.loss is not None:
+        losses = _losses(request, request.loss, chosen, model, tokenizer, form, say)
     predictions = answer(
         model,
         tokenizer,
         chosen,
         max_new_tokens=request.max_new_tokens,
         batch_size=request.batch_size,
+        form=form,
         progress="answering",
     )
     if request.predictions is not None:
@@ -94,10 +105,11 @@ def run_evaluation(
 
 def _losses(
     request: EvaluateRequest,
-    loss: Loss,
+    loss: str,
     chosen: Sequence[Example],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    form: PromptForm,
     say: Callable[[str], None],
 ) -> dict[str, float]:
     name = request.teacher or DEFAULT_TEACHER
@@ -105,19 +117,37 @@ def _losses(
     teacher_tokenizer = load_tokenizer(name)
     teacher = load_model(name, device=model.device)
     check_token_ids(teacher, teacher_tokenizer)
-    encoded = encode_pair(chosen, tokenizer, teacher_tokenizer, max_length=request.max_length)
-    if encoded.too_long:
+    pair = TokenizerPair(tokenizer, teacher_tokenizer)
+    encoded = encode_pair(
+        chosen,
+        tokenizer,
+        teacher_tokenizer,
+        max_length=request.max_length,
+        student_form=form,
+        teacher_form=PromptForm(template=request.teacher_template or "plain"),
+        pair=pair,
+    )
+    say(encoded.coverage.report())
+    if encoded.report():
         say(encoded.report())
+    pair = pair.narrowed(head_width(model), head_width(teacher))
     return held_out_losses(
         model,
         tokenizer,
         encoded.rows,
-        loss=loss,
+        loss=get_loss(loss, pair=pair, **request.loss_options),
         teacher=teacher,
         teacher_tokenizer=teacher_tokenizer,
+        pair=pair,
         batch_size=min(request.batch_size, 4),
         use_cpu=model.device.type == "cpu",
     )
+
+
+def _template_of_run(model: str) -> Literal["plain", "chat"]:
+    """A student is asked as it was in training, where that is known."""
+    settings = OutputFolder.settings_of(Path(model).expanduser())
+    return "chat" if settings.get("student_template") == "chat" else "plain"
 
 
 def _check_can_be_written(path: Path) -> None:

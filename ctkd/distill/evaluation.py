@@ -7,18 +7,15 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ctkd.distill.encoding import (
-    Collator,
-    EncodedPair,
-    encode_prompt,
-    leading_ids,
-    padding_id,
-)
+from ctkd.distill.collator import Collator, padding_id
+from ctkd.distill.encoded import EncodedPair
 from ctkd.distill.generation import generate
 from ctkd.distill.metrics import Prediction, Scores, score
+from ctkd.distill.prompts import PLAIN, PromptForm
 from ctkd.distill.tasks import Example
 from ctkd.distill.trainer import CrossTokenizerTrainer
 from ctkd.loss import Loss
+from ctkd.tokenization.pair import TokenizerPair
 
 __all__ = ["answer", "held_out_losses", "score_predictions"]
 
@@ -30,6 +27,7 @@ def answer(
     *,
     max_new_tokens: int,
     batch_size: int = 8,
+    form: PromptForm = PLAIN,
     progress: bool | str = False,
 ) -> list[Prediction]:
     """Let a model answer each example's prompt by greedy decoding, up to the first line break.
@@ -40,10 +38,10 @@ def answer(
         examples: What to answer.
         max_new_tokens: Longest answer.
         batch_size: Prompts decoded together.
+        form: How the model is asked: as it was in training.
         progress: Whether to show a bar, and its text.
     """
-    leading = leading_ids(tokenizer)
-    prompts = [encode_prompt(tokenizer, one.prompt, leading=leading) for one in examples]
+    prompts = form.ids(tokenizer, examples)
     texts = generate(
         model,
         tokenizer,
@@ -71,6 +69,7 @@ def held_out_losses(
     loss: Loss | None = None,
     teacher: PreTrainedModel | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    pair: TokenizerPair | None = None,
     batch_size: int = 4,
     score_eos: bool = False,
     use_cpu: bool = False,
@@ -84,6 +83,7 @@ def held_out_losses(
         loss: What to measure besides cross-entropy.
         teacher: Needed with a loss.
         teacher_tokenizer: Needed with a loss.
+        pair: Both tokenizers; needed with a loss that was given them.
         batch_size: Rows per batch.
         score_eos: Whether the loss scores the end of sequence.
         use_cpu: Stay on the CPU where there is an accelerator.
@@ -105,8 +105,8 @@ def held_out_losses(
             ),
             loss=loss,
             teacher=teacher,
-            student_vocab_size=len(tokenizer),
-            teacher_vocab_size=None if teacher_tokenizer is None else len(teacher_tokenizer),
+            student_vocab_size=len(tokenizer) if pair is None else pair.student_size,
+            teacher_vocab_size=_length(teacher_tokenizer) if pair is None else pair.teacher_size,
             data_collator=Collator(
                 student_pad_id=padding_id(tokenizer),
                 teacher_pad_id=None if teacher_tokenizer is None else padding_id(teacher_tokenizer),
@@ -119,3 +119,7 @@ def held_out_losses(
         for name, value in output.metrics.items()
         if name != "eval_loss"
     }
+
+
+def _length(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    return None if tokenizer is None else len(tokenizer)

@@ -2,9 +2,30 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from ctkd.errors import DataError
 from ctkd.tokenization.token_bytes import TokenBytes
 
-__all__ = ["exact_ids", "tokenized"]
+__all__ = ["check_unicode", "exact_ids", "tokenized"]
+
+
+def check_unicode(text: str, what: str, where: str) -> None:
+    """Refuse half a surrogate pair, which a Python string can hold and no tokenizer can read.
+
+    Args:
+        text: The text to look at.
+        what: What an error message calls the text.
+        where: What it calls the example.
+
+    Raises:
+        DataError: If the text is not valid Unicode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: the {what} is not valid Unicode (half a surrogate pair at character "
+            f"{error.start + 1}); repair it or remove the row"
+        ) from error
 
 
 def tokenized(

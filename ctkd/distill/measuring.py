@@ -13,6 +13,7 @@ from ctkd.distill.evaluation import answer, score_predictions
 from ctkd.distill.metrics import write_predictions
 from ctkd.distill.output_folder import OutputFolder
 from ctkd.distill.progress import loss_line
+from ctkd.distill.prompts import PromptForm
 from ctkd.distill.tasks import Example
 from ctkd.distill.trainer import CrossTokenizerTrainer
 
@@ -44,7 +45,11 @@ class Measure:
     say: Callable[[str], None]
 
     def metrics(
-        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        form: PromptForm,
     ) -> None:
         if name not in self.folder.results:
             predictions = answer(
@@ -52,6 +57,7 @@ class Measure:
                 tokenizer,
                 self.held_out,
                 max_new_tokens=self.config.max_new_tokens,
+                form=form,
                 progress=f"{name}: answering",
             )
             file = f"predictions-{name.replace(' ', '-')}.jsonl"

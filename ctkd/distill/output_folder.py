@@ -76,6 +76,14 @@ class OutputFolder:
         self.results[name] = value
         self.write()
 
+    @staticmethod
+    def settings_of(path: Path) -> dict[str, Any]:
+        """Settings of the run in a folder; none if it holds no run."""
+        if not (path / RECORD).is_file():
+            return {}
+        settings: dict[str, Any] = _read(path / RECORD)["settings"]
+        return settings
+
     def write(self) -> None:
         """Write ``ctkd.json`` at once or not at all."""
         partial = self.path / f".{RECORD}.partial"

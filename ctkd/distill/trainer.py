@@ -61,7 +61,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
     labels, KD a mean over the loss's own units, both over the whole optimizer step: all
     micro-batches and all ranks. So any split of a batch gives the same gradient.
 
-    Batches come from `ctkd.distill.encoding.Collator`. Logs hold ``ce``, ``kd`` (unweighted) and
+    Batches come from `ctkd.distill.collator.Collator`. Logs hold ``ce``, ``kd`` (unweighted) and
     ``kd/<part>`` for each part of the loss.
 
     Args:
@@ -71,7 +71,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         teacher: The teacher; needed with a loss. It is moved to the training device and frozen.
         weights: Of cross-entropy and distillation; default the loss's own.
         student_vocab_size: Length of the student's tokenizer. Wider heads are cut for the loss.
-        teacher_vocab_size: Length of the teacher's tokenizer.
+            With a loss that knows the pair of tokenizers, the pair's ``student_size``.
+        teacher_vocab_size: The same for the teacher.
         data_collator: As in `Trainer`.
         train_dataset: As in `Trainer`.
         eval_dataset: As in `Trainer`.
@@ -230,8 +231,10 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
                 Batch.from_causal_lm(
                     student_logits=logits,
                     student_labels=inputs["distill_labels"],
+                    student_chunk_ids=inputs.get("distill_chunk_ids"),
                     teacher_logits=teacher_logits,
                     teacher_labels=teacher_labels,
+                    teacher_chunk_ids=inputs.get("teacher_distill_chunk_ids"),
                     student_vocab_size=self.student_vocab_size,
                     teacher_vocab_size=self.teacher_vocab_size,
                 )
@@ -323,6 +326,8 @@ def _without_logits(sample: Mapping[str, Tensor]) -> Batch:
     return Batch.from_causal_lm(
         student_logits=torch.zeros((), device=labels.device).expand(*labels.shape, 1),
         student_labels=labels,
+        student_chunk_ids=sample.get("distill_chunk_ids"),
         teacher_logits=torch.zeros((), device=labels.device).expand(*teacher_labels.shape, 1),
         teacher_labels=teacher_labels,
+        teacher_chunk_ids=sample.get("teacher_distill_chunk_ids"),
     )

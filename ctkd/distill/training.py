@@ -24,22 +24,20 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from ctkd import __version__
+from ctkd.distill.collator import Collator, padding_id
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.data import EMBEDDED, load_rows, split_off
-from ctkd.distill.encoding import (
-    Collator,
-    EncodedExamples,
-    EncodedSide,
-    encode_pair,
-    padding_id,
-)
+from ctkd.distill.encoded import EncodedExamples, EncodedSide
+from ctkd.distill.encoding import encode_pair
 from ctkd.distill.measuring import Measure, keep_history
 from ctkd.distill.models import check_token_ids, head_width, load_model, load_tokenizer
 from ctkd.distill.output_folder import OutputFolder
 from ctkd.distill.progress import StepReport, StepsAsAsked, StopOnSignal
+from ctkd.distill.prompts import PromptForm, choose_shots
 from ctkd.distill.tasks import Example, examples
 from ctkd.distill.trainer import CrossTokenizerTrainer
 from ctkd.errors import CtkdError, DataError, ModelError, OutputError, SettingError
+from ctkd.tokenization.pair import TokenizerPair
 
 __all__ = ["Interrupted", "choose_device", "is_embedded", "load_examples", "train"]
 
@@ -56,6 +54,15 @@ class _Models:
     student_tokenizer: PreTrainedTokenizerBase
     teacher: PreTrainedModel | None
     teacher_tokenizer: PreTrainedTokenizerBase | None
+    pair: TokenizerPair | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Forms:
+    """How each side is asked."""
+
+    student: PromptForm
+    teacher: PromptForm
 
 
 def train(
@@ -91,9 +98,16 @@ def train(
         return found
     training, held_out = load_examples(config, say)
     models = _load_models(config, say)
-    encoded = _encode(config, models, training, "training", say)
+    forms = _Forms(
+        student=PromptForm(template=config.student_template),
+        teacher=PromptForm(
+            template=config.teacher_template,
+            shots=choose_shots(training, config.teacher_shots, config.seed),
+        ),
+    )
+    encoded = _encode(config, models, training, forms, "training", say)
     encoded_held_out = _encode(
-        config, models, held_out, "held-out", say, room=config.max_new_tokens
+        config, models, held_out, forms, "held-out", say, room=config.max_new_tokens
     )
     kept = {row.id for row in encoded_held_out.rows}
     held_out = [one for one in held_out if one.id in kept]
@@ -108,9 +122,9 @@ def train(
         trainer.add_callback(callback)
 
     measure = Measure(config, folder, held_out, say)
-    measure.metrics("student before", models.student, models.student_tokenizer)
+    measure.metrics("student before", models.student, models.student_tokenizer, forms.student)
     if models.teacher is not None and models.teacher_tokenizer is not None:
-        measure.metrics("teacher", models.teacher, models.teacher_tokenizer)
+        measure.metrics("teacher", models.teacher, models.teacher_tokenizer, forms.teacher)
     measure.losses("losses before", trainer)
 
     _warn_about_precision(config, say)
@@ -135,7 +149,7 @@ def train(
     trainer.save_model(str(folder.path))
     measure.losses("losses after", trainer)
     keep_history(folder, trainer)
-    measure.metrics("student after", models.student, models.student_tokenizer)
+    measure.metrics("student after", models.student, models.student_tokenizer, forms.student)
     folder.keep("finished", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     if not config.keep_checkpoints:
         folder.remove_checkpoints()
@@ -181,13 +195,15 @@ def _load_models(config: TrainConfig, say: Callable[[str], None]) -> _Models:
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     teacher = load_model(config.teacher, dtype=dtype)
     check_token_ids(teacher, teacher_tokenizer)
-    return _Models(student, student_tokenizer, teacher, teacher_tokenizer)
+    pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
+    return _Models(student, student_tokenizer, teacher, teacher_tokenizer, pair)
 
 
 def _encode(
     config: TrainConfig,
     models: _Models,
     chosen: Sequence[Example],
+    forms: _Forms,
     what: str,
     say: Callable[[str], None],
     *,
@@ -199,8 +215,15 @@ def _encode(
         models.teacher_tokenizer,
         max_length=_longest(config, models, room),
         score_eos=config.score_eos,
+        # The references of a held-out row are whole answers.
+        on_long=config.on_long if what == "training" else "drop",
+        min_coverage=config.min_coverage,
+        student_form=forms.student,
+        teacher_form=forms.teacher,
+        pair=models.pair,
     )
-    if encoded.too_long:
+    say(f"{what}: {encoded.coverage.report()}")
+    if encoded.report():
         say(f"{what}: {encoded.report()}")
     _check_ids(encoded, models)
     return encoded
@@ -278,14 +301,17 @@ def _make_trainer(
     )
     set_seed(config.seed)
     teacher_tokenizer = models.teacher_tokenizer
+    pair = models.pair
+    if pair is not None and models.teacher is not None:
+        pair = pair.narrowed(head_width(models.student), head_width(models.teacher))
     trainer = CrossTokenizerTrainer(
         models.student,
         arguments,
-        loss=config.make_loss(),
+        loss=config.make_loss(pair),
         teacher=models.teacher,
         weights=config.weights(),
-        student_vocab_size=len(models.student_tokenizer),
-        teacher_vocab_size=None if teacher_tokenizer is None else len(teacher_tokenizer),
+        student_vocab_size=None if pair is None else pair.student_size,
+        teacher_vocab_size=None if pair is None else pair.teacher_size,
         data_collator=Collator(
             student_pad_id=padding_id(models.student_tokenizer),
             teacher_pad_id=None if teacher_tokenizer is None else padding_id(teacher_tokenizer),

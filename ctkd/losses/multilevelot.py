@@ -50,10 +50,14 @@ class MultiLevelOT(MultiLevelOTTerms):
             scipy, which is a different optimum.
         candidates: Student columns that ``"assignment_topk"`` chooses from.
         max_columns: Largest vocabulary that ``"assignment"`` accepts.
+        pairing: What HAD, SL and the matchings that compare positions pair. ``"position"``: the
+            k-th scored positions, as in the paper. ``"chunk"``: the positions at which both
+            models have read the same bytes. SD takes all positions either way.
 
     Raises:
         SettingError: If a setting lies outside its range.
-        BatchError: If ``"assignment"`` meets more than ``max_columns`` columns.
+        BatchError: If ``"assignment"`` meets more than ``max_columns`` columns, or chunks are to
+            be paired and the batch has none.
 
     Example:
         One token on both sides and k = 1: t = 0.75, s = 0.5. HAD is 0.25, SL is -0.75 log 0.5.
@@ -98,6 +102,7 @@ class MultiLevelOT(MultiLevelOTTerms):
         matching: str = "mass",
         candidates: int = 256,
         max_columns: int = 4096,
+        pairing: str = "position",
     ) -> None:
         super().__init__(
             k=k,
@@ -105,6 +110,7 @@ class MultiLevelOT(MultiLevelOTTerms):
             matching=matching,
             candidates=candidates,
             max_columns=max_columns,
+            pairing=pairing,
         )
         check_some_weight(had_weight=had_weight, sl_weight=sl_weight, sd_weight=sd_weight)
         check_positive("sl_temperature", sl_temperature)

@@ -50,7 +50,8 @@ class MultiLevelOTReleased(Loss):
         As a result the second and third term hardly have a gradient.
 
     Differs from the released file:
-        A sequence without scored tokens on one side adds 0, where the file gives NaN; a teacher
+        A sequence without scored tokens on one side adds 0 to HAD, where the file gives NaN, and
+        rows of zeros to the other terms; a teacher
         answer longer than the student's logits works, where the file stops with an error. As in
         the file, a row with a logit of minus infinity, or with one logit only, gives NaN: it has
         no standard deviation.

@@ -33,6 +33,7 @@ class MultiLevelOTSequence(MultiLevelOTTerms):
         matching: As in `MultiLevelOT`.
         candidates: As in `MultiLevelOT`.
         max_columns: As in `MultiLevelOT`.
+        pairing: As in `MultiLevelOT`; here only the matching looks at it.
 
     Raises:
         SettingError: If a setting lies outside its range.
@@ -72,6 +73,7 @@ class MultiLevelOTSequence(MultiLevelOTTerms):
         matching: str = "mass",
         candidates: int = 256,
         max_columns: int = 4096,
+        pairing: str = "position",
     ) -> None:
         super().__init__(
             k=k,
@@ -79,6 +81,7 @@ class MultiLevelOTSequence(MultiLevelOTTerms):
             matching=matching,
             candidates=candidates,
             max_columns=max_columns,
+            pairing=pairing,
         )
         check_positive("sd_weight", sd_weight)
         check_positive("sd_temperature", sd_temperature)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ctkd.batch import Batch
+from ctkd.chunks import PAIRINGS, pair_positions
 from ctkd.errors import SettingError
 from ctkd.logits import Logits
 from ctkd.loss import (
@@ -29,7 +30,6 @@ from ctkd.matching import (
     match_by_mass,
     match_greedily,
     match_top_by_assignment,
-    paired_positions,
 )
 from ctkd.sinkhorn import sinkhorn
 
@@ -104,6 +104,7 @@ class MultiLevelOTTerms(Loss):
         matching: str,
         candidates: int,
         max_columns: int,
+        pairing: str,
     ) -> None:
         super().__init__()
         check_count("k", k)
@@ -116,6 +117,10 @@ class MultiLevelOTTerms(Loss):
         self.matching = matching
         self.candidates = candidates
         self.max_columns = max_columns
+        check_choice("pairing", pairing, PAIRINGS)
+        self.pairing = pairing
+        if pairing == "chunk":
+            self.needs = frozenset({"chunks"})
 
     def units(self, batch: Batch) -> Tensor:
         return batch.student.mask.sum()
@@ -125,14 +130,22 @@ class MultiLevelOTTerms(Loss):
         """Choose the kept columns of every sequence (eqs. 9-12)."""
         k = min(self.k, batch.student.logits.shape[2], batch.teacher.logits.shape[2])
         if self.matching == "greedy":
-            return match_greedily(batch, k=k, temperature=self.temperature)
+            return match_greedily(batch, k=k, temperature=self.temperature, pairing=self.pairing)
         if self.matching == "assignment":
             return match_by_assignment(
-                batch, k=k, temperature=self.temperature, max_columns=self.max_columns
+                batch,
+                k=k,
+                temperature=self.temperature,
+                max_columns=self.max_columns,
+                pairing=self.pairing,
             )
         if self.matching == "assignment_topk":
             return match_top_by_assignment(
-                batch, k=k, temperature=self.temperature, candidates=self.candidates
+                batch,
+                k=k,
+                temperature=self.temperature,
+                candidates=self.candidates,
+                pairing=self.pairing,
             )
         return match_by_mass(batch, k=k, temperature=self.temperature)
 
@@ -157,18 +170,17 @@ class MultiLevelOTTerms(Loss):
         with torch.no_grad():
             teacher = _log_probs(batch.teacher.logits, match.teacher_ids, temperatures)
         missing = ~match.found.unsqueeze(1)
-        paired = paired_positions(batch)
-        length = paired.shape[1]
+        pairs = pair_positions(batch, self.pairing)
 
         parts = {}
         if had_weight:
-            student_probs = student["had"][:, :length].exp().masked_fill(missing, 0.0)
-            had = absolute_difference(student_probs, teacher["had"][:, :length].exp())
-            parts["had"] = had_weight * masked_sum(had, paired)
+            student_probs = pairs.of_student(student["had"]).exp().masked_fill(missing, 0.0)
+            had = absolute_difference(student_probs, pairs.of_teacher(teacher["had"]).exp())
+            parts["had"] = had_weight * masked_sum(had, pairs.valid)
         if sl_weight:
-            teacher_probs = teacher["sl"][:, :length].exp().masked_fill(missing, 0.0)
-            sl = teacher_weighted_log_loss(student["sl"][:, :length], teacher_probs)
-            parts["sl"] = sl_weight * masked_sum(sl, paired)
+            teacher_probs = pairs.of_teacher(teacher["sl"]).exp().masked_fill(missing, 0.0)
+            sl = teacher_weighted_log_loss(pairs.of_student(student["sl"]), teacher_probs)
+            parts["sl"] = sl_weight * masked_sum(sl, pairs.valid)
         if sd_weight:
             student_probs = student["sd"].exp().masked_fill(missing, 0.0)
             transport = sinkhorn(

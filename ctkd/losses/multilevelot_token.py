@@ -32,6 +32,7 @@ class MultiLevelOTToken(MultiLevelOTTerms):
         matching: As in `MultiLevelOT`.
         candidates: As in `MultiLevelOT`.
         max_columns: As in `MultiLevelOT`.
+        pairing: As in `MultiLevelOT`.
 
     Raises:
         SettingError: If a setting lies outside its range.
@@ -69,6 +70,7 @@ class MultiLevelOTToken(MultiLevelOTTerms):
         matching: str = "mass",
         candidates: int = 256,
         max_columns: int = 4096,
+        pairing: str = "position",
     ) -> None:
         super().__init__(
             k=k,
@@ -76,6 +78,7 @@ class MultiLevelOTToken(MultiLevelOTTerms):
             matching=matching,
             candidates=candidates,
             max_columns=max_columns,
+            pairing=pairing,
         )
         check_some_weight(had_weight=had_weight, sl_weight=sl_weight)
         check_positive("sl_temperature", sl_temperature)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ctkd.batch import Batch
+from ctkd.chunks import PAIRINGS, PositionPairs, pair_positions
 from ctkd.loss import (
     Loss,
     LossOutput,
     Paper,
     Weights,
     average,
+    check_choice,
     check_count,
     check_positive,
     masked_sum,
 )
-from ctkd.matching import paired_positions
 from ctkd.registry import register
 from ctkd.row_pairs import map_row_pairs
 
@@ -35,6 +35,7 @@ def sorted_l1(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         (N, V) and (N, W) give (N,), each value in [0, 2].
 
     Example:
+        >>> import torch
         >>> sorted_l1(torch.tensor([[0.2, 0.8]]).log(), torch.tensor([[0.5, 0.5, 0.0]]).log())
         tensor([0.6000])
     """
@@ -68,14 +69,18 @@ class ULD(Loss):
         top_k: Compare only the k largest probabilities of each side. What is left out at a
             position is at most the probability that both sides hold beyond their top k:
             (1 - top-k mass of p) + (1 - top-k mass of q). Default: the whole vocabulary.
+        pairing: ``"position"`` pairs the k-th scored positions, as in the paper; ``"chunk"`` the
+            positions at which both models have read the same bytes.
 
     Raises:
-        SettingError: If a temperature is not above 0 or ``top_k`` is below 1.
+        SettingError: If a temperature is not above 0, ``top_k`` is below 1, or there is no such
+            pairing.
+        BatchError: If chunks are to be paired and the batch has none.
 
     Example:
         One position, p = (0.8, 0.2) and q = (0.5, 0.5): 0.3 + 0.3.
 
-        >>> import ctkd
+        >>> import ctkd, torch
         >>> batch = ctkd.Batch.from_causal_lm(
         ...     student_logits=torch.tensor([[[0.2, 0.8], [0.0, 0.0]]]).log(),
         ...     student_labels=torch.tensor([[-100, 1]]),
@@ -110,6 +115,7 @@ class ULD(Loss):
         student_temperature: float = 1.0,
         teacher_temperature: float = 1.0,
         top_k: int | None = None,
+        pairing: str = "position",
     ) -> None:
         super().__init__()
         check_positive("student_temperature", student_temperature)
@@ -119,52 +125,42 @@ class ULD(Loss):
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.top_k = top_k
+        check_choice("pairing", pairing, PAIRINGS)
+        self.pairing = pairing
+        if pairing == "chunk":
+            self.needs = frozenset({"chunks"})
 
     def units(self, batch: Batch) -> Tensor:
         return batch.student.mask.sum()
 
     def forward(self, batch: Batch) -> LossOutput:
-        paired = paired_positions(batch)
+        pairs = pair_positions(batch, self.pairing)
         if self.top_k is None:
-            values = self._full(batch, paired)
+            values = map_row_pairs(
+                batch.student.logits, batch.teacher.logits, pairs.rows(batch), self._distance
+            ).view(pairs.valid.shape)
         else:
-            values = self._top(batch, paired, self.top_k)
-        return average({"uld": masked_sum(values, paired)}, self.units(batch))
-
-    def _full(self, batch: Batch, paired: Tensor) -> Tensor:
-        batch_size, length = paired.shape
-        index = torch.arange(batch_size, device=paired.device).unsqueeze(1)
-        position = torch.arange(length, device=paired.device)
-        rows = torch.stack(
-            [
-                index * batch.student.mask.shape[1] + position,
-                index * batch.teacher.mask.shape[1] + position,
-            ],
-            dim=-1,
-        ).masked_fill(~paired.unsqueeze(-1), -1)
-        values = map_row_pairs(
-            batch.student.logits, batch.teacher.logits, rows.flatten(0, 1), self._distance
-        )
-        return values.view(batch_size, length)
+            values = self._top(batch, pairs, self.top_k)
+        return average({"uld": masked_sum(values, pairs.valid)}, self.units(batch))
 
     def _distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         return sorted_l1(
             student_logits / self.student_temperature, teacher_logits / self.teacher_temperature
         )
 
-    def _top(self, batch: Batch, paired: Tensor, k: int) -> Tensor:
+    def _top(self, batch: Batch, pairs: PositionPairs, k: int) -> Tensor:
         student, teacher = batch.student.logits, batch.teacher.logits
         student_k, teacher_k = (min(k, side.shape[2]) for side in (student, teacher))
         size = max(student_k, teacher_k)
-        length = paired.shape[1]
         student_probs = student.sorted_probs(student_k, temperature=self.student_temperature)
         teacher_probs = teacher.sorted_probs(teacher_k, temperature=self.teacher_temperature)
-        student_probs = F.pad(student_probs[:, :length], (0, size - student_k))
-        teacher_probs = F.pad(teacher_probs[:, :length].detach(), (0, size - teacher_k))
+        student_probs = F.pad(pairs.of_student(student_probs), (0, size - student_k))
+        teacher_probs = F.pad(pairs.of_teacher(teacher_probs).detach(), (0, size - teacher_k))
         return (student_probs - teacher_probs).abs().sum(-1)
 
     def extra_repr(self) -> str:
         return (
             f"student_temperature={self.student_temperature}, "
-            f"teacher_temperature={self.teacher_temperature}, top_k={self.top_k}"
+            f"teacher_temperature={self.teacher_temperature}, top_k={self.top_k}, "
+            f"pairing={self.pairing!r}"
         )

@@ -1,1 +1,7 @@
 """What two tokenizers have in common."""
+
+from ctkd.tokenization.alignment import Aligner, Alignment
+from ctkd.tokenization.pair import TokenizerPair
+from ctkd.tokenization.token_bytes import TokenBytes
+
+__all__ = ["Aligner", "Alignment", "TokenBytes", "TokenizerPair"]

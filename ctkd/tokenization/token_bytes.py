@@ -55,6 +55,8 @@ class TokenBytes:
         bytes_of: The bytes of each id, empty for special tokens and for ids without a token.
         roles: The role of each id; "other" is a special token that is none of bos, eos, pad, or
             an id without a token.
+        tokens: Each id as the tokenizer writes it (``Ġcafé`` as ``ĠcafÃ©``), empty for an id
+            without a token; () if that is not known.
 
     Example:
         >>> table = TokenBytes((b"", b"caf", b"\xc3", b"\xa9"), ("eos", "text", "text", "text"))
@@ -66,6 +68,7 @@ class TokenBytes:
 
     bytes_of: tuple[bytes, ...]
     roles: tuple[Role, ...]
+    tokens: tuple[str, ...] = ()
 
     @classmethod
     def from_tokenizer(cls, tokenizer: "PreTrainedTokenizerBase") -> "TokenBytes":
@@ -102,10 +105,16 @@ class TokenBytes:
                 bytes_of.append(token.encode())
             else:
                 bytes_of.append(spell(token))
-        return cls(tuple(bytes_of), tuple(roles))
+        return cls(tuple(bytes_of), tuple(roles), tuple(map(_written, tokens)))
 
     def __len__(self) -> int:
         return len(self.bytes_of)
+
+    def first(self, size: int) -> "TokenBytes":
+        """Keep the first ids only: those that a narrower model knows."""
+        if size >= len(self):
+            return self
+        return TokenBytes(self.bytes_of[:size], self.roles[:size], self.tokens[:size])
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """Join the bytes of some ids; special tokens contribute nothing.
@@ -122,6 +131,10 @@ class TokenBytes:
                 )
             pieces.append(self.bytes_of[index])
         return b"".join(pieces)
+
+
+def _written(token: str | bytes | None) -> str:
+    return token.decode("utf-8", "surrogateescape") if isinstance(token, bytes) else token or ""
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -8,6 +8,7 @@ import torch
 from ctkd.batch import IGNORE_INDEX, Batch, Side
 from ctkd.errors import BatchError
 from ctkd.logits import DenseLogits
+from ctkd.testing import make_inputs
 
 # One row per layout: prompt and padding on the right, padding on the left, an answer with a hole
 # (a dialogue of two turns), nothing scored, everything scored but position 0.
@@ -131,7 +132,7 @@ def test_a_batch_from_four_tensors_is_that_of_its_sides():
         student_vocab_size=7,
         teacher_vocab_size=8,
         teacher_max_scored=6,
-        num_chunks=4,
+        num_chunks=8,
     )
     student = Side.from_causal_lm(make_logits(8), LABELS, vocab_size=7, **settings)
     for field in ("token_ids", "mask", "chunk_ids", "hidden"):
@@ -140,7 +141,24 @@ def test_a_batch_from_four_tensors_is_that_of_its_sides():
     assert batch.teacher.logits.shape == (5, 5, 8)
     assert batch.teacher.mask.sum(1).tolist() == [5, 0, 3, 2, 3]
     assert batch.teacher.chunk_ids is None and batch.teacher.hidden is None
-    assert batch.num_chunks == 4
+    assert batch.num_chunks == 8
+
+
+def test_there_are_at_most_as_many_chunks_as_positions_on_the_longer_side():
+    sides = {
+        "student": Side.from_causal_lm(make_logits(), LABELS, max_scored=5),
+        "teacher": Side.from_causal_lm(make_logits()[:, :4], LABELS[:, :4]),
+    }
+    assert Batch(**sides).num_chunks == 5
+    assert Batch(**sides, num_chunks=2).num_chunks == 2
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_chunk_numbers_past_the_last_chunk_are_refused(side):
+    inputs = make_inputs()
+    inputs[f"{side}_chunk_ids"][0, 4] = 3
+    with pytest.raises(BatchError, match=f"the {side}'s chunk_ids go up to 3, but num_chunks is 3"):
+        Batch.from_causal_lm(**inputs)
 
 
 def test_the_teacher_has_its_own_chunks_and_hidden_states():
@@ -152,6 +170,7 @@ def test_the_teacher_has_its_own_chunks_and_hidden_states():
         teacher_labels=LABELS,
         teacher_chunk_ids=LABELS,
         teacher_hidden=hidden,
+        num_chunks=8,
     )
     assert batch.student.chunk_ids is None and batch.student.hidden is None
     assert torch.equal(batch.teacher.chunk_ids[0, :3], torch.tensor([3, 4, 2]))

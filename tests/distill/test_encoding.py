@@ -1,23 +1,17 @@
+from dataclasses import replace
+
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ctkd.batch import Side
+from ctkd.distill import encoding
 from ctkd.distill.data import load_rows
-from ctkd.distill.encoding import (
-    Collator,
-    EncodedPair,
-    EncodedSide,
-    encode_pair,
-    encode_prompt,
-    encode_side,
-    leading_ids,
-    padding_id,
-)
+from ctkd.distill.encoded import EncodedSide
+from ctkd.distill.encoding import encode_pair, encode_side
+from ctkd.distill.prompts import encode_prompt, leading_ids
 from ctkd.distill.tasks import Example, examples
-from ctkd.errors import BatchError, DataError, SettingError
+from ctkd.errors import DataError, SettingError
+from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.token_bytes import TokenBytes
 from tests import trained_tokenizers as trained
 
@@ -116,6 +110,7 @@ def test_settings_of_the_tokenizer_neither_cut_nor_pad(caplog):
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=64)
     tokenizer.model_max_length = 2
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
     plain = encoded(trained.byte_level(), " Paris and Münster")
     assert encoded(tokenizer, " Paris and Münster") == plain
     assert not caplog.records
@@ -136,15 +131,40 @@ def test_settings_of_the_tokenizer_neither_cut_nor_pad(caplog):
         (trained.byte_level, " " + "<|end|>" * 99, "<|end|..., its ids spell ' '"),
     ],
 )
-def test_an_answer_that_cannot_be_spelled_names_its_row(make, answer, expected):
-    rows = [example(1), example(17, answer)]
+def test_alone_an_answer_that_cannot_be_spelled_is_refused(make, answer, expected):
     with pytest.raises(DataError) as caught:
-        encode_pair(rows, trained.byte_level(), make(), max_length=999)
+        encoded(make(), answer, where="file.jsonl row 17", side="teacher")
     message = str(caught.value)
-    side = "student" if make is trained.byte_level else "teacher"
-    assert message.startswith(f"file.jsonl row 17: the {side}'s tokenizer (")
+    assert message.startswith("file.jsonl row 17: the teacher's tokenizer (")
     assert expected in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("answer", [" a<|end|>", " " + "<|end|>" * 99, "<|start|>"])
+def test_an_answer_that_spells_a_special_token_is_refused(answer):
+    rows = [example(1), example(17, answer)]
+    for teacher in (None, trained.gemma_like()):
+        with pytest.raises(DataError, match=r"^file.jsonl row 17: the student's tokenizer \("):
+            encode_pair(rows, trained.byte_level(), teacher, max_length=999, min_coverage=0.0)
+
+
+HALF = "half \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [(example(7, HALF), "answer"), (example(7, prompt=HALF), "prompt")],
+)
+def test_half_a_surrogate_pair_names_its_row(row, what):
+    expected = rf"row 7: the {what} is not valid Unicode \(half a surrogate pair at character 6\)"
+    for teacher in (None, trained.gemma_like()):
+        with pytest.raises(DataError, match=f"file.jsonl {expected}"):
+            encode_pair([example(1), row], trained.byte_level(), teacher, max_length=99)
+    with pytest.raises(DataError, match=expected):
+        encoded(trained.byte_level(), row.answer, row.prompt, where="row 7")
+    if what == "prompt":
+        with pytest.raises(DataError, match=expected):
+            encode_prompt(trained.byte_level(), HALF, where="row 7")
 
 
 def test_an_empty_prompt_needs_a_bos():
@@ -168,24 +188,68 @@ def test_both_sides_are_encoded_alike_alone_and_together():
     assert [row.id for row in found.rows] == ["q0", "q1", "q2", "q3"]
     assert found.report() == ""
     for row, answer in zip(found.rows, answers, strict=True):
-        assert row.student == encoded(student, answer)
-        assert row.teacher == encoded(teacher, answer)
+        assert replace(row.student, chunk_ids=[]) == encoded(student, answer)
+        assert replace(row.teacher, chunk_ids=[]) == encoded(teacher, answer)
     alone = encode_pair([example(1)], student, max_length=99)
     assert alone.rows[0].teacher is None
+    assert alone.rows[0].student == encoded(student, " Paris")  # no chunks
+
+
+def spans(table: TokenBytes, one: EncodedSide) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
+    for token, chunk in zip(one.answer_ids, one.chunk_ids, strict=True):
+        found[chunk] = found.get(chunk, b"") + table.bytes_of[token]
+    return found
+
+
+def test_chunks_are_the_same_bytes_on_both_sides_and_cannot_be_cut_further():
+    student, teacher = trained.byte_level(), trained.gemma_like()
+    pair = TokenizerPair(student, teacher)
+    rows = [example(i, answer) for i, answer in enumerate(ANSWERS) if "<" not in answer]
+    found = encode_pair(rows, student, teacher, max_length=999, pair=pair)
+    split = 0
+    for row, one in zip(rows, found.rows, strict=True):
+        ours = spans(pair.student_bytes, one.student)
+        assert ours == spans(pair.teacher_bytes, one.teacher)
+        assert list(ours) == list(range(len(ours)))
+        assert b"".join(ours.values()).decode() == row.answer
+        # Where either side's token ends inside a chunk, the other side has no end.
+        ends = [
+            {len(table.decode(side.answer_ids[:n])) for n in range(1, len(side.answer_ids) + 1)}
+            for table, side in (
+                (pair.student_bytes, one.student),
+                (pair.teacher_bytes, one.teacher),
+            )
+        ]
+        assert len(ends[0] & ends[1]) == len(ours)
+        split += sum(len(b.decode(errors="ignore").encode()) < len(b) for b in ours.values())
+    assert split  # chunks may end inside a character, where both tokenizers do
+    coverage = found.coverage
+    assert coverage.share == 1.0
+    assert coverage.worst == ()
+    assert coverage.student_tokens == sum(len(one.student.answer_ids) for one in found.rows)
+    assert coverage.teacher_tokens == sum(len(one.teacher.answer_ids) for one in found.rows)
+    assert coverage.text_bytes == sum(len(row.answer.encode()) for row in rows)
+    single = [
+        one.student.chunk_ids.count(chunk) == one.teacher.chunk_ids.count(chunk) == 1
+        for one in found.rows
+        for chunk in set(one.student.chunk_ids)
+    ]
+    assert (coverage.one_to_one, coverage.chunks) == (sum(single), len(single))
+
+
+def test_rows_are_aligned_in_blocks(monkeypatch):
+    student, teacher = trained.byte_level(), trained.metaspace()
+    rows = [example(i, " Paris and Münster"[: 6 + 2 * i]) for i in range(5)]
+    whole = encode_pair(rows, student, teacher, max_length=99)
+    monkeypatch.setattr(encoding, "_ROWS_AT_ONCE", 2)
+    assert encode_pair(rows, student, teacher, max_length=99) == whole
 
 
 def test_an_example_too_long_on_one_side_is_left_out_on_both():
     student, teacher = trained.byte_level(), trained.wordpiece()
     rows = [example(0), example(1, " Paris" * 30), *[example(i, " Nile" * 40) for i in (2, 3, 4)]]
-    longest = (
-        len(
-            encoded(
-                student,
-                " Paris",
-            ).prompt_ids
-        )
-        + 30
-    )
+    longest = len(encoded(student, " Paris").prompt_ids) + 30
     found = encode_pair(rows, student, teacher, max_length=longest)
     assert [row.id for row in found.rows] == ["q0"]
     assert found.report().startswith(
@@ -221,166 +285,15 @@ def test_wrong_settings_are_refused():
     tokenizer = trained.byte_level()
     with pytest.raises(SettingError, match="max_length must be at least 2"):
         encode_pair([example(1)], tokenizer, max_length=1)
-    with pytest.raises(SettingError, match="on_long must be 'drop' or 'refuse', got 'cut'"):
-        encode_pair([example(1)], tokenizer, max_length=9, on_long="cut")
+    with pytest.raises(SettingError, match="on_long must be 'drop', 'refuse' or 'cut', got 'end'"):
+        encode_pair([example(1)], tokenizer, max_length=9, on_long="end")
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(SettingError, match=f"min_coverage must be from 0 to 1, got {wrong}"):
+            encode_pair([example(1)], tokenizer, max_length=9, min_coverage=wrong)
     with pytest.raises(DataError, match="no examples"):
         encode_pair([], tokenizer, max_length=9)
     with pytest.raises(SettingError, match="the teacher's tokenizer has none"):
         encode_pair([example(1)], tokenizer, trained.end_of_word(), max_length=9, score_eos=True)
-
-
-def test_any_padding_will_do():
-    assert padding_id(trained.byte_level()) == 2
-    assert padding_id(trained.wrapped(trained.byte_level().backend_tokenizer)) == 0
-    named = trained.wrapped(trained.byte_level().backend_tokenizer, eos_token="<|start|>")
-    assert padding_id(named) == 1
-
-
-def side(prompt: list[int], answer: list[int], eos: int | None = 2) -> EncodedSide:
-    return EncodedSide(prompt_ids=prompt, answer_ids=answer, eos_id=eos)
-
-
-def pairs() -> list[EncodedPair]:
-    return [
-        EncodedPair(id="a", student=side([5, 6, 7], [8]), teacher=side([1, 9], [4, 5, 6], 3)),
-        EncodedPair(id="b", student=side([5], [9, 2]), teacher=side([1, 9, 9, 9], [7], 3)),
-    ]
-
-
-def test_prompts_end_and_answers_begin_at_one_column():
-    batch = Collator(student_pad_id=2, teacher_pad_id=0)(pairs())
-    expected = {
-        "input_ids": [[5, 6, 7, 8, 2, 2], [2, 2, 5, 9, 2, 2]],
-        "attention_mask": [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]],
-        "position_ids": [[0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 2, 3]],
-        # An answer may hold the id of eos; padding, eos and answer all have id 2 here.
-        "labels": [[-100, 8, 2, -100], [-100, 9, 2, 2]],
-        "distill_labels": [[-100, 8, -100, -100], [-100, 9, 2, -100]],
-        "teacher_input_ids": [[0, 0, 1, 9, 4, 5, 6], [1, 9, 9, 9, 7, 0, 0]],
-        "teacher_attention_mask": [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]],
-        "teacher_position_ids": [[0, 0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 4, 4]],
-        "teacher_distill_labels": [[-100, 4, 5, 6], [-100, 7, -100, -100]],
-    }
-    assert {name: value.tolist() for name, value in batch.items()} == expected
-    assert {value.dtype for value in batch.values()} == {torch.int64}
-
-
-def test_the_end_of_sequence_is_scored_on_both_sides_or_on_neither():
-    batch = Collator(student_pad_id=2, teacher_pad_id=0, score_eos=True)(pairs())
-    assert batch["distill_labels"].tolist() == batch["labels"].tolist()
-    assert batch["teacher_distill_labels"].tolist() == [
-        [-100, 4, 5, 6, 3],
-        [-100, 7, 3, -100, -100],
-    ]
-    assert batch["teacher_input_ids"].tolist() == [
-        [0, 0, 1, 9, 4, 5, 6, 3],
-        [1, 9, 9, 9, 7, 3, 0, 0],
-    ]
-
-
-def test_without_an_end_of_sequence_nothing_stands_in_for_it():
-    rows = [EncodedPair(id="a", student=side([5], [8, 9], None))]
-    batch = Collator(student_pad_id=0)(rows)
-    assert batch["labels"].tolist() == batch["distill_labels"].tolist() == [[-100, 8, 9]]
-    assert batch["input_ids"].tolist() == [[5, 8, 9]]
-    with pytest.raises(BatchError, match="score_eos needs an end of sequence"):
-        Collator(student_pad_id=0, score_eos=True)(rows)
-
-
-def test_without_a_teacher_there_are_no_teachers_tensors():
-    batch = Collator(student_pad_id=2)(pairs())
-    assert not any(name.startswith("teacher") for name in batch)
-    alone = [EncodedPair(id="a", student=side([5], [8]))]
-    with pytest.raises(BatchError, match="no teacher's side"):
-        Collator(student_pad_id=2, teacher_pad_id=0)(alone)
-    with pytest.raises(BatchError, match="at least one example"):
-        Collator(student_pad_id=2)([])
-
-
-def tiny(kind: str, attention: str, dtype: torch.dtype) -> torch.nn.Module:
-    torch.manual_seed(0)
-    if kind == "llama":
-        config = LlamaConfig(
-            vocab_size=40,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            attn_implementation=attention,
-            initializer_range=0.5,
-        )
-        return LlamaForCausalLM(config).to(dtype).eval()
-    config = GPT2Config(
-        vocab_size=40,
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        n_positions=64,
-        attn_implementation=attention,
-        initializer_range=0.5,
-    )
-    return GPT2LMHeadModel(config).to(dtype).eval()
-
-
-@pytest.mark.parametrize(
-    ("kind", "attention", "dtype", "tolerance"),
-    [
-        ("llama", "sdpa", torch.float64, 1e-10),
-        ("gpt2", "sdpa", torch.float64, 1e-10),
-        ("gpt2", "eager", torch.float64, 1e-10),
-        # Llama's eager attention takes its softmax in float32, whose range a float64 mask exceeds.
-        ("llama", "eager", torch.float32, 1e-4),
-    ],
-)
-@pytest.mark.parametrize("score_eos", [False, True])
-def test_a_batch_says_of_each_token_what_the_single_sequence_says(
-    kind, attention, dtype, tolerance, score_eos
-):
-    model = tiny(kind, attention, dtype)
-    draw = torch.Generator().manual_seed(1)
-    lengths = [(3, 5), (11, 1), (1, 4), (7, 7), (20, 2)]
-    rows = []
-    for prompt, answer in lengths:
-        student, teacher = (
-            side(
-                torch.randint(40, (p,), generator=draw).tolist(),
-                torch.randint(40, (a,), generator=draw).tolist(),
-            )
-            for p, a in ((prompt, answer), (answer, prompt))
-        )
-        rows.append(EncodedPair(id="", student=student, teacher=teacher))
-    batch = Collator(student_pad_id=2, teacher_pad_id=0, score_eos=score_eos)(rows)
-
-    def from_batch(prefix: str, labels: torch.Tensor) -> list[torch.Tensor]:
-        names = ("input_ids", "attention_mask", "position_ids")
-        with torch.no_grad():
-            logits = model(
-                **{name: batch[prefix + name] for name in names}, logits_to_keep=labels.shape[1]
-            ).logits
-        seen = Side.from_causal_lm(logits, labels)
-        log_probs = seen.logits.log_probs(seen.token_ids.unsqueeze(-1)).squeeze(-1)
-        return [found[mask] for found, mask in zip(log_probs, seen.mask, strict=True)]
-
-    def alone(one: EncodedSide, with_eos: bool) -> torch.Tensor:
-        answer = one.answer_ids + [one.eos_id] * with_eos
-        with torch.no_grad():
-            logits = model(torch.tensor([one.prompt_ids + answer])).logits[0]
-        start = len(one.prompt_ids) - 1
-        log_probs = logits[start:-1].log_softmax(-1)
-        return log_probs.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
-
-    for prefix, name, with_eos in (
-        ("", "labels", True),
-        ("", "distill_labels", score_eos),
-        ("teacher_", "teacher_distill_labels", score_eos),
-    ):
-        found = from_batch(prefix, batch[name])
-        for row, log_probs in zip(rows, found, strict=True):
-            one = row.teacher if prefix else row.student
-            torch.testing.assert_close(
-                log_probs, alone(one, with_eos), rtol=tolerance, atol=tolerance
-            )
 
 
 @pytest.mark.models

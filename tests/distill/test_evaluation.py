@@ -7,9 +7,9 @@ import pytest
 
 import ctkd
 from ctkd.distill import evaluate_command, measuring
-from ctkd.distill.encoding import encode_prompt
 from ctkd.distill.evaluation import answer, held_out_losses
 from ctkd.distill.generation import generate
+from ctkd.distill.prompts import encode_prompt
 from tests import tiny
 from tests.tiny_runs import ANSWER, Workplace, error_of, finish, invoke, record
 

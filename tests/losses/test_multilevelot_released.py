@@ -120,7 +120,7 @@ def test_golden_gradient_norms_of_the_terms(case, dtype, monkeypatch):
 )
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_as_published_version_agrees(settings, shape, seed):
-    inputs = ragged_inputs(seed, **{"teacher_lengths": (4, 5, 2), **shape})
+    inputs = ragged_inputs(seed, **{"teacher_lengths": (4, 5, 2), **shape}, chunks=False)
     del inputs["student_vocab_size"]
     leaf = inputs["student_logits"].requires_grad_()
     expected = oracle.terms(**inputs, **settings)
@@ -144,7 +144,7 @@ def single(inputs: dict, row: int) -> dict:
 
 
 def test_a_sample_depends_on_its_batch_as_in_the_file():
-    inputs = ragged_inputs(3, V=60, W=70, teacher_lengths=(4, 5, 2))
+    inputs = ragged_inputs(3, V=60, W=70, teacher_lengths=(4, 5, 2), chunks=False)
     loss = ctkd.get_loss("multilevelot_released")
     value = loss(Batch.from_causal_lm(**inputs)).value
     alone = [loss(Batch.from_causal_lm(**single(inputs, row))).value for row in range(3)]
@@ -169,7 +169,7 @@ def had_without_the_last_sequence(inputs: dict) -> float:
 
 @pytest.mark.parametrize("empty", ["student", "teacher"])
 def test_an_empty_answer_adds_0_where_the_file_gives_nan(empty):
-    inputs = ragged_inputs(4, V=60, W=70, head=0, teacher_lengths=(4, 5, 2))
+    inputs = ragged_inputs(4, V=60, W=70, head=0, teacher_lengths=(4, 5, 2), chunks=False)
     inputs[f"{empty}_labels"][2] = -100
     del inputs["student_vocab_size"]
     expected = oracle.terms(**inputs)
@@ -185,7 +185,9 @@ def test_an_empty_answer_adds_0_where_the_file_gives_nan(empty):
 
 
 def test_a_teacher_longer_than_the_students_rows_works_where_the_file_stops():
-    inputs = ragged_inputs(5, head=0, student_lengths=(2, 1, 1), teacher_lengths=(9, 8, 9))
+    inputs = ragged_inputs(
+        5, head=0, student_lengths=(2, 1, 1), teacher_lengths=(9, 8, 9), chunks=False
+    )
     del inputs["student_vocab_size"]
     assert inputs["student_labels"].shape[1] < 8
     with pytest.raises(RuntimeError):
@@ -203,7 +205,7 @@ def test_a_teacher_longer_than_the_students_rows_works_where_the_file_stops():
 
 def test_equal_sides_leave_the_floor_of_the_log_term():
     # The documented oddity: 50 kept columns give about 0.1 log 50 at equality.
-    inputs = ragged_inputs(6, V=80, W=80, head=0, teacher_lengths=(6, 3, 4))
+    inputs = ragged_inputs(6, V=80, W=80, head=0, teacher_lengths=(6, 3, 4), chunks=False)
     inputs["teacher_logits"] = inputs["student_logits"]
     inputs["teacher_labels"] = inputs["student_labels"]
     output = ctkd.get_loss("multilevelot_released")(Batch.from_causal_lm(**inputs))

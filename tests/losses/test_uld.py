@@ -11,7 +11,13 @@ from ctkd import rows as rows_module
 from ctkd.batch import Batch
 from ctkd.losses.uld import sorted_l1
 from tests.golden_values import entries_of, gradient_norm, load, paper_case, released_case
-from tests.ragged_batches import answer_rows, loss_and_gradient, ragged_inputs, side_of
+from tests.ragged_batches import (
+    answer_rows,
+    chunk_starts,
+    loss_and_gradient,
+    ragged_inputs,
+    side_of,
+)
 
 CASES = load("multilevelot_released")["cases"]
 PAPER = load("multilevelot_paper")["cases"]
@@ -174,7 +180,8 @@ def test_worked_by_hand():
 def test_equal_distributions_in_any_order_are_no_distance_apart():
     inputs = ragged_inputs(5, V=8, W=8, head=0, teacher_lengths=(6, 3, 4))
     inputs["teacher_logits"] = inputs["student_logits"].flip(-1)
-    inputs["teacher_labels"] = inputs["student_labels"]
+    for key in ("labels", "chunk_ids"):
+        inputs[f"teacher_{key}"] = inputs[f"student_{key}"]
     for settings in ({}, {"top_k": 3}):
         value, _, _ = loss_and_gradient(ctkd.get_loss("uld", **settings), inputs)
         assert value.item() == pytest.approx(0, abs=1e-15)
@@ -187,3 +194,26 @@ def test_blocks_change_nothing(monkeypatch):
     torch.testing.assert_close(
         loss_and_gradient(ctkd.get_loss("uld"), inputs), expected, rtol=1e-13, atol=1e-16
     )
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"student_temperature": 2.0}])
+@pytest.mark.parametrize("seed", range(4))
+def test_pairing_chunks_compares_rows_that_have_read_the_same_bytes(seed, settings):
+    inputs = ragged_inputs(seed)
+    starts = chunk_starts(inputs)
+    inputs["student_logits"].requires_grad_()
+    student, teacher = (
+        [rows[index] for rows, index in zip(answer_rows(inputs, side), starts[side], strict=True)]
+        for side in ("student", "teacher")
+    )
+    mean, count = uld.loss(student, teacher, **settings)
+    tokens = int((inputs["student_labels"] != -100).sum())
+    assert 0 < count < tokens
+    expected = mean * count / tokens
+    (expected_gradient,) = torch.autograd.grad(expected, inputs["student_logits"])
+    loss = ctkd.get_loss("uld", pairing="chunk", **settings)
+    value, scored, gradient = loss_and_gradient(loss, inputs)
+    assert scored == tokens
+    close(value, expected.detach(), 1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-15)
+    assert value != loss_and_gradient(ctkd.get_loss("uld", **settings), inputs)[0]

@@ -1,0 +1,174 @@
+"""Chunks on tensors: the smallest spans of text that both tokenizers cut out whole.
+
+Equal chunk numbers on both sides of a batch cover the same bytes. At the first token of a chunk
+both models have read exactly the same text, so their next-token distributions answer one question;
+and the log-likelihoods of a chunk's tokens add up to that of the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctkd.batch import Batch, Side
+from ctkd.errors import BatchError
+
+__all__ = [
+    "PAIRINGS",
+    "PositionPairs",
+    "chunk_pairs",
+    "chunk_sizes",
+    "chunk_sums",
+    "chunks_on_both_sides",
+    "first_positions",
+    "last_positions",
+    "one_to_one",
+    "pair_positions",
+    "pair_rows",
+]
+
+PAIRINGS = ("position", "chunk")
+
+
+def chunk_sums(side: Side, values: Tensor, num_chunks: int) -> Tensor:
+    """Sum a value per position over each chunk.
+
+    Shape:
+        ``values`` (B, S) give (B, C); a chunk without a position gets 0.
+    """
+    chunk_ids, in_chunk = _chunk_ids(side)
+    values = values.masked_fill(~in_chunk, 0.0)
+    zeros = values.new_zeros(values.shape[0], num_chunks)
+    return zeros.scatter_add(1, chunk_ids, values)
+
+
+def chunk_sizes(side: Side, num_chunks: int) -> Tensor:
+    """Tokens of each chunk, (B, C) int64, 0 where this side does not have it."""
+    chunk_ids, in_chunk = _chunk_ids(side)
+    zeros = chunk_ids.new_zeros(chunk_ids.shape[0], num_chunks)
+    return zeros.scatter_add(1, chunk_ids, in_chunk.to(torch.int64))
+
+
+def chunks_on_both_sides(batch: Batch) -> Tensor:
+    """Chunks that hold a scored token of the student and one of the teacher, (B, C) bool."""
+    student = chunk_sizes(batch.student, batch.num_chunks)
+    teacher = chunk_sizes(batch.teacher, batch.num_chunks)
+    return (student > 0) & (teacher > 0)
+
+
+def one_to_one(batch: Batch) -> Tensor:
+    """Chunks of exactly one token on both sides, (B, C) bool."""
+    student = chunk_sizes(batch.student, batch.num_chunks)
+    teacher = chunk_sizes(batch.teacher, batch.num_chunks)
+    return (student == 1) & (teacher == 1)
+
+
+def first_positions(side: Side, num_chunks: int) -> Tensor:
+    """Position of each chunk's first token, (B, C) int64; 0 where this side does not have it."""
+    return _end_positions(side, num_chunks, first=True)
+
+
+def last_positions(side: Side, num_chunks: int) -> Tensor:
+    """Position of each chunk's last token, (B, C) int64; 0 where this side does not have it."""
+    return _end_positions(side, num_chunks, first=False)
+
+
+def _end_positions(side: Side, num_chunks: int, *, first: bool) -> Tensor:
+    chunk_ids, in_chunk = _chunk_ids(side)
+    size = chunk_ids.shape[1]
+    nowhere = size if first else -1
+    position = torch.arange(size, device=chunk_ids.device).expand_as(chunk_ids)
+    position = position.masked_fill(~in_chunk, nowhere)
+    found = chunk_ids.new_full((chunk_ids.shape[0], num_chunks), nowhere)
+    found = found.scatter_reduce(1, chunk_ids, position, reduce="amin" if first else "amax")
+    return found.masked_fill(found == nowhere, 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PositionPairs:
+    """Which student position is compared with which teacher position, P pairs per sequence.
+
+    Args:
+        student: (B, P) int64, no position twice among valid pairs.
+        teacher: (B, P) int64.
+        valid: (B, P) bool, False where there is no pair.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    valid: Tensor
+
+    def of_student(self, values: Tensor) -> Tensor:
+        """Pick the student's values, (B, S, K) to (B, P, K)."""
+        return _pick(values, self.student)
+
+    def of_teacher(self, values: Tensor) -> Tensor:
+        """Pick the teacher's values, (B, T, K) to (B, P, K)."""
+        return _pick(values, self.teacher)
+
+    def at_student_positions(self, values: Tensor, size: int) -> Tensor:
+        """Put values of pairs where the student's positions are, (B, P, ...) to (B, S, ...)."""
+        shape = (*self.student.shape, *[1] * (values.ndim - 2))
+        index = self.student.masked_fill(~self.valid, size).view(shape)
+        placed = values.new_zeros((values.shape[0], size + 1, *values.shape[2:]))
+        return placed.scatter(1, index.expand_as(values), values)[:, :size]
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Rows of both sides for `ctkd.row_pairs.map_row_pairs`, (B * P, 2), -1 where none."""
+        return pair_rows(batch, self.student, self.teacher, self.valid)
+
+
+def pair_positions(batch: Batch, pairing: str = "position") -> PositionPairs:
+    """Pair the positions of both sides.
+
+    ``"position"`` pairs the k-th scored positions, ``"chunk"`` those at which both models have
+    read the same bytes: the first positions of each chunk that both sides have.
+    """
+    if pairing == "chunk":
+        return PositionPairs(
+            first_positions(batch.student, batch.num_chunks),
+            first_positions(batch.teacher, batch.num_chunks),
+            chunks_on_both_sides(batch),
+        )
+    length = min(batch.student.mask.shape[1], batch.teacher.mask.shape[1])
+    valid = batch.student.mask[:, :length] & batch.teacher.mask[:, :length]
+    position = torch.arange(length, device=valid.device).expand_as(valid)
+    return PositionPairs(position, position, valid)
+
+
+def chunk_pairs(batch: Batch) -> Tensor:
+    """Rows of the first positions of each chunk that both sides have, (B * C, 2), -1 where none."""
+    return pair_positions(batch, "chunk").rows(batch)
+
+
+def pair_rows(batch: Batch, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """Flatten pairs of positions (B, P) into rows (B * P, 2), -1 where they are not valid."""
+    index = torch.arange(valid.shape[0], device=valid.device).unsqueeze(1)
+    rows = torch.stack(
+        [
+            index * batch.student.mask.shape[1] + student,
+            index * batch.teacher.mask.shape[1] + teacher,
+        ],
+        dim=-1,
+    )
+    return rows.masked_fill(~valid.unsqueeze(-1), -1).flatten(0, 1)
+
+
+def _pick(values: Tensor, positions: Tensor) -> Tensor:
+    if values.shape[1] == 0:  # no pair is valid then, and any value will do
+        values = F.pad(values, (0, 0, 0, 1))
+    return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def _chunk_ids(side: Side) -> tuple[Tensor, Tensor]:
+    if side.chunk_ids is None:
+        raise BatchError(
+            "this loss compares chunks, but the batch has no chunk_ids; align the two sides with "
+            "ctkd.tokenization.TokenizerPair.align and pass student_chunk_ids, teacher_chunk_ids "
+            "and num_chunks"
+        )
+    in_chunk = side.mask & (side.chunk_ids >= 0)
+    return side.chunk_ids.clamp_min(0), in_chunk

@@ -1,0 +1,203 @@
+"""Approximate likelihood matching: how likely both models find the same stretch of text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctkd.batch import Batch, Side
+from ctkd.chunks import chunk_sums, chunks_on_both_sides, last_positions
+from ctkd.errors import SettingError
+from ctkd.loss import Loss, LossOutput, Paper, Weights, average, check_positive, masked_sum
+from ctkd.pair import Pair, check_sizes
+from ctkd.registry import register
+
+__all__ = ["ALM", "binary_kl", "log1mexp"]
+
+_EPSILON = 1e-6
+_LOG_HALF = -0.6931471805599453
+
+
+def log1mexp(log_probs: Tensor) -> Tensor:
+    r"""Logs of the complements, ``log(1 - exp(x))``, exact near 0 and far below it.
+
+    Shape:
+        Any, below 0, to the same.
+
+    Example:
+        >>> log1mexp(torch.tensor([-1e-6, -50.0], dtype=torch.float64))
+        tensor([-1.3816e+01, -1.9287e-22], dtype=torch.float64)
+    """
+    # Each branch is fed what its derivative is finite for: a nan in one would reach the other.
+    near = log_probs > _LOG_HALF
+    small = log_probs.masked_fill(~near, _LOG_HALF)
+    large = log_probs.masked_fill(near, _LOG_HALF)
+    return torch.where(near, (-torch.expm1(small)).log(), torch.log1p(-large.exp()))
+
+
+def binary_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    r"""Divergence of two coins, KL(teacher || student), from the log-probabilities of heads.
+
+    .. math:: e^a (a - b) + (1 - e^a) \left( \log(1 - e^a) - \log(1 - e^b) \right)
+
+    a is the teacher's and b the student's. Equal coins cancel to 0, nearby ones to rounding
+    errors: give it float64.
+
+    Shape:
+        (...) and (...) give (...), at least 0. All below 0.
+
+    Example:
+        >>> half, quarter = torch.tensor([0.5, 0.25]).log()
+        >>> binary_kl(quarter, half), binary_kl(half, half)
+        (tensor(0.1438), tensor(0.))
+    """
+    probs = teacher_log_probs.exp()
+    # Where the teacher rules heads out, its log is infinite.
+    heads = (probs * (teacher_log_probs - student_log_probs)).masked_fill(probs == 0, 0.0)
+    tails = log1mexp(teacher_log_probs) - log1mexp(student_log_probs)
+    return heads - torch.expm1(teacher_log_probs) * tails
+
+
+@register("alm")
+class ALM(Loss):
+    r"""Matches the likelihood of each chunk of text, as the outcome of a coin flip.
+
+    .. math::
+        L = \frac{1}{\sum_b C_b} \sum_{b, c} \mathrm{KL}\left(
+            e^{a_c / \tau - \epsilon} \,\|\, e^{b_c / \tau - \epsilon} \right), \quad
+        a_c = \sum_{j \in c} \log q_j, \quad b_c = \sum_{i \in c} \log p_i
+
+    p and q are the probabilities that student and teacher give to the tokens of the text, a chunk
+    is the smallest span that both cut out whole, and KL is between two coins (`binary_kl`), with
+    epsilon = 1e-6. It is 0 exactly where both find every chunk equally likely.
+
+    At large temperatures the gradient with respect to b_c tends to (a_c / b_c - 1) / temperature.
+    ``default_weights`` therefore weigh the loss by 100, the default temperature, which gives b_c a
+    gradient of order 1, as cross-entropy gives the log-probability of a token. For another
+    temperature set the weight to that temperature.
+
+    Shape:
+        Student (B, S, V), teacher (B, T, W), both with chunk ids. ``count`` is the number of
+        chunks that both sides score.
+
+    Args:
+        temperature: Divides the chunks' log-likelihoods, above 0.
+        debias: Add to both sides of a chunk the log-probability that a new word begins after it,
+            so that models which would have cut the text otherwise are compared on the text alone.
+            It is read at the scored position after the chunk's last token; a chunk that has none
+            on one of the sides goes without. With several answers in one text, the last chunk of
+            one reads it at the first token of the next.
+        pair: The two tokenizers. Only ``debias`` needs it.
+
+    Raises:
+        SettingError: If the temperature is not above 0, or ``debias`` is set without ``pair`` or
+            with a tokenizer in which no token begins a word.
+        BatchError: If the batch has no chunk ids, or with ``debias`` if the logits have more or
+            fewer columns than the tokenizers have tokens.
+
+    Example:
+        One chunk: the student's two tokens have probability 1/2 each, the teacher's one 1/2.
+
+        >>> import ctkd
+        >>> batch = ctkd.Batch.from_causal_lm(
+        ...     student_logits=torch.zeros(1, 3, 2),
+        ...     student_labels=torch.tensor([[-100, 0, 1]]),
+        ...     student_chunk_ids=torch.tensor([[-1, 0, 0]]),
+        ...     teacher_logits=torch.zeros(1, 2, 2),
+        ...     teacher_labels=torch.tensor([[-100, 1]]),
+        ...     teacher_chunk_ids=torch.tensor([[-1, 0]]),
+        ...     num_chunks=1,
+        ... )
+        >>> round(float(ctkd.get_loss("alm", temperature=1.0)(batch).value), 4)
+        0.1438
+
+    Differs from the paper:
+        The paper minimises the cross-entropy of the coins; this is that minus the teacher's own
+        entropy, which has the same gradient and is 0 at equality. The paper merges neighbouring
+        chunks until the teacher finds the boundary between them likely enough; here chunks are
+        those of the text, because the count must not depend on logits. Its hidden-state loss and
+        its weighting by gradient norms are not part of this.
+
+    References:
+        Minixhofer et al., "Universal Cross-Tokenizer Distillation via Approximate Likelihood
+        Matching", arXiv:2503.20083, section 3.
+    """
+
+    paper = Paper(
+        "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching",
+        "2503.20083",
+        "binarised f-divergence of chunk likelihoods, sec. 3",
+    )
+    matches = "likelihood of each chunk of text"
+    unit = "chunk"
+    needs = frozenset({"chunks"})
+    default_weights = Weights(ce=1.0, kd=100.0)
+
+    student_starts: Tensor
+    teacher_starts: Tensor
+
+    def __init__(
+        self, *, temperature: float = 100.0, debias: bool = False, pair: Pair | None = None
+    ) -> None:
+        super().__init__()
+        check_positive("temperature", temperature)
+        self.temperature = temperature
+        self.debias = debias
+        if not debias:
+            return
+        if pair is None:
+            raise SettingError(
+                "debias=True needs to know which tokens begin a word: pass "
+                "pair=ctkd.tokenization.TokenizerPair(student_tokenizer, teacher_tokenizer)"
+            )
+        self.needs = frozenset({"chunks", "pair"})
+        for side, starts in zip(("student", "teacher"), pair.word_starts(), strict=True):
+            if not starts.any():
+                raise SettingError(
+                    f"debias=True needs tokens that begin a word, but the {side}'s tokenizer has "
+                    "none; leave debias out"
+                )
+            self.register_buffer(f"{side}_starts", starts, persistent=False)
+
+    def units(self, batch: Batch) -> Tensor:
+        return chunks_on_both_sides(batch).sum()
+
+    def forward(self, batch: Batch) -> LossOutput:
+        present = chunks_on_both_sides(batch)
+        student = _chunk_log_likelihoods(batch.student, batch.num_chunks)
+        with torch.no_grad():
+            teacher = _chunk_log_likelihoods(batch.teacher, batch.num_chunks)
+        if self.debias:
+            check_sizes(batch, self.student_starts.shape[0], self.teacher_starts.shape[0])
+            followed, student_next = _following_positions(batch.student, batch.num_chunks)
+            also_followed, teacher_next = _following_positions(batch.teacher, batch.num_chunks)
+            left_out = ~(followed & also_followed)
+            boundary = batch.student.logits.log_mass(self.student_starts)
+            boundary = F.pad(boundary, (0, 1)).gather(1, student_next)
+            student = student + boundary.masked_fill(left_out, 0.0)
+            with torch.no_grad():
+                boundary = batch.teacher.logits.log_mass(self.teacher_starts)
+                boundary = F.pad(boundary, (0, 1)).gather(1, teacher_next)
+                teacher = teacher + boundary.masked_fill(left_out, 0.0)
+        # A likelihood of exactly 1 has no finite log of its complement.
+        values = binary_kl(
+            student / self.temperature - _EPSILON, teacher / self.temperature - _EPSILON
+        )
+        sums = masked_sum(values, present).to(batch.student.logits.dtype)
+        return average({"alm": sums}, present.sum())
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, debias={self.debias}"
+
+
+def _chunk_log_likelihoods(side: Side, num_chunks: int) -> Tensor:
+    """Return (B, C) in float64: in float32 the coins of two good models cannot be told apart."""
+    log_probs = side.logits.log_probs(side.token_ids.unsqueeze(-1)).squeeze(-1)
+    return chunk_sums(side, log_probs.double(), num_chunks)
+
+
+def _following_positions(side: Side, num_chunks: int) -> tuple[Tensor, Tensor]:
+    """Whether a scored position follows each chunk's last one, and which, at most S."""
+    following = (last_positions(side, num_chunks) + 1).clamp_max(side.mask.shape[1])
+    return F.pad(side.mask, (0, 1)).gather(1, following), following

@@ -1,0 +1,256 @@
+"""Minimum edit distance: the teacher's distribution, carried over to the student's vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctkd.batch import Batch
+from ctkd.chunks import PositionPairs, first_positions, one_to_one
+from ctkd.loss import (
+    Loss,
+    LossOutput,
+    Paper,
+    Weights,
+    average,
+    check_choice,
+    check_count,
+    check_positive,
+    masked_sum,
+)
+from ctkd.pair import Pair, check_sizes
+from ctkd.registry import register
+from ctkd.row_pairs import map_row_pairs
+
+__all__ = ["MinED", "carried_kl", "first_occurrences", "first_sources"]
+
+
+def first_occurrences(ids: Tensor) -> Tensor:
+    """Mark the entries of each row that do not repeat an earlier one.
+
+    Shape:
+        (..., K) int64 to the same, bool.
+
+    Example:
+        >>> first_occurrences(torch.tensor([[4, 2, 4, 4]]))
+        tensor([[ True,  True, False, False]])
+    """
+    in_order, order = ids.sort(dim=-1, stable=True)
+    first = torch.ones_like(in_order, dtype=torch.bool)
+    first[..., 1:] = in_order[..., 1:] != in_order[..., :-1]
+    return torch.zeros_like(first).scatter(-1, order, first)
+
+
+def first_sources(student_ids: Tensor, student_size: int) -> Tensor:
+    """Invert a map from teacher to student tokens: the first that maps to each, or -1.
+
+    Shape:
+        (W,) int64 to (V,) int64.
+
+    Example:
+        >>> first_sources(torch.tensor([2, 0, 2]), 4)
+        tensor([ 1, -1,  0, -1])
+    """
+    nowhere = student_ids.shape[0]
+    teacher_ids = torch.arange(nowhere, device=student_ids.device)
+    sources = teacher_ids.new_full((student_size,), nowhere)
+    sources = sources.scatter_reduce(0, student_ids, teacher_ids, reduce="amin")
+    return sources.masked_fill(sources == nowhere, -1)
+
+
+def carried_kl(
+    student_logits: Tensor, teacher_logits: Tensor, sources: Tensor, temperature: float
+) -> Tensor:
+    r"""Divergence of the student from the teacher's row, carried over to the student's columns.
+
+    .. math:: \mathrm{KL}\left( \mathrm{softmax}(y_{\sigma(v)} / \tau) \,\|\,
+        \mathrm{softmax}(x_v / \tau) \right)
+
+    Student columns without a source have probability 0 on the teacher's side.
+
+    Shape:
+        (N, V), (N, W) and (V,) give (N,).
+
+    Example:
+        The teacher's columns, in the student's order, are equally likely; the third has none.
+
+        >>> student = torch.tensor([[0.25, 0.25, 0.5]]).log()
+        >>> carried_kl(student, torch.zeros(1, 2), torch.tensor([1, 0, -1]), 1.0).exp()
+        tensor([2.])
+    """
+    carried = teacher_logits[:, sources.clamp_min(0)].masked_fill(sources < 0, -torch.inf)
+    target_log_probs = (carried / temperature).log_softmax(-1)
+    target_probs = target_log_probs.exp()
+    student_log_probs = (student_logits / temperature).log_softmax(-1)
+    terms = target_probs * (target_log_probs - student_log_probs)
+    return terms.masked_fill(target_probs == 0, 0.0).sum(-1)
+
+
+@register("mined")
+class MinED(Loss):
+    r"""Matches the teacher's distribution, its tokens renamed, wherever both predict one token.
+
+    .. math::
+        L = \frac{1}{\sum_b S_b} \sum_b \sum_{i \le S_b} \Bigl( -\sum_v d_{b,i}(v)
+            \log p_{b,i}(v) \Bigr)
+
+    Where student position i is aligned with teacher position j, d is made of the teacher's k
+    largest probabilities at j: each teacher token becomes the student token of the nearest text,
+    of several that become the same one the largest is kept, and what is kept is renormalised.
+    Elsewhere d is one-hot on the student's own label. ``parts`` tells these apart: ``fused`` and
+    ``label``.
+
+    Shape:
+        Student (B, S, V), teacher (B, T, W). ``count`` is the student's scored positions.
+
+    Args:
+        pair: The two tokenizers.
+        k: Entries taken of the teacher's row, at least 1. ``"dense"`` takes all.
+        temperature: Above 0. For ``"top_k"`` it divides the teacher's logits before the target is
+            renormalised; for ``"dense"`` it divides the logits of both models.
+        alignment: ``"chunk"`` aligns positions whose tokens cover the same bytes. ``"dtw"``
+            aligns tokens by edit distance, as the paper does, and keeps a pair whose teacher
+            token is renamed to the student's; it waits for the ids and works on the CPU.
+        form: ``"top_k"`` is the loss above. ``"dense"`` compares whole rows, as in DSKD: each
+            student token takes over the logit of the first teacher token renamed to it, those
+            without one have probability 0, and the loss is KL(teacher || student), without a
+            factor of temperature squared. DSKD's scripts set ``temperature`` to 2.
+
+    Raises:
+        SettingError: If a setting lies outside its range.
+        BatchError: If the batch has no chunk ids and ``alignment`` is ``"chunk"``, or the logits
+            have more or fewer columns than the tokenizers have tokens.
+
+    Example:
+        Two positions, both of equally likely tokens. The first is aligned; each of the two
+        targets costs log 7.
+
+        >>> import ctkd
+        >>> from ctkd.testing import make_pair
+        >>> batch = ctkd.Batch.from_causal_lm(
+        ...     student_logits=torch.zeros(1, 3, 7),
+        ...     student_labels=torch.tensor([[-100, 2, 1]]),
+        ...     student_chunk_ids=torch.tensor([[-1, 0, -1]]),
+        ...     teacher_logits=torch.tensor([[[5.0, 4.0, -9.0, 5.0, -9.0], [0.0] * 5]]),
+        ...     teacher_labels=torch.tensor([[-100, 0]]),
+        ...     teacher_chunk_ids=torch.tensor([[-1, 0]]),
+        ... )
+        >>> output = ctkd.get_loss("mined", pair=make_pair(), k=3)(batch)
+        >>> output.value, output.parts["fused"]
+        (tensor(1.9459), tensor(0.9730))
+
+    Differs from the paper:
+        The paper's code pairs positions by the tokens they read and puts its one-hot on that same
+        token, which the row no longer predicts; here positions are paired, and labelled, by the
+        token they predict. Its choice among several teachers, per text, is not part of this, nor
+        is the base model's own distribution as a target.
+
+    References:
+        Wan et al., "Knowledge Fusion of Large Language Models", arXiv:2401.10491, section 3.3.
+        ``"dense"``: Zhang et al., "Dual-Space Knowledge Distillation for Large Language Models",
+        arXiv:2406.17328, the baseline MinED.
+    """
+
+    paper = Paper("Knowledge Fusion of Large Language Models", "2401.10491", "token alignment")
+    matches = "teacher's top k, renamed by edit distance, at one-to-one tokens"
+    unit = "position"
+    needs = frozenset({"chunks", "pair"})
+    default_weights = Weights(ce=0.9, kd=0.1)
+
+    nearest_student_ids: Tensor
+    sources: Tensor
+
+    def __init__(
+        self,
+        *,
+        pair: Pair,
+        k: int = 10,
+        temperature: float = 1.0,
+        alignment: str = "chunk",
+        form: str = "top_k",
+    ) -> None:
+        super().__init__()
+        check_count("k", k)
+        check_positive("temperature", temperature)
+        check_choice("alignment", alignment, ("chunk", "dtw"))
+        check_choice("form", form, ("top_k", "dense"))
+        self.k = k
+        self.temperature = temperature
+        self.alignment = alignment
+        self.form = form
+        nearest_student_ids = pair.nearest_student_ids()
+        sources = first_sources(nearest_student_ids, pair.student_size)
+        self.register_buffer("nearest_student_ids", nearest_student_ids, persistent=False)
+        self.register_buffer("sources", sources, persistent=False)
+        if alignment == "dtw":
+            self.needs = frozenset({"pair"})
+            self._match_positions = pair.match_positions
+
+    def units(self, batch: Batch) -> Tensor:
+        return batch.student.mask.sum()
+
+    def forward(self, batch: Batch) -> LossOutput:
+        check_sizes(batch, self.sources.shape[0], self.nearest_student_ids.shape[0])
+        pairs = self._pairs(batch)
+        paired = pairs.at_student_positions(pairs.valid, batch.student.mask.shape[1])
+        values = (self._dense if self.form == "dense" else self._top_k)(batch, pairs, paired)
+        sums = {
+            "fused": masked_sum(values, paired),
+            "label": masked_sum(values, batch.student.mask & ~paired),
+        }
+        return average(sums, self.units(batch))
+
+    def _pairs(self, batch: Batch) -> PositionPairs:
+        student, teacher = batch.student, batch.teacher
+        if self.alignment == "chunk":
+            return PositionPairs(
+                first_positions(student, batch.num_chunks),
+                first_positions(teacher, batch.num_chunks),
+                one_to_one(batch),
+            )
+        matched = self._match_positions(
+            student.token_ids, teacher.token_ids, student.mask, teacher.mask
+        )
+        positions = matched.clamp_min(0)
+        teacher_ids = F.pad(teacher.token_ids, (0, 1)).gather(1, positions)
+        renamed = self.nearest_student_ids[teacher_ids]
+        everywhere = torch.arange(matched.shape[1], device=matched.device).expand_as(matched)
+        valid = student.mask & (matched >= 0) & (renamed == student.token_ids)
+        return PositionPairs(everywhere, positions, valid)
+
+    def _top_k(self, batch: Batch, pairs: PositionPairs, paired: Tensor) -> Tensor:
+        size = paired.shape[1]
+        teacher = batch.teacher.logits
+        with torch.no_grad():
+            teacher_ids = teacher.top_ids(min(self.k, teacher.shape[2]))
+            log_probs = teacher.log_probs(teacher_ids, temperature=self.temperature)
+            ids = self.nearest_student_ids[teacher_ids]
+            probs = log_probs.masked_fill(~first_occurrences(ids), -torch.inf).softmax(-1)
+        ids = pairs.at_student_positions(pairs.of_teacher(ids), size)
+        probs = pairs.at_student_positions(pairs.of_teacher(probs), size)
+        one_hot = torch.zeros_like(probs)
+        one_hot[..., 0] = 1.0
+        ids = torch.where(paired.unsqueeze(-1), ids, batch.student.token_ids.unsqueeze(-1))
+        probs = torch.where(paired.unsqueeze(-1), probs, one_hot)
+        terms = -probs * batch.student.logits.log_probs(ids)
+        return terms.masked_fill(probs == 0, 0.0).sum(-1)
+
+    def _dense(self, batch: Batch, pairs: PositionPairs, paired: Tensor) -> Tensor:
+        student = batch.student
+        labels = student.token_ids.unsqueeze(-1)
+        log_probs = student.logits.log_probs(labels, temperature=self.temperature).squeeze(-1)
+        fused = map_row_pairs(
+            student.logits, batch.teacher.logits, pairs.rows(batch), self._carried_kl
+        ).view(pairs.valid.shape)
+        fused = pairs.at_student_positions(fused, paired.shape[1])
+        return torch.where(paired, fused, -log_probs)
+
+    def _carried_kl(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return carried_kl(student_logits, teacher_logits, self.sources, self.temperature)
+
+    def extra_repr(self) -> str:
+        return (
+            f"k={self.k}, temperature={self.temperature}, alignment={self.alignment!r}, "
+            f"form={self.form!r}"
+        )
