@@ -46,7 +46,8 @@ class Side:
         hidden: Last hidden states at the same positions.
 
     Raises:
-        BatchError: If shapes, dtypes or devices disagree, or padding stands before scored tokens.
+        BatchError: If shapes, dtypes or devices disagree, padding stands before scored tokens, or
+            a scored token has no column (the last two are looked for on the CPU only).
 
     Example:
         >>> side = Side(
@@ -108,6 +109,20 @@ class Side:
             raise BatchError(
                 "mask must be True on the first positions of each row and False after them; "
                 "Side.from_causal_lm packs scored positions that way"
+            )
+        self._check_token_ids()
+
+    def _check_token_ids(self) -> None:
+        """Refuse ids of another tokenizer, where looking at them makes no device wait."""
+        width = self.logits.shape[2]
+        # One column stands for logits that nobody will look at.
+        if self.mask.device.type != "cpu" or width == 1 or self.mask.numel() == 0:
+            return
+        ids = self.token_ids.masked_fill(~self.mask, 0)
+        if int(ids.min()) < 0 or int(ids.max()) >= width:
+            raise BatchError(
+                f"token_ids go from {int(ids.min())} to {int(ids.max())}, but the logits have "
+                f"{width} columns; these labels belong to another model's tokenizer"
             )
 
     @classmethod

@@ -101,10 +101,20 @@ def test_the_label_of_position_0_is_never_predicted():
 
 
 def test_logits_are_indexed_not_copied():
-    logits = make_logits()
-    side = Side.from_causal_lm(logits, LABELS, vocab_size=5)
+    logits = make_logits(9)
+    side = Side.from_causal_lm(logits, LABELS, vocab_size=7)
     assert side.logits.tensor is logits
-    assert side.logits.shape[2] == 5
+    assert side.logits.shape[2] == 7
+
+
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_ids_of_another_vocabulary_are_refused(wrong):
+    labels = LABELS.clone()
+    labels[0, 2] = wrong
+    with pytest.raises(BatchError, match="but the logits have 7 columns; these labels belong to"):
+        Side.from_causal_lm(make_logits(), labels)
+    with pytest.raises(BatchError, match="but the logits have 7 columns; these labels belong to"):
+        Side.from_causal_lm(make_logits(9), labels, vocab_size=7)
 
 
 def test_labels_are_left_alone():
