@@ -1,13 +1,12 @@
 """Time the alignment of two tokenizations, beside the plain walk over the same rows.
 
-Run from the project's root: ``python benchmarks/alignment.py``.
+Run with ``python -m benchmarks.alignment``.
 """
 
 import itertools
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,13 +17,11 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # baselines is not installed with ctkd
-
-from baselines import alignment as walk  # noqa: E402
-from ctkd.distill.data import load_rows  # noqa: E402
-from ctkd.distill.models import load_tokenizer  # noqa: E402
-from ctkd.tokenization.alignment import Aligner  # noqa: E402
-from ctkd.tokenization.token_bytes import TokenBytes  # noqa: E402
+from baselines import alignment as walk
+from ctkd.distill.data import load_rows
+from ctkd.distill.models import load_tokenizer
+from ctkd.tokenization.alignment import Aligner
+from ctkd.tokenization.token_bytes import TokenBytes
 
 RESULTS = Path(__file__).with_name("results") / "alignment.jsonl"
 REPEATS = 5
