@@ -17,6 +17,7 @@ from ctkd.registry import (
     list_losses,
     register,
 )
+from ctkd.top_k_logits import TopK, TopKLogits
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,8 @@ __all__ = [
     "LossOutput",
     "Paper",
     "Side",
+    "TopK",
+    "TopKLogits",
     "Weights",
     "describe",
     "get_loss",

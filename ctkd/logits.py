@@ -22,6 +22,7 @@ from ctkd.log_mass import log_mass
 from ctkd.rows import (
     add_rows_,
     block_rows,
+    check_ids,
     skips_padding,
     softmax,
     stable_top_ids,
@@ -122,6 +123,25 @@ class Logits(ABC):
             temperature: Divides the logits.
         """
 
+    @abstractmethod
+    def whole_rows(
+        self,
+        batch_index: Tensor,
+        position: Tensor,
+        *,
+        temperature: float = 1.0,
+        spread_tail: bool = False,
+    ) -> Tensor:
+        """Raw logits of chosen positions, up to a constant per row, (N, V), no gradient.
+
+        Args:
+            batch_index: (N,) int64, sequences.
+            position: (N,) int64, positions in them.
+            temperature: What the caller will divide them by; others may be answered wrongly.
+            spread_tail: Where only the largest entries are known, share what is left evenly among
+                the others, instead of refusing.
+        """
+
     def log_probs(
         self, ids: Tensor, *, temperature: float = 1.0, standardise: bool = False
     ) -> Tensor:
@@ -202,7 +222,7 @@ class DenseLogits(Logits):
     def log_probs_at(
         self, ids: Tensor, temperatures: Sequence[float], *, standardise: bool = False
     ) -> tuple[Tensor, ...]:
-        _check_ids(ids, self.shape)
+        check_ids(ids, self.shape)
         answers = _LogProbs.apply(  # type: ignore[no-untyped-call]
             self, ids, tuple(temperatures), standardise, self.tensor
         )
@@ -251,6 +271,17 @@ class DenseLogits(Logits):
                 gap.masked_fill_(left_out, 0.0)
                 add_rows_(distance[:, column], batch_index, gap)
         return distance
+
+    @torch.no_grad()
+    def whole_rows(
+        self,
+        batch_index: Tensor,
+        position: Tensor,
+        *,
+        temperature: float = 1.0,
+        spread_tail: bool = False,
+    ) -> Tensor:
+        return self._read(batch_index, position)
 
     def _memo(
         self, temperature: float, standardise: bool
@@ -367,10 +398,3 @@ class _LogProbs(torch.autograd.Function):
                 result += untempered_gradient(block, probs, temperature, ctx.standardise)
             logits._write(gradient, batch_index, position, result)
         return None, None, None, None, gradient
-
-
-def _check_ids(ids: Tensor, shape: tuple[int, int, int]) -> None:
-    if ids.ndim != 3 or ids.shape[0] != shape[0] or ids.shape[1] not in (1, shape[1]):
-        raise BatchError(
-            f"ids must be ({shape[0]}, {shape[1]}, K) or ({shape[0]}, 1, K), got {tuple(ids.shape)}"
-        )

@@ -18,6 +18,7 @@ __all__ = [
     "LossOutput",
     "Need",
     "Paper",
+    "TeacherNeed",
     "Unit",
     "Weights",
     "average",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 Need = Literal["chunks", "hidden", "pair"]
+TeacherNeed = Literal["rows", "top_k", "observed"]
 Unit = Literal["position", "chunk", "sequence"]
 
 
@@ -78,6 +80,9 @@ class Loss(nn.Module, ABC):
         unit: What ``count`` counts.
         needs: What the loss must be given besides logits and ids: "chunks" and "hidden" in the
             batch, a "pair" of tokenizers when it is built. A setting may change it.
+        teacher_needs: What of a teacher's logits the loss must know, so that a stored teacher can
+            serve it: whole "rows", the "top_k" of each (what is left is spread evenly), or the
+            log-probabilities of the "observed" tokens alone. A setting may change it.
         default_weights: The paper's weights of cross-entropy and of this loss.
     """
 
@@ -85,6 +90,7 @@ class Loss(nn.Module, ABC):
     matches: ClassVar[str]
     unit: ClassVar[Unit]
     needs: frozenset[Need] = frozenset()
+    teacher_needs: TeacherNeed = "rows"
     default_weights: ClassVar[Weights]
 
     @abstractmethod

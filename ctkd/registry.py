@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from ctkd.errors import DuplicateLossError, PluginError, SettingError, UnknownLossError
-from ctkd.loss import Loss, Need, Paper, Unit, Weights
+from ctkd.loss import Loss, Need, Paper, TeacherNeed, Unit, Weights
 from ctkd.pair import Pair
 
 __all__ = ["LossFacts", "describe", "get_loss", "get_loss_class", "list_losses", "register"]
@@ -44,6 +44,7 @@ class LossFacts:
     paper: Paper
     unit: Unit
     needs: frozenset[Need]
+    teacher_needs: TeacherNeed
     default_weights: Weights
     settings: dict[str, Any]
     doc: str
@@ -150,6 +151,7 @@ def describe(name: str) -> LossFacts:
         paper=cls.paper,
         unit=cls.unit,
         needs=cls.needs,
+        teacher_needs=cls.teacher_needs,
         default_weights=cls.default_weights,
         settings=_settings(cls),
         doc=inspect.getdoc(cls) or "",

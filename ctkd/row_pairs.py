@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ def map_row_pairs(
     function: RowFunction,
     *,
     per_pair: Tensor | None = None,
+    teacher_temperature: float = 1.0,
+    spread_tail: bool = False,
 ) -> Tensor:
     """Apply a function to pairs of whole rows, a block of pairs at a time.
 
@@ -44,12 +47,27 @@ def map_row_pairs(
             returns values (n,). It is differentiated by autograd with respect to the first and
             the third.
         per_pair: Numbers that belong to each pair, differentiable.
+        teacher_temperature: What the function divides the teacher's logits by.
+        spread_tail: Take a teacher of whose rows only the largest entries are stored.
+
+    Raises:
+        BatchError: If the student's logits are no tensor, the teacher has no `Logits`, or its rows
+            are not whole.
     """
 
     def one_part(*arguments: Tensor) -> Tensor:
         return function(*arguments).unsqueeze(-1)
 
-    return map_row_pairs_to_parts(student, teacher, rows, one_part, parts=1, per_pair=per_pair)[0]
+    return map_row_pairs_to_parts(
+        student,
+        teacher,
+        rows,
+        one_part,
+        parts=1,
+        per_pair=per_pair,
+        teacher_temperature=teacher_temperature,
+        spread_tail=spread_tail,
+    )[0]
 
 
 def map_row_pairs_to_parts(
@@ -60,6 +78,8 @@ def map_row_pairs_to_parts(
     *,
     parts: int,
     per_pair: Tensor | None = None,
+    teacher_temperature: float = 1.0,
+    spread_tail: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Do what `map_row_pairs` does for a function whose values are sums of parts.
 
@@ -67,14 +87,47 @@ def map_row_pairs_to_parts(
         ``function`` returns (n, P). The answers are the sums over parts, (N,), differentiable,
         and the parts themselves, (N, P), detached.
     """
-    if not isinstance(student, DenseLogits) or not isinstance(teacher, DenseLogits):
-        raise BatchError("map_row_pairs needs whole rows of logits on both sides")
+    if not isinstance(student, DenseLogits):
+        raise BatchError(
+            f"map_row_pairs needs the student's logits as a tensor, got {type(student).__name__}"
+        )
+    if not isinstance(teacher, Logits):
+        raise BatchError(f"map_row_pairs needs the teacher's Logits, got {type(teacher).__name__}")
     if per_pair is None:
         per_pair = student.tensor.new_zeros((rows.shape[0], 0), dtype=student.dtype)
+    teacher_rows = _TeacherRows(teacher, teacher_temperature, spread_tail)
     values, found = _RowPairs.apply(  # type: ignore[no-untyped-call]
-        student, teacher, rows, function, parts, torch.is_grad_enabled(), student.tensor, per_pair
+        student,
+        teacher_rows,
+        rows,
+        function,
+        parts,
+        torch.is_grad_enabled(),
+        student.tensor,
+        per_pair,
     )
     return values, found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _TeacherRows:
+    """Whole rows of a teacher, as the loss reads them."""
+
+    logits: Logits
+    temperature: float
+    spread_tail: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.logits.shape
+
+    def read(self, batch_index: Tensor, position: Tensor) -> Tensor:
+        return self.logits.whole_rows(
+            batch_index,
+            position,
+            temperature=self.temperature,
+            spread_tail=self.spread_tail,
+        )
 
 
 class _RowPairs(torch.autograd.Function):
@@ -82,7 +135,7 @@ class _RowPairs(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: DenseLogits,
-        teacher: DenseLogits,
+        teacher: _TeacherRows,
         rows: Tensor,
         function: RowFunction,
         parts: int,
@@ -134,7 +187,7 @@ def _buffer_rows(
 
 def _work_through_pairs(
     student: DenseLogits,
-    teacher: DenseLogits,
+    teacher: _TeacherRows,
     rows: Tensor,
     function: RowFunction,
     per_pair: Tensor,
@@ -147,7 +200,7 @@ def _work_through_pairs(
     ):
         left_out = rows[pair].amin(-1, keepdim=True) < 0
         inputs = [student._read(batch_index, position)]
-        teacher_block = teacher._read(teacher_batch_index, teacher_position)
+        teacher_block = teacher.read(teacher_batch_index, teacher_position)
         if per_pair.shape[1]:
             inputs.append(per_pair[pair].detach())
         with torch.set_grad_enabled(gradients is not None):
@@ -167,7 +220,7 @@ def _work_through_pairs(
 
 
 def _pair_blocks(
-    student: DenseLogits, teacher: DenseLogits, rows: Tensor
+    student: DenseLogits, teacher: _TeacherRows, rows: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield (index into rows, student b, student i, teacher b, teacher j), block by block."""
     pairs = torch.arange(rows.shape[0], device=rows.device)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ctkd.errors import BatchError
+
 __all__ = [
     "add_rows_",
     "block_rows",
+    "check_ids",
     "skips_padding",
     "softmax",
     "stable_top_ids",
@@ -103,3 +106,11 @@ def untempered_gradient(
     spread = spread.masked_fill(deviation == 0, 0.0)
     along = (gradient * block).sum(-1, keepdim=True) / divisor.square()
     return (gradient / divisor - spread * along).div_(temperature)
+
+
+def check_ids(ids: Tensor, shape: tuple[int, int, int]) -> None:
+    """Refuse ids that are laid out neither per position nor per sequence."""
+    if ids.ndim != 3 or ids.shape[0] != shape[0] or ids.shape[1] not in (1, shape[1]):
+        raise BatchError(
+            f"ids must be ({shape[0]}, {shape[1]}, K) or ({shape[0]}, 1, K), got {tuple(ids.shape)}"
+        )

@@ -25,8 +25,10 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from ctkd.batch import Batch
+from ctkd.errors import BatchError
 from ctkd.loss import Loss, LossOutput
 from ctkd.testing_inputs import STUDENT_VOCABULARY, Inputs, make_inputs, make_pair
+from ctkd.testing_teacher import OverheardLogits, with_stored_teacher, with_teacher
 
 __all__ = ["CHECKS", "Check", "Inputs", "check_loss", "make_inputs", "make_pair"]
 
@@ -80,10 +82,12 @@ def _attributes(loss: Loss) -> dict[str, Any]:
     }
 
 
-def _run(loss: Loss, inputs: Inputs) -> tuple[LossOutput, Tensor]:
-    """Value, and gradient with respect to the student's logits."""
+def _run(
+    loss: Loss, inputs: Inputs, change: Callable[[Batch], Batch] = lambda batch: batch
+) -> tuple[LossOutput, Tensor]:
+    """Value, and gradient with respect to the student's logits, after a change to the batch."""
     logits = inputs["student_logits"].detach().clone().requires_grad_()
-    output = loss(Batch.from_causal_lm(**{**inputs, "student_logits": logits}))
+    output = loss(change(Batch.from_causal_lm(**{**inputs, "student_logits": logits})))
     assert output.value.requires_grad, "the value cannot be differentiated"
     (gradient,) = torch.autograd.grad(output.value, logits, allow_unused=True)
     assert gradient is not None, "the student's logits got no gradient"
@@ -309,3 +313,34 @@ def runs_on_the_meta_device(loss: Loss) -> None:
     for tensor in (output.value, output.count, gradient, *output.parts.values()):
         assert tensor.device.type == "meta", f"a result lies on {tensor.device}"
     assert gradient.shape == inputs["student_logits"].shape, "the gradient has another shape"
+
+
+@_check
+def a_stored_teacher_serves(loss: Loss) -> None:
+    """A teacher of whom everything is stored is as good as the live one, in value and gradient.
+
+    For a loss whose `teacher_needs` is "observed", nothing but the observed tokens is stored. One
+    that needs "top_k" also runs with as few entries as it asks for by rank.
+    """
+    inputs = make_inputs()
+    heard = OverheardLogits(Batch.from_causal_lm(**inputs).teacher.logits)
+
+    def run(k: int) -> tuple[LossOutput, Tensor]:
+        try:
+            return _run(
+                loss, inputs, lambda batch: with_stored_teacher(batch, k, heard.temperatures)
+            )
+        except (BatchError, AttributeError) as error:
+            raise AssertionError(
+                f"teacher_needs is {loss.teacher_needs!r}, but with {k} entries of each of the "
+                f"teacher's rows stored it stops: {error}"
+            ) from error
+
+    output, gradient = _run(loss, inputs, lambda batch: with_teacher(batch, heard))
+    stored_output, stored_gradient = run(0 if loss.teacher_needs == "observed" else heard.shape[2])
+    _equal(stored_output.value, output.value, "a stored teacher changes the value")
+    _equal(stored_gradient, gradient, "a stored teacher changes the gradient")
+    if loss.teacher_needs == "top_k":
+        few_output, few_gradient = run(max(heard.counts, default=1))
+        assert few_output.value.isfinite(), f"with few entries the value is {few_output.value}"
+        assert few_gradient.isfinite().all(), "with few entries the gradient is not finite"

@@ -9,7 +9,16 @@ from torch.nn import functional as F
 from ctkd.batch import Batch, Side
 from ctkd.chunks import chunk_sums, chunks_on_both_sides, last_positions
 from ctkd.errors import SettingError
-from ctkd.loss import Loss, LossOutput, Paper, Weights, average, check_positive, masked_sum
+from ctkd.loss import (
+    Loss,
+    LossOutput,
+    Paper,
+    TeacherNeed,
+    Weights,
+    average,
+    check_positive,
+    masked_sum,
+)
 from ctkd.pair import Pair, check_sizes
 from ctkd.registry import register
 
@@ -112,6 +121,9 @@ class ALM(Loss):
         >>> round(float(ctkd.get_loss("alm", temperature=1.0)(batch).value), 4)
         0.1438
 
+    Stored teacher:
+        Needs the observed tokens alone: nothing is lost with k = 0. ``debias`` needs whole rows.
+
     Differs from the paper:
         The paper minimises the cross-entropy of the coins; this is that minus the teacher's own
         entropy, which has the same gradient and is 0 at equality. The paper merges neighbouring
@@ -132,6 +144,7 @@ class ALM(Loss):
     matches = "likelihood of each chunk of text"
     unit = "chunk"
     needs = frozenset({"chunks"})
+    teacher_needs: TeacherNeed = "observed"
     default_weights = Weights(ce=1.0, kd=100.0)
 
     student_starts: Tensor
@@ -152,6 +165,7 @@ class ALM(Loss):
                 "pair=ctkd.tokenization.TokenizerPair(student_tokenizer, teacher_tokenizer)"
             )
         self.needs = frozenset({"chunks", "pair"})
+        self.teacher_needs = "rows"
         for side, starts in zip(("student", "teacher"), pair.word_starts(), strict=True):
             if not starts.any():
                 raise SettingError(

@@ -119,6 +119,10 @@ class GOLD(Loss):
         >>> ctkd.get_loss("gold", pair=Tokens())(batch).value
         tensor(0.2667)
 
+    Stored teacher:
+        Needs whole rows, and refuses a cache that holds less: a shared token that is not stored
+        would get an even share of what is left, however likely it was.
+
     Known failure:
         Where the teacher's probability is on tokens in M and the student's on tokens outside it,
         both terms push the latter down, also if they spell the same text. Numbers are the case
@@ -239,6 +243,7 @@ class GOLD(Loss):
             self._terms,
             parts=2,
             per_pair=log_scales,
+            teacher_temperature=self.teacher_temperature,
         )
         count = self.units(batch)
         matched, unmatched = parts.view(*both.shape, 2).sum(1).unbind(-1)

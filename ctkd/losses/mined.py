@@ -12,6 +12,7 @@ from ctkd.loss import (
     Loss,
     LossOutput,
     Paper,
+    TeacherNeed,
     Weights,
     average,
     check_choice,
@@ -140,6 +141,10 @@ class MinED(Loss):
         >>> output.value, output.parts["fused"]
         (tensor(1.9459), tensor(0.9730))
 
+    Stored teacher:
+        Needs the ``k`` largest entries of each row: nothing is lost where that many are stored, and
+        a cache of fewer is refused. ``"dense"`` needs whole rows.
+
     Differs from the paper:
         The paper's code pairs positions by the tokens they read and puts its one-hot on that same
         token, which the row no longer predicts; here positions are paired, and labelled, by the
@@ -156,6 +161,7 @@ class MinED(Loss):
     matches = "teacher's top k, renamed by edit distance, at one-to-one tokens"
     unit = "position"
     needs = frozenset({"chunks", "pair"})
+    teacher_needs: TeacherNeed = "top_k"
     default_weights = Weights(ce=0.9, kd=0.1)
 
     nearest_student_ids: Tensor
@@ -183,6 +189,8 @@ class MinED(Loss):
         sources = first_sources(nearest_student_ids, pair.student_size)
         self.register_buffer("nearest_student_ids", nearest_student_ids, persistent=False)
         self.register_buffer("sources", sources, persistent=False)
+        if form == "dense":
+            self.teacher_needs = "rows"
         if alignment == "dtw":
             self.needs = frozenset({"pair"})
             self._match_positions = pair.match_positions
@@ -241,7 +249,11 @@ class MinED(Loss):
         labels = student.token_ids.unsqueeze(-1)
         log_probs = student.logits.log_probs(labels, temperature=self.temperature).squeeze(-1)
         fused = map_row_pairs(
-            student.logits, batch.teacher.logits, pairs.rows(batch), self._carried_kl
+            student.logits,
+            batch.teacher.logits,
+            pairs.rows(batch),
+            self._carried_kl,
+            teacher_temperature=self.temperature,
         ).view(pairs.valid.shape)
         fused = pairs.at_student_positions(fused, paired.shape[1])
         return torch.where(paired, fused, -log_probs)

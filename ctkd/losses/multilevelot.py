@@ -74,6 +74,12 @@ class MultiLevelOT(MultiLevelOTTerms):
         >>> [round(float(parts[name]), 4) for name in ("had", "sl")]
         [0.25, 0.5199]
 
+    Stored teacher:
+        Needs the largest entries of each row. The ranking of columns and the terms take stored
+        entries as they were; every other column has an even share of what is left of its row,
+        which is off by at most the smallest of the k stored probabilities.
+        `benchmarks/teacher_cache.py` prints the error as a function of k.
+
     Differs from the paper:
         The paper sums over tokens; this is the sum divided by the student's scored tokens, to be
         weighted against a mean cross-entropy. The paper's matching is ``"assignment"``; the

@@ -80,6 +80,12 @@ class MultiLevelOTReleased(Loss):
         >>> round(float(output.parts["had"]), 4), float(output.parts["kl"]) > 0
         (0.0, True)
 
+    Stored teacher:
+        Needs the largest entries of each row. Stored entries are taken as they were, also after
+        the standardisation; every other column has an even share of what is left of its row,
+        which is off by at most the smallest of the k stored probabilities.
+        `benchmarks/teacher_cache.py` prints the error as a function of k.
+
     References:
         arXiv:2412.14528 and its code, 2018cx/Multi-Level-OT, models/distillation_model.py.
     """
@@ -91,6 +97,7 @@ class MultiLevelOTReleased(Loss):
     )
     matches = "what the authors' code computes, defects included"
     unit = "sequence"
+    teacher_needs = "top_k"
     default_weights = Weights(ce=1.0, kd=1.5)
 
     def __init__(

@@ -54,6 +54,10 @@ class MultiLevelOTSequence(MultiLevelOTTerms):
         >>> ctkd.get_loss("multilevelot_sequence", **settings)(batch).value
         tensor(0.2500)
 
+    Stored teacher:
+        Needs the largest entries of each row; what is lost is said at `MultiLevelOT`.
+        `benchmarks/teacher_cache.py` prints the error as a function of k.
+
     References:
         arXiv:2412.14528, eqs. 17-20.
     """

@@ -94,6 +94,7 @@ class MultiLevelOTTerms(Loss):
 
     paper = Paper(TITLE, "2412.14528", "eqs. 10-20")
     unit = "position"
+    teacher_needs = "top_k"
     default_weights = Weights(ce=1.0, kd=0.15)
 
     def __init__(

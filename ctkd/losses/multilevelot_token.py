@@ -52,6 +52,10 @@ class MultiLevelOTToken(MultiLevelOTTerms):
         >>> ctkd.get_loss("multilevelot_token", k=1, sl_weight=0.0)(batch).value
         tensor(0.2500)
 
+    Stored teacher:
+        Needs the largest entries of each row; what is lost is said at `MultiLevelOT`.
+        `benchmarks/teacher_cache.py` prints the error as a function of k.
+
     References:
         arXiv:2412.14528, eqs. 9-16.
     """

@@ -124,6 +124,10 @@ class SharedKL(Loss):
         >>> ctkd.get_loss("shared_kl", pair=Tokens())(batch).value
         tensor(0.1438)
 
+    Stored teacher:
+        Needs whole rows, and refuses a cache that holds less: a shared token that is not stored
+        would get an even share of what is left, however likely it was.
+
     Differs from the paper:
         SimCT compares at the same positions, but adds to M the multi-token units of the text,
         scored by mean log-probability, and takes the reverse KL on text that the student wrote.
@@ -188,7 +192,11 @@ class SharedKL(Loss):
     def forward(self, batch: Batch) -> LossOutput:
         check_sizes(batch, self.student_size, self.teacher_size)
         values = map_row_pairs(
-            batch.student.logits, batch.teacher.logits, chunk_pairs(batch), self._divergence
+            batch.student.logits,
+            batch.teacher.logits,
+            chunk_pairs(batch),
+            self._divergence,
+            teacher_temperature=self.temperature,
         )
         sums = values.view(batch.student.mask.shape[0], batch.num_chunks).sum(1)
         return average({"shared_kl": sums}, self.units(batch))

@@ -90,6 +90,13 @@ class ULD(Loss):
         >>> ctkd.get_loss("uld")(batch).value
         tensor(0.6000)
 
+    Stored teacher:
+        Needs the largest entries of each row. What a row has beside the stored ones is shared
+        evenly by its other columns, which changes the sum of a pair of positions by at most twice
+        that probability. With ``top_k`` nothing is lost where that many are stored, and a cache of
+        fewer is refused.
+        `benchmarks/teacher_cache.py` prints the error as a function of k.
+
     Differs from the paper:
         The authors' code averages over min(S, T) and then over sequences; here the sum is divided
         by the student's scored tokens, so that micro-batches add up.
@@ -107,6 +114,7 @@ class ULD(Loss):
     )
     matches = "sorted probabilities, position by position"
     unit = "position"
+    teacher_needs = "top_k"
     default_weights = Weights(ce=1.0, kd=1.5)
 
     def __init__(
@@ -137,7 +145,12 @@ class ULD(Loss):
         pairs = pair_positions(batch, self.pairing)
         if self.top_k is None:
             values = map_row_pairs(
-                batch.student.logits, batch.teacher.logits, pairs.rows(batch), self._distance
+                batch.student.logits,
+                batch.teacher.logits,
+                pairs.rows(batch),
+                self._distance,
+                teacher_temperature=self.teacher_temperature,
+                spread_tail=True,
             ).view(pairs.valid.shape)
         else:
             values = self._top(batch, pairs, self.top_k)

@@ -368,8 +368,10 @@ def test_ids_of_another_shape_are_refused(shape):
         DenseLogits(torch.zeros(1, 2, 5)).log_probs(torch.zeros(shape, dtype=torch.int64))
 
 
-def test_row_pairs_need_rows():
+def test_row_pairs_need_a_student_s_tensor_and_a_teacher_s_logits():
     dense, table, rows = DenseLogits(torch.zeros(1, 2, 5)), object(), torch.tensor([[0, 0]])
-    for student, teacher in ((dense, table), (table, dense)):
-        with pytest.raises(BatchError, match="needs whole rows of logits on both sides"):
-            map_row_pairs(student, teacher, rows, l1_to_scaled)
+    with pytest.raises(BatchError, match="needs the student's logits as a tensor, got object"):
+        map_row_pairs(table, dense, rows, l1_to_scaled)
+    for teacher in (table, dense.tensor):
+        with pytest.raises(BatchError, match="needs the teacher's Logits, got (object|Tensor)"):
+            map_row_pairs(dense, teacher, rows, l1_to_scaled)

@@ -75,6 +75,7 @@ def test_what_is_public_is_listed(name):
 def test_ctkd_exports_what_its_users_need():
     for name in ("Batch", "Side", "Loss", "LossOutput", "get_loss", "list_losses", "register"):
         assert name in ctkd.__all__
+    assert {"Logits", "DenseLogits", "TopK", "TopKLogits"} <= set(ctkd.__all__)
     exported = {value for name in ctkd.__all__ if inspect.isclass(value := getattr(ctkd, name))}
     assert all(cls.__module__.startswith("ctkd.") for cls in exported)
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", ctkd.__version__)
@@ -134,6 +135,7 @@ def test_a_loss_states_its_facts(cls):
     assert cls.paper.arxiv in inspect.getdoc(cls)
     assert cls.matches and "\n" not in cls.matches and not cls.matches.endswith(".")
     assert cls.unit in ("position", "chunk", "sequence")
+    assert cls.teacher_needs in ("rows", "top_k", "observed")
     assert isinstance(cls.needs, frozenset) and cls.needs <= {"chunks", "hidden", "pair"}
     assert isinstance(cls.default_weights, Weights)
     assert cls.default_weights.ce >= 0 and cls.default_weights.kd > 0

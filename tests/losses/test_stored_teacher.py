@@ -1,0 +1,277 @@
+"""Every loss with a teacher of whom only the largest logits are stored."""
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+import ctkd
+from ctkd.batch import Batch
+from ctkd.errors import BatchError
+from ctkd.logits import DenseLogits
+from ctkd.loss import LossOutput
+from ctkd.testing import make_inputs, make_pair
+from ctkd.testing_teacher import with_stored_teacher, with_teacher
+from ctkd.top_k_logits import TopKLogits
+from tests.ragged_batches import ragged_inputs
+from tests.spread_rows import spread_rows
+
+V, W = 11, 8
+# (loss, settings, what it says that it needs)
+FORMS = [
+    ("alm", {}, "observed"),
+    ("alm", {"temperature": 1.0}, "observed"),
+    ("alm", {"debias": True}, "rows"),
+    ("gold", {}, "rows"),
+    ("gold", {"merging": "observed"}, "rows"),
+    ("gold", {"merging": "bayesian", "teacher_temperature": 0.5}, "rows"),
+    ("mined", {}, "top_k"),
+    ("mined", {"k": 3, "temperature": 2.0}, "top_k"),
+    ("mined", {"k": 3, "alignment": "dtw"}, "top_k"),
+    ("mined", {"form": "dense"}, "rows"),
+    ("mined", {"form": "dense", "alignment": "dtw", "temperature": 2.0}, "rows"),
+    ("multilevelot", {}, "top_k"),
+    ("multilevelot", {"k": 3}, "top_k"),
+    ("multilevelot", {"k": 3, "matching": "greedy"}, "top_k"),
+    ("multilevelot", {"k": 3, "matching": "assignment"}, "top_k"),
+    ("multilevelot", {"k": 3, "matching": "assignment_topk"}, "top_k"),
+    ("multilevelot", {"k": 3, "pairing": "chunk"}, "top_k"),
+    ("multilevelot_released", {}, "top_k"),
+    ("multilevelot_released", {"teacher_temperature": 2.0}, "top_k"),
+    ("multilevelot_sequence", {"k": 3}, "top_k"),
+    ("multilevelot_token", {"k": 3}, "top_k"),
+    ("shared_kl", {}, "rows"),
+    ("shared_kl", {"rest": "class", "temperature": 2.0}, "rows"),
+    ("uld", {}, "top_k"),
+    ("uld", {"teacher_temperature": 0.5}, "top_k"),
+    ("uld", {"top_k": 3}, "top_k"),
+    ("uld", {"top_k": 3, "pairing": "chunk"}, "top_k"),
+    ("uld", {"pairing": "chunk"}, "top_k"),
+]
+TEMPERATURES = (1.0, 2.0, 0.5)
+
+
+def forms(*needs: str) -> pytest.MarkDecorator:
+    chosen = [form for form in FORMS if form[2] in needs]
+    return pytest.mark.parametrize(
+        ("name", "settings"),
+        [form[:2] for form in chosen],
+        ids=[f"{name}-{settings}" for name, settings, _ in chosen],
+    )
+
+
+def build(name: str, settings: dict, sizes: tuple[int, int] = (V, W)) -> ctkd.Loss:
+    return ctkd.get_loss(name, pair=make_pair(*sizes), **settings)
+
+
+def ragged_batch(seed: int, dtype: torch.dtype = torch.float64, **changes) -> tuple[Batch, Tensor]:
+    """A batch and the student's leaf."""
+    inputs = ragged_inputs(seed, V=V, W=W, dtype=dtype, **changes)
+    leaf = inputs["student_logits"].requires_grad_()
+    return Batch.from_causal_lm(**inputs), leaf
+
+
+def with_spread_rows(batch: Batch, k: int, temperature: float) -> Batch:
+    """The batch with a dense teacher whose rows are spread at one temperature."""
+    teacher = batch.teacher
+    live = teacher.logits.tensor.gather(
+        1, teacher.logits.rows.unsqueeze(-1).expand(-1, -1, teacher.logits.shape[2])
+    )
+    log_probs, _ = spread_rows(live, teacher.mask, teacher.token_ids, k, temperature)
+    return with_teacher(batch, DenseLogits(temperature * log_probs, mask=teacher.mask))
+
+
+def value_and_gradient(loss: ctkd.Loss, batch: Batch, leaf: Tensor) -> tuple[LossOutput, Tensor]:
+    output = loss(batch)
+    (gradient,) = torch.autograd.grad(output.value, leaf)
+    return output, gradient
+
+
+def agree(loss: ctkd.Loss, batch: Batch, other: Batch, leaf: Tensor, tolerance: float) -> None:
+    expected, expected_gradient = value_and_gradient(loss, batch, leaf)
+    output, gradient = value_and_gradient(loss, other, leaf)
+    assert expected_gradient.abs().max() > 0
+    assert output.count == expected.count
+    for actual, wanted in (
+        (output.value, expected.value),
+        (gradient, expected_gradient),
+        *((output.parts[part], expected.parts[part]) for part in expected.parts),
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_every_registered_loss_is_here():
+    assert {name for name, _, _ in FORMS} == set(ctkd.list_losses())
+
+
+@pytest.mark.parametrize(("name", "settings", "needs"), FORMS, ids=lambda value: str(value))
+def test_what_each_loss_needs(name, settings, needs):
+    assert build(name, settings).teacher_needs == needs
+    default = next(form for form in FORMS if form[0] == name and (form[1] == {} or "k" in form[1]))
+    assert ctkd.describe(name).teacher_needs == default[2]
+
+
+@pytest.mark.parametrize("name", ctkd.list_losses())
+def test_each_docstring_says_what_is_needed_and_lost(name):
+    doc = inspect.getdoc(ctkd.get_loss_class(name))
+    section = doc.split("Stored teacher:\n")[1].split("\n\n")[0]
+    words = {"rows": "whole rows", "top_k": "largest entries", "observed": "observed tokens"}
+    assert f"{words[ctkd.describe(name).teacher_needs]}" in section
+    needs_of_forms = {needs for loss, _, needs in FORMS if loss == name}
+    assert ("whole rows" in section) == ("rows" in needs_of_forms)
+
+
+@forms("rows", "top_k", "observed")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def test_everything_stored_is_the_live_teacher(name, settings, seed, dtype, tolerance):
+    batch, leaf = ragged_batch(seed, dtype)
+    agree(
+        build(name, settings),
+        batch,
+        with_stored_teacher(batch, W, TEMPERATURES),
+        leaf,
+        tolerance,
+    )
+
+
+ONE_TEMPERATURE = [
+    ("alm", {}, 1.0),
+    ("mined", {"k": 3}, 1.0),
+    ("mined", {"k": 3, "temperature": 2.0}, 2.0),
+    ("uld", {}, 1.0),
+    ("uld", {"pairing": "chunk"}, 1.0),
+    ("uld", {"teacher_temperature": 0.5, "student_temperature": 2.0}, 0.5),
+    ("uld", {"teacher_temperature": 2.0, "top_k": 3}, 2.0),
+    ("multilevelot_token", {"k": 4}, 1.0),
+    ("multilevelot_token", {"k": 4, "temperature": 2.0, "sl_temperature": 2.0}, 2.0),
+    ("multilevelot_sequence", {"k": 4, "sd_temperature": 1.0}, 1.0),
+    *[
+        ("multilevelot", {"k": 4, "sd_temperature": 1.0, "matching": matching}, 1.0)
+        for matching in ("mass", "greedy", "assignment", "assignment_topk")
+    ],
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "temperature"), ONE_TEMPERATURE, ids=str)
+@pytest.mark.parametrize("k", [0, 1, 3, W - 1])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_less_stored_is_a_dense_teacher_with_spread_rows(name, settings, temperature, k, seed):
+    if k < 3 and (name == "mined" or "top_k" in settings):
+        pytest.skip("refused, which another test shows")
+    if k < W - 1 and settings.get("matching") == "assignment":
+        pytest.skip("equal columns, so equal optima: rounding changes which")
+    batch, leaf = ragged_batch(seed)
+    spread = with_spread_rows(batch, k, temperature)
+    agree(
+        build(name, settings),
+        spread,
+        with_stored_teacher(batch, k, [temperature]),
+        leaf,
+        1e-10,
+    )
+
+
+def test_another_temperature_has_other_spread_rows():
+    batch, _ = ragged_batch(0)
+    loss = build("uld", {"teacher_temperature": 2.0})
+    stored = loss(with_stored_teacher(batch, 2, [2.0])).value
+    assert (stored - loss(with_spread_rows(batch, 2, 1.0)).value).abs() > 1e-3
+
+
+@forms("rows")
+@pytest.mark.parametrize("k", [0, W - 1])
+def test_losses_on_whole_rows_refuse_less(name, settings, k):
+    batch, _ = ragged_batch(0)
+    message = (
+        f"whole rows of the teacher's logits are needed, but only {k} of 8 entries of each are "
+        "stored; use the live teacher, or cache it again with --k 8"
+    )
+    with pytest.raises(BatchError, match=message):
+        build(name, settings)(with_stored_teacher(batch, k, TEMPERATURES))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "needed"),
+    [("uld", {"top_k": 3}, 3), ("uld", {"top_k": 20}, W), ("mined", {"k": 3}, 3), ("mined", {}, W)],
+)
+def test_losses_on_the_largest_refuse_fewer_and_lose_nothing_with_enough(name, settings, needed):
+    batch, leaf = ragged_batch(0)
+    loss = build(name, settings)
+    message = f"the largest {needed} entries .*, but only {needed - 1} are stored; cache .* --k"
+    with pytest.raises(BatchError, match=message):
+        loss(with_stored_teacher(batch, needed - 1))
+    agree(loss, batch, with_stored_teacher(batch, needed), leaf, 1e-12)
+
+
+@forms("observed")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_observed_tokens_are_enough(name, settings, dtype):
+    batch, leaf = ragged_batch(0, dtype)
+    loss = build(name, settings)
+    expected, expected_gradient = value_and_gradient(loss, batch, leaf)
+    output, gradient = value_and_gradient(loss, with_stored_teacher(batch, 0, [1.0]), leaf)
+    assert torch.equal(output.value, expected.value)
+    assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", range(W + 1))
+def test_uld_is_off_by_at_most_twice_what_is_outside(k, temperature):
+    loss = build("uld", {"teacher_temperature": temperature})
+    largest = 0.0
+    everything = torch.arange(W).expand(1, 1, W)
+    for seed in range(40):
+        # One pair of positions.
+        batch, _ = ragged_batch(seed, student_lengths=(1,), teacher_lengths=(1,))
+        stored = with_stored_teacher(batch, k, [temperature])
+        error = (loss(stored).value - loss(batch).value).abs().item()
+        assert isinstance(stored.teacher.logits, TopKLogits)
+        live = batch.teacher.logits.log_probs(everything, temperature=temperature).exp()[0, 0]
+        outside = float(live[~stored.teacher.logits.is_stored(everything)[0, 0]].sum())
+        assert outside <= 1 - float(live.topk(k).values.sum()) + 1e-12
+        assert error <= 2 * outside + 1e-12
+        largest = max(largest, error)
+    # With one column outside, or none, nothing is spread.
+    assert (largest > 1e-3) == (k < W - 1)
+
+
+def test_the_error_falls_with_k():
+    batch, _ = ragged_batch(3)
+    for name in ("uld", "multilevelot", "multilevelot_released"):
+        loss = build(name, {})
+        live = loss(batch).value
+        errors = [(loss(with_stored_teacher(batch, k)).value - live).abs().item() for k in (1, 7)]
+        assert errors[1] < errors[0] / 2 and errors[0] > 0, (name, errors)
+
+
+@forms("rows", "top_k", "observed")
+@pytest.mark.parametrize("k", [0, 3, 5])
+def test_on_the_meta_device(name, settings, k):
+    if str(settings.get("matching")).startswith("assignment"):
+        pytest.skip("scipy needs numbers")
+    if settings.get("alignment") == "dtw":
+        settings = {**settings, "alignment": "chunk"}
+    inputs = make_inputs(dtype=torch.float32, device="meta")
+    leaf = inputs["student_logits"].requires_grad_()
+    loss = build(name, settings, (7, 5)).to("meta")
+    batch = with_stored_teacher(Batch.from_causal_lm(**inputs), k, TEMPERATURES)
+    by_rank = min(settings.get("k", 10), 5) if name == "mined" else settings.get("top_k", 0)
+    if k < by_rank or (loss.teacher_needs == "rows" and k < 5):
+        with pytest.raises(BatchError, match="are stored; "):
+            loss(batch)
+        return
+    output, gradient = value_and_gradient(loss, batch, leaf)
+    assert output.value.is_meta and output.count.is_meta and gradient.shape == leaf.shape
+
+
+@forms("rows", "top_k", "observed")
+def test_nothing_scored_gives_zero(name, settings):
+    batch, leaf = ragged_batch(0, student_lengths=(0, 2, 0), teacher_lengths=(0, 0, 3))
+    output, gradient = value_and_gradient(
+        build(name, settings), with_stored_teacher(batch, W, TEMPERATURES), leaf
+    )
+    expected = build(name, settings)(batch)
+    assert output.value.isfinite() and gradient.isfinite().all()
+    torch.testing.assert_close(output.value, expected.value)
