@@ -1,0 +1,1 @@
+"""Several losses on one task, on equal terms."""
