@@ -1,0 +1,252 @@
+"""The report of a comparison: a page, the same as Markdown, as JSON, and for the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctkd.distill.compare import pictures, tables
+from ctkd.distill.compare.document import (
+    Block,
+    Bullets,
+    Heading,
+    Picture,
+    Text,
+    html_page,
+    markdown,
+)
+from ctkd.distill.compare.generations import generation_blocks
+from ctkd.distill.compare.records import METRICS, Comparison, Record
+from ctkd.distill.doctor_page import printable
+from ctkd.errors import OutputError
+
+if TYPE_CHECKING:
+    from ctkd.distill.compare.analysis import Analysis
+    from ctkd.distill.compare.published import PublishedTable
+
+__all__ = ["as_json", "terminal", "write_report"]
+
+PAGE = "report.html"
+PICTURES = "pictures"
+
+
+def write_report(
+    comparison: Comparison,
+    analysis: Analysis,
+    folder: Path,
+    *,
+    published: Sequence[PublishedTable] = (),
+) -> Path:
+    """Write ``report.html``, ``report.md`` and ``pictures/*.svg`` into a folder.
+
+    Each file is there whole or as it was before. The page needs none of the others.
+
+    Args:
+        comparison: What was run.
+        analysis: Of this comparison.
+        folder: Made if it is missing; older reports in it are replaced.
+        published: Tables to print beside the results, already chosen for the task.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        OutputError: If something cannot be written.
+    """
+    drawn = _pictures(comparison, analysis)
+    title = _title(comparison)
+    blocks = list(_blocks(comparison, analysis, drawn, published))
+    files = {f"{PICTURES}/{one.name}.svg": one.svg for one in drawn}
+    files["report.md"] = markdown(title, blocks)
+    files[PAGE] = html_page(title, blocks)
+    for name, text in files.items():
+        _write(folder / name, text)
+    return folder / PAGE
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the report to {path}: {error.strerror or error}; "
+            "name a folder you may write to"
+        ) from error
+
+
+def terminal(comparison: Comparison, analysis: Analysis) -> str:
+    """What a comparison ends with in the terminal: heading, table and sentences."""
+    told = [f"- {printable(sentence)}" for sentence in analysis.sentences()]
+    heading = printable(analysis.heading)
+    table = tables.results(comparison, analysis)
+    return "\n".join([heading, "", table.plain(), "", *told])
+
+
+def as_json(comparison: Comparison, analysis: Analysis) -> dict[str, Any]:
+    """Everything that the tables and sentences say, as plain values; no answers, no history.
+
+    A number that is not finite becomes None, so that the result is JSON by the letter.
+    """
+    found = {
+        "heading": analysis.heading,
+        "settings": comparison.settings,
+        "metric": comparison.metric,
+        "baseline": comparison.baseline,
+        "seeds": comparison.seeds,
+        "analysis": dataclasses.asdict(analysis),
+        "sentences": analysis.sentences(),
+        "runs": [_run_facts(record) for record in comparison.finals],
+        "trials": [_run_facts(record) for record in comparison.trials],
+        "preparation": comparison.preparation,
+    }
+    plain: dict[str, Any] = _plain(found)
+    return plain
+
+
+def _run_facts(record: Record) -> dict[str, Any]:
+    left_out = ("answers", "history")
+    return {
+        field.name: getattr(record, field.name)
+        for field in dataclasses.fields(record)
+        if field.name not in left_out
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _title(comparison: Comparison) -> str:
+    names = comparison.methods
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    data = comparison.settings.get("data")
+    return f"{listed} on {data}" if data else listed
+
+
+def _pictures(comparison: Comparison, analysis: Analysis) -> list[Picture]:
+    metric = METRICS[comparison.metric]
+    return [
+        Picture(
+            name="metric",
+            title=f"{metric} of each method",
+            caption="Diamonds are means over seeds and held-out examples, bars their 95 % "
+            "intervals over groups of examples, circles single seeds. Vertical lines are the "
+            "untrained student and the teacher. Bars say nothing about differences: see the "
+            "table.",
+            svg=pictures.metric_intervals(comparison, analysis),
+        ),
+        Picture(
+            name="learning-curves",
+            title="Learning curves",
+            caption="Thin lines are single seeds, thick ones their means. Lower is better.",
+            svg=pictures.learning_curves(comparison),
+        ),
+        Picture(
+            name="equal-effort",
+            title="Quality at equal steps and at equal time",
+            caption="The dashed line is the last step, or second, that every run has reached; the "
+            "numbers are each method's mean held-out cross-entropy there. What lies beyond is "
+            "faint: not all methods got so far. Lower is better.",
+            svg=pictures.equal_effort(comparison),
+        ),
+        Picture(
+            name="costs",
+            title="Cost of a step",
+            caption="Median seconds per optimizer step and peak memory, on the machine of this "
+            "comparison.",
+            svg=pictures.costs(comparison, analysis),
+        ),
+    ]
+
+
+def _blocks(
+    comparison: Comparison,
+    analysis: Analysis,
+    drawn: Sequence[Picture],
+    published: Sequence[PublishedTable],
+) -> Iterator[Block]:
+    yield Text(analysis.heading, kind="loud" if analysis.is_demonstration else "lead")
+    models = [
+        f"{name} {comparison.settings[name]}"
+        for name in ("student", "teacher", "data")
+        if comparison.settings.get(name)
+    ]
+    if models:
+        yield Text(f"{', '.join(models)}.")
+    yield Heading("Results on the held-out test split")
+    yield tables.results(comparison, analysis)
+    yield Heading("What this shows")
+    yield Bullets(analysis.sentences())
+    yield from drawn
+    yield Heading("Answers side by side")
+    yield from generation_blocks(comparison)
+    shown = tables.trials(comparison)
+    yield Heading("Chosen settings and trials")
+    yield shown or Text("No settings were tried: every method ran with the settings below.")
+    yield Heading("Exact settings")
+    for table in (tables.common_settings(comparison), tables.own_settings(comparison)):
+        if table is not None:
+            yield Heading(table.title, level=3)
+            yield table
+    yield Heading("Costs before any run")
+    yield tables.preparation_costs(comparison) or Text("Nothing was prepared.")
+    if published:
+        yield Heading("Published numbers beside")
+        for table in tables.published_numbers(published, comparison, analysis):
+            yield Heading(table.title, level=3)
+            yield table
+    yield Heading("How to read this")
+    yield Bullets(list(_how_to_read(comparison, analysis)))
+
+
+def _how_to_read(comparison: Comparison, analysis: Analysis) -> Iterator[str]:
+    baseline = comparison.baseline
+    yield (
+        "Runs of one seed start from the same student and see the same rows in the same order, as "
+        "many steps as the others."
+    )
+    yield (
+        "The interval beside a mean tells how far it might move had other texts been asked about: "
+        f"the {analysis.clusters} groups of examples (a passage or story each) are drawn again "
+        f"and again, {analysis.resamples:,} times. It takes the trained models as they are: "
+        "another seed could move the mean further, which is what the circles show."
+    )
+    yield (
+        f"A difference is a method minus {baseline} on the same examples and seeds, so that easy "
+        "and hard examples cancel. Two intervals of means that overlap do not contradict a "
+        "difference whose interval excludes 0."
+    )
+    if analysis.is_demonstration:
+        yield (
+            "With one seed, what a method gains and what chance gave that run cannot be told "
+            "apart, so differences get no interval and no verdict here."
+        )
+    else:
+        yield (
+            "Who compares many methods finds one that looks better by chance. So the intervals of "
+            f"differences are widened after Holm: the chance of any false claim is kept at "
+            f"{analysis.alpha:.0%}. A method is called better or worse only where that interval "
+            "excludes 0. “Undecided” does not mean equal: a difference below what this design "
+            "could detect is likely to be missed."
+        )
+    yield (
+        "Cross-entropy (CE) is in nats per token of the student's tokenizer. The teacher cuts text "
+        "into other tokens, so its number would not be comparable and is left out."
+    )
+    yield (
+        "Equal steps compare what a step teaches; equal seconds also count what it costs on this "
+        "machine. Seconds are training time only."
+    )
