@@ -1,17 +1,25 @@
-"""The command line: train, evaluate, losses, doctor."""
+"""The command line: train, compare, cache, evaluate, losses, doctor."""
 
 from __future__ import annotations
 
 import errno
 import os
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from ctkd import __version__
-from ctkd.errors import CtkdError, SettingError
+from ctkd.cli_cache import cache
+from ctkd.cli_compare import compare
+from ctkd.cli_options import (
+    data_options,
+    model_options,
+    named_columns,
+    prompt_options,
+    quieten,
+    say,
+)
+from ctkd.errors import CtkdError
 from ctkd.registry import describe, list_losses
 
 __all__ = ["main"]
@@ -21,6 +29,7 @@ _START = """
 \b
 Start here:
   ctkd train --loss multilevelot      real models and data, some minutes on a laptop
+  ctkd compare                        four ways to train on one task, and what they show
   ctkd doctor                         whether two tokenizers suit each other, before training
   ctkd losses                         what there is to distil with
   ctkd train --help                   more examples, and every option
@@ -38,6 +47,8 @@ Examples:
   ctkd train --loss uld --kd-weight 1.5 --data rows.jsonl --epochs 3
   ctkd train --loss multilevelot --loss-option k=20 --loss-option matching=greedy
   ctkd train --loss sft --student gemma-3-270m --output runs/teacher
+  ctkd train --loss uld --teacher-cache teacher-cache
+  ctkd train --loss sft --answers teacher
   ctkd train --config run.yaml --seed 1
 """
 _EVALUATE_EXAMPLES = """
@@ -55,6 +66,8 @@ Examples:
   ctkd doctor --student my-model --teacher gemma-3-270m --data rows.jsonl
   ctkd doctor --student a/folder --teacher model.gguf --json
 """
+# What a stored teacher must hold for a loss.
+_TEACHER_NEEDS = {"rows": "whole rows", "top_k": "top k", "observed": "observed tokens"}
 
 
 class _Group(click.Group):
@@ -73,6 +86,8 @@ class _Group(click.Group):
             way_out = "repeat the command"
             if ctx.invoked_subcommand == train.name:
                 way_out += " with --resume to go on from the last checkpoint"
+            elif ctx.invoked_subcommand == cache.name:
+                way_out += " to go on behind the last file"
             raise click.ClickException(f"stopped; {way_out}") from None
         except Exception as error:
             # A reader that closed the pipe, such as `head`, is click's business.
@@ -95,32 +110,6 @@ def main() -> None:
     """Distil a language model into a smaller one with another tokenizer."""
 
 
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def add(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return add
-
-
-_DATA_OPTIONS = _options(
-    click.option("--data", help="pocketqa, a file, a folder or a hub id. [pocketqa]"),
-    click.option("--task", help="qa, summarization or text. [qa]"),
-    click.option(
-        "--column",
-        "columns",
-        multiple=True,
-        metavar="FIELD=COLUMN",
-        help="Name of a field's column in the data, such as context=passage. Repeatable.",
-    ),
-)
-
-
 @main.command(epilog=_TRAIN_EXAMPLES)
 @click.option("--loss", help="A loss of `ctkd losses`, or sft. [multilevelot]")
 @click.option(
@@ -130,9 +119,10 @@ _DATA_OPTIONS = _options(
     metavar="KEY=VALUE",
     help="A setting of the loss; see `ctkd losses NAME`. Repeatable.",
 )
-@click.option("--teacher", help="Packaged name, folder, GGUF file or hub id. [gemma-3-270m]")
-@click.option("--student", help="The same for the student. [smollm2-135m-instruct]")
-@_DATA_OPTIONS
+@model_options
+@click.option("--teacher-cache", help="Folder of `ctkd cache`, asked in the teacher's place.")
+@click.option("--answers", help="Train on those of the data, or on the teacher's own. [data]")
+@data_options
 @click.option("--eval-data", help="Held-out data. Default: a part of --data, by passage.")
 @click.option("--output", help="Folder of the run. [runs/LOSS-seedN]")
 @click.option("--max-steps", type=int, help="Optimizer steps; goes before --epochs.")
@@ -142,16 +132,7 @@ _DATA_OPTIONS = _options(
 @click.option("--learning-rate", type=float, help="Peak rate; the paper's is 1e-6. [5e-5]")
 @click.option("--warmup", type=float, help="Share of the steps with a rising rate. [0.1]")
 @click.option("--weight-decay", type=float, help="Of AdamW. [0]")
-@click.option("--max-length", type=int, help="Longest prompt and answer, in tokens. [1024]")
-@click.option("--on-long", help="Longer training rows: drop, cut (on both sides), refuse. [drop]")
-@click.option(
-    "--min-coverage",
-    type=float,
-    help="Least share of the answers' bytes that both tokenizers spell alike. [0.95]",
-)
-@click.option("--student-template", help="The student's prompts: plain, or chat. [plain]")
-@click.option("--teacher-template", help="The same for the teacher. [plain]")
-@click.option("--teacher-shots", type=int, help="Examples the teacher reads first. [0]")
+@prompt_options
 @click.option("--kd-weight", type=float, help="Weight of the loss. [the loss's own]")
 @click.option("--ce-weight", type=float, help="Weight of cross-entropy. [the loss's own]")
 @click.option(
@@ -164,7 +145,9 @@ _DATA_OPTIONS = _options(
 )
 @click.option("--device", help="auto, cpu or cuda. [auto]")
 @click.option("--seed", type=int, help="Of everything random. [0]")
+@click.option("--measure", help="all, before and after training; nothing, to only train. [all]")
 @click.option("--eval-limit", type=int, help="Most held-out examples used. [200]")
+@click.option("--eval-steps", type=int, help="Steps between held-out losses. [only at both ends]")
 @click.option("--max-new-tokens", type=int, help="Longest generated answer. [32]")
 @click.option("--logging-steps", type=int, help="Steps between lines of the log. [5]")
 @click.option("--save-steps", type=int, help="Steps between checkpoints. [200]")
@@ -186,7 +169,7 @@ def train(
     **options: Any,
 ) -> None:
     """Distil a teacher into a student, and measure both before and after."""
-    _quieten()
+    quieten()
     from ctkd.distill.config import TrainConfig, parse_loss_option, read_config_file
     from ctkd.distill.summary import summarize
     from ctkd.distill.training import train as run
@@ -197,15 +180,15 @@ def train(
         settings.pop("max_steps", None)
     settings.update({name: value for name, value in options.items() if value is not None})
     _merge(settings, "loss_options", dict(parse_loss_option(option) for option in loss_options))
-    _merge(settings, "columns", _columns(columns))
+    _merge(settings, "columns", named_columns(columns))
     config = TrainConfig.from_mapping(settings, source=config_file or "options")
-    folder = run(config, resume=resume, overwrite=overwrite, say=_say)
+    folder = run(config, resume=resume, overwrite=overwrite, say=say)
     click.echo(summarize(folder))
 
 
 @main.command(epilog=_EVALUATE_EXAMPLES)
 @click.argument("model", required=False)
-@_DATA_OPTIONS
+@data_options
 @click.option("--limit", type=int, help="Use the first N examples.")
 @click.option(
     "--predictions",
@@ -230,19 +213,19 @@ def train(
 )
 def evaluate(model: str | None, columns: tuple[str, ...], form: str, **options: Any) -> None:
     """Answer held-out prompts with MODEL and score the answers, or score a file of answers."""
-    _quieten()
+    quieten()
     from ctkd.distill.config import parse_loss_option
     from ctkd.distill.evaluate_command import EvaluateRequest, run_evaluation
 
     request = EvaluateRequest(
         model=model,
-        columns=_columns(columns),
+        columns=named_columns(columns),
         **{
             **options,
             "loss_options": dict(parse_loss_option(one) for one in options["loss_options"]),
         },
     )
-    result = run_evaluation(request, say=_say)
+    result = run_evaluation(request, say=say)
     if form == "json":
         import json
 
@@ -276,7 +259,8 @@ def losses(name: str | None) -> None:
     click.echo(f"{facts.name}: {facts.matches}")
     click.echo(f"{facts.paper.title}, arXiv:{facts.paper.arxiv}, {facts.paper.equation}")
     click.echo(
-        f"unit: {facts.unit}; needs: {_needs(facts.needs)}; default weights: "
+        f"unit: {facts.unit}; needs: {_needs(facts.needs)}; teacher: "
+        f"{_TEACHER_NEEDS[facts.teacher_needs]}; default weights: "
         f"ce {facts.default_weights.ce:g}, kd {facts.default_weights.kd:g}\n"
     )
     settings = list(facts.settings.items())
@@ -290,7 +274,7 @@ def losses(name: str | None) -> None:
     "--student", help="Packaged name, folder, GGUF file or hub id. [smollm2-135m-instruct]"
 )
 @click.option("--teacher", help="The same for the teacher. [gemma-3-270m]")
-@_DATA_OPTIONS
+@data_options
 @click.option("--limit", type=int, help="Use the first N rows. [200]")
 @click.option(
     "--min-coverage",
@@ -308,14 +292,16 @@ def doctor(columns: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
     No weights are loaded.
     """
-    _quieten()
+    quieten()
     from ctkd.distill.doctor_command import DoctorRequest, run_doctor
     from ctkd.tokenization.doctor import Thresholds
 
     given = {name: value for name, value in options.items() if value is not None}
     limits = {name: given.pop(name) for name in ("min_coverage", "min_one_to_one") if name in given}
-    request = DoctorRequest(columns=_columns(columns), thresholds=Thresholds(**limits), **given)
-    report = run_doctor(request, say=_say)
+    request = DoctorRequest(
+        columns=named_columns(columns), thresholds=Thresholds(**limits), **given
+    )
+    report = run_doctor(request, say=say)
     if as_json:
         import json
 
@@ -337,24 +323,5 @@ def _merge(settings: dict[str, Any], name: str, given: dict[str, Any]) -> None:
         settings[name] = {**(there or {}), **given}
 
 
-def _columns(pairs: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for pair in pairs:
-        field, separator, column = pair.partition("=")
-        if not separator or not field or not column:
-            raise SettingError(f"a column is FIELD=COLUMN, such as context=passage, got {pair!r}")
-        found[field] = column
-    return found
-
-
-def _quieten() -> None:
-    """Leave the terminal to our own lines: libraries speak up only about errors."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.warnoptions:
-        import warnings
-
-        warnings.simplefilter("ignore")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+main.add_command(cache)
+main.add_command(compare)

@@ -258,6 +258,8 @@ def test_all_that_is_known_of_a_loss_is_shown(name):
     facts = ctkd.describe(name)
     assert shown.startswith(f"{name}: {facts.matches}\n{facts.paper.title}, arXiv:")
     assert f"ce {facts.default_weights.ce:g}, kd {facts.default_weights.kd:g}" in shown
+    stored = {"rows": "whole rows", "top_k": "top k", "observed": "observed tokens"}
+    assert f"; teacher: {stored[facts.teacher_needs]}; default weights: " in shown
     assert all(f"\n{setting}  " in shown for setting in facts.settings)
     assert shown.rstrip().endswith(facts.doc.rstrip())
 

@@ -9,9 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ctkd.batch import IGNORE_INDEX
 from ctkd.distill.encoded import EncodedPair, EncodedSide
+from ctkd.distill.teacher_cache import TeacherCache
 from ctkd.errors import BatchError
 
-__all__ = ["Collator", "padding_id"]
+__all__ = ["KEPT", "Collator", "padded_sides", "padding_id"]
+
+KEPT = "teacher_kept_"
+"""In front of the names of what a cached teacher said."""
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -48,6 +52,8 @@ class Collator:
         student_pad_id: What to pad the student's ids with, see `padding_id`.
         teacher_pad_id: The teacher's; None to make no teacher's tensors.
         score_eos: Whether distillation scores the end of sequence.
+        teacher_cache: Stands for the teacher: its inputs are left out, and what it said is added
+            with ``teacher_kept_`` in front, as `TeacherCache.batch` gives it.
 
     Example:
         >>> rows = [
@@ -69,6 +75,7 @@ class Collator:
     student_pad_id: int
     teacher_pad_id: int | None = None
     score_eos: bool = False
+    teacher_cache: TeacherCache | None = None
 
     def __call__(self, rows: Sequence[EncodedPair]) -> dict[str, Tensor]:
         """Make the batch.
@@ -82,7 +89,7 @@ class Collator:
         for row in rows:
             self._check_end(row)
         student = [row.student for row in rows]
-        batch, labels = _padded(student, self.student_pad_id, with_eos=True)
+        batch, labels = padded_sides(student, self.student_pad_id, with_eos=True)
         batch["labels"] = labels
         batch["distill_labels"] = self._distilled(student, labels)
         if self.teacher_pad_id is None:
@@ -93,8 +100,12 @@ class Collator:
                 "a teacher's padding was given, but an example has no teacher's side; encode with "
                 "the teacher's tokenizer"
             )
-        inputs, labels = _padded(teacher, self.teacher_pad_id, with_eos=self.score_eos)
-        batch.update({f"teacher_{name}": value for name, value in inputs.items()})
+        inputs, labels = padded_sides(teacher, self.teacher_pad_id, with_eos=self.score_eos)
+        if self.teacher_cache is None:
+            batch.update({f"teacher_{name}": value for name, value in inputs.items()})
+        else:
+            kept = self.teacher_cache.batch(teacher, labels.shape[1] - 1)
+            batch.update({f"{KEPT}{name}": value for name, value in kept.items()})
         batch["teacher_distill_labels"] = self._distilled(teacher, labels)
         # The end's number must be the same on both sides, also where one side's last token has no
         # chunk.
@@ -143,9 +154,16 @@ class Collator:
         return chunks
 
 
-def _padded(
+def padded_sides(
     sides: Sequence[EncodedSide], pad_id: int, *, with_eos: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
+    """Pad one side of some rows: a model's inputs, and the labels of their last positions.
+
+    Args:
+        sides: The rows.
+        pad_id: What to pad with.
+        with_eos: Whether the end of sequence is read and is a label.
+    """
     answers = [_answer(side, with_eos=with_eos) for side in sides]
     before = max(len(side.prompt_ids) for side in sides)
     after = max(map(len, answers))

@@ -34,7 +34,10 @@ class TrainConfig:
         loss: A registered loss, or "sft" for cross-entropy alone.
         loss_options: Settings of the loss.
         student: Model to train: packaged name, folder, GGUF file or hub id.
-        teacher: Model to learn from; not loaded for "sft".
+        teacher: Model to learn from; not loaded for "sft", nor with ``teacher_cache``.
+        teacher_cache: Folder written by `ctkd cache` that is asked in place of the teacher.
+        answers: What to train on: the answers in the "data", or those that the "teacher" writes to
+            the same prompts. With "sft" the latter is sequence-level distillation, seqkd.
         data: Training data: embedded name, file, folder or hub id.
         eval_data: Held-out data; without it a part of the training data is cut off.
         task: How rows become prompts: qa, summarization or text.
@@ -62,7 +65,10 @@ class TrainConfig:
             small updates are lost.
         device: auto, cpu or cuda.
         seed: Of everything random.
+        measure: "all" answers held-out prompts and averages held-out losses before and after
+            training; "nothing" only trains.
         eval_limit: Most held-out examples to answer and to average over.
+        eval_steps: Steps between two averages of held-out losses while training; None for none.
         max_new_tokens: Longest generated answer.
         logging_steps: Steps between two lines of the log.
         save_steps: Steps between two checkpoints.
@@ -74,6 +80,8 @@ class TrainConfig:
     loss_options: dict[str, Any] = field(default_factory=dict)
     student: str = "smollm2-135m-instruct"
     teacher: str = "gemma-3-270m"
+    teacher_cache: str | None = None
+    answers: Literal["data", "teacher"] = "data"
     data: str = "pocketqa"
     eval_data: str | None = None
     task: str = "qa"
@@ -98,7 +106,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "bfloat16-pure"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
+    measure: Literal["all", "nothing"] = "all"
     eval_limit: int = 200
+    eval_steps: int | None = None
     max_new_tokens: int = 32
     logging_steps: int = 5
     save_steps: int = 200
@@ -116,6 +126,7 @@ class TrainConfig:
             "grad_accumulation",
             "max_length",
             "eval_limit",
+            "eval_steps",
             "max_new_tokens",
             "logging_steps",
             "save_steps",
@@ -139,6 +150,11 @@ class TrainConfig:
             raise SettingError(f"teacher_shots must be at least 0, got {self.teacher_shots}")
         if not 0 <= self.seed < 2**32:
             raise SettingError(f"seed must lie between 0 and {2**32 - 1}, got {self.seed}")
+        if self.teacher_cache is not None and not self.needs_teacher:
+            raise SettingError(
+                "a teacher cache was given, but loss 'sft' on the data's own answers learns from "
+                "no teacher; leave the cache out, choose a loss, or set answers to teacher"
+            )
         # Fails here, before anything is fetched, if the loss or a setting of it is wrong.
         self.make_loss()
 
@@ -165,8 +181,13 @@ class TrainConfig:
 
     @property
     def distils(self) -> bool:
-        """Whether a teacher takes part."""
+        """Whether a loss between student and teacher takes part."""
         return self.loss != SFT
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher takes part, by a loss or by what it writes."""
+        return self.distils or self.answers == "teacher"
 
     @property
     def folder(self) -> Path:

@@ -15,9 +15,9 @@ from ctkd.distill.evaluation import answer, held_out_losses, score_predictions
 from ctkd.distill.metrics import match_predictions, read_predictions, write_predictions
 from ctkd.distill.models import check_token_ids, head_width, load_model, load_tokenizer
 from ctkd.distill.output_folder import OutputFolder, try_to_write
+from ctkd.distill.preparing import choose_device, is_embedded
 from ctkd.distill.prompts import PromptForm
 from ctkd.distill.tasks import Example, examples
-from ctkd.distill.training import choose_device, is_embedded
 from ctkd.errors import OutputError, SettingError
 from ctkd.pair import PlaceholderPair
 from ctkd.registry import get_loss

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.curves import plot_curves
 from ctkd.distill.evaluation import answer, score_predictions
-from ctkd.distill.metrics import write_predictions
+from ctkd.distill.metrics import Prediction, write_predictions
 from ctkd.distill.output_folder import OutputFolder
 from ctkd.distill.progress import loss_line
 from ctkd.distill.prompts import PromptForm
 from ctkd.distill.tasks import Example
+from ctkd.distill.teacher_texts import TeacherTexts
 from ctkd.distill.trainer import CrossTokenizerTrainer
 
 __all__ = ["CURVES", "Measure", "keep_history"]
@@ -24,14 +26,24 @@ CURVES = "curves.png"
 
 def keep_history(folder: OutputFolder, trainer: CrossTokenizerTrainer) -> None:
     """Keep and draw what was logged, with the held-out losses at both ends of it."""
-    ends = {"losses before": 0, "losses after": trainer.state.global_step}
-    before, *after = [
-        {"step": step, **{f"eval_{name}": value for name, value in folder.results[stage].items()}}
-        for stage, step in ends.items()
+    ends = {
+        "losses before": {"step": 0, "seconds": 0.0},
+        "losses after": {"step": trainer.state.global_step, "seconds": trainer.clock.total},
+    }
+    measured: list[dict[str, Any]] = [
+        {**when, **{f"eval_{name}": value for name, value in folder.results[stage].items()}}
+        for stage, when in ends.items()
         if stage in folder.results
     ]
-    logged = [entry for entry in trainer.state.log_history if "eval_ce" not in entry]
-    folder.keep("history", [before, *logged, *after])
+    ended = {entry["step"] for entry in measured}
+    logged = [
+        entry
+        for entry in trainer.state.log_history
+        if "eval_ce" not in entry or entry["step"] not in ended
+    ]
+    first = [entry for entry in measured if entry["step"] == 0]
+    last = [entry for entry in measured if entry["step"] > 0]
+    folder.keep("history", [*first, *logged, *last])
     plot_curves(folder.results["history"], folder.path / CURVES)
 
 
@@ -60,9 +72,46 @@ class Measure:
                 form=form,
                 progress=f"{name}: answering",
             )
-            file = f"predictions-{name.replace(' ', '-')}.jsonl"
-            write_predictions(self.folder.path / file, predictions)
-            self.folder.keep(name, score_predictions(predictions).summary())
+            self._keep(name, predictions)
+        self._say(name)
+
+    def written(
+        self,
+        name: str,
+        texts: TeacherTexts,
+        tokenizer: PreTrainedTokenizerBase,
+        form: PromptForm,
+    ) -> None:
+        """Score what a model wrote earlier, if it wrote to every held-out prompt."""
+        if texts.max_new_tokens != self.config.max_new_tokens:
+            self.say(
+                f"{name}: its stored answers have up to {texts.max_new_tokens} tokens, not "
+                f"{self.config.max_new_tokens}, not scored"
+            )
+            return
+        prompts = form.ids(tokenizer, self.held_out, side=name)
+        found = [texts.text(prompt) for prompt in prompts]
+        if None in found:
+            self.say(
+                f"{name}: {found.count(None)} held-out prompts have no stored answer, not scored"
+            )
+            return
+        predictions = [
+            Prediction(
+                prediction=text or "", id=one.id, references=one.references, prompt=one.prompt
+            )
+            for text, one in zip(found, self.held_out, strict=True)
+        ]
+        if name not in self.folder.results:
+            self._keep(name, predictions)
+        self._say(name)
+
+    def _keep(self, name: str, predictions: Sequence[Prediction]) -> None:
+        file = f"predictions-{name.replace(' ', '-')}.jsonl"
+        write_predictions(self.folder.path / file, predictions)
+        self.folder.keep(name, score_predictions(predictions).summary())
+
+    def _say(self, name: str) -> None:
         found = self.folder.results[name]
         self.say(
             f"{name}: F1 {found['f1']:.1f}, exact match {found['exact_match']:.1f}, "

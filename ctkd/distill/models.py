@@ -8,11 +8,14 @@ import difflib
 import inspect
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,8 +33,10 @@ __all__ = [
     "accepts_position_ids",
     "check_token_ids",
     "head_width",
+    "last_logits",
     "load_model",
     "load_tokenizer",
+    "most_positions",
     "resolve",
     "supports_logits_to_keep",
 ]
@@ -209,14 +214,55 @@ def check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         )
 
 
-def supports_logits_to_keep(model: PreTrainedModel) -> bool:
+def supports_logits_to_keep(model: nn.Module) -> bool:
     """Tell whether `forward` can compute logits for some positions only."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def accepts_position_ids(model: PreTrainedModel) -> bool:
+def accepts_position_ids(model: nn.Module) -> bool:
     """Tell whether `forward` takes `position_ids`."""
     return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def last_logits(
+    model: nn.Module, unwrapped: nn.Module, inputs: Mapping[str, Tensor], count: int
+) -> Tensor:
+    """Logits at the last positions, (B, count, V), computed there alone where the model allows.
+
+    Args:
+        model: What is called, perhaps wrapped for training on several devices.
+        unwrapped: The model itself.
+        inputs: ``input_ids``, ``attention_mask`` and ``position_ids``.
+        count: How many positions.
+    """
+    arguments: dict[str, Any] = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+    }
+    if accepts_position_ids(unwrapped):
+        arguments["position_ids"] = inputs["position_ids"]
+    if supports_logits_to_keep(unwrapped):
+        arguments["logits_to_keep"] = count
+    logits: Tensor = model(**arguments, use_cache=False).logits
+    return logits[:, -count:]
+
+
+def most_positions(name: str) -> int | None:
+    """How many tokens a model can read, from its configuration alone; None if it does not say.
+
+    Raises:
+        ModelError: If nothing goes by that name, or it has no configuration that can be read.
+    """
+    source = resolve(name)
+    if Path(source).is_dir():
+        _check_has_config(Path(source))
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"cannot read the configuration of {name}: {_cause(error)}") from error
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
 
 
 def _cause(error: Exception) -> str:

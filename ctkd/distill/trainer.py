@@ -26,9 +26,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import ParallelMode
 
 from ctkd.batch import IGNORE_INDEX, Batch, Side
-from ctkd.distill.models import accepts_position_ids, supports_logits_to_keep
+from ctkd.distill.collator import KEPT
+from ctkd.distill.models import last_logits
+from ctkd.distill.progress import StepClock
+from ctkd.distill.teacher_cache import TeacherCache
 from ctkd.errors import BatchError, SettingError
 from ctkd.loss import Loss, Weights
+from ctkd.top_k_logits import TopKLogits
 
 __all__ = ["CrossTokenizerTrainer"]
 
@@ -68,7 +72,9 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         model: The student.
         args: As in `Trainer`. ``remove_unused_columns`` must be False.
         loss: What to distil with; None trains on cross-entropy alone, without a teacher.
-        teacher: The teacher; needed with a loss. It is moved to the training device and frozen.
+        teacher: The teacher; needed with a loss, or a cache. It is moved to the training device and
+            frozen.
+        teacher_cache: What the teacher said, in its place; the collator's as well.
         weights: Of cross-entropy and distillation; default the loss's own.
         student_vocab_size: Length of the student's tokenizer. Wider heads are cut for the loss.
             With a loss that knows the pair of tokenizers, the pair's ``student_size``.
@@ -94,6 +100,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         *,
         loss: Loss | None = None,
         teacher: PreTrainedModel | None = None,
+        teacher_cache: TeacherCache | None = None,
         weights: Weights | None = None,
         student_vocab_size: int | None = None,
         teacher_vocab_size: int | None = None,
@@ -103,8 +110,10 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        if (loss is None) != (teacher is None):
+        if (loss is None) != (teacher is None and teacher_cache is None):
             raise SettingError("a loss needs a teacher and a teacher a loss; give both or neither")
+        if teacher is not None and teacher_cache is not None:
+            raise SettingError("a cache stands for the teacher; give one of them")
         _check_arguments(args)
         if loss is not None and any(parameter.requires_grad for parameter in loss.parameters()):
             # Only what hangs below the model is optimized, clipped, synchronised and saved.
@@ -120,6 +129,9 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         )
         self.distillation_loss = None if loss is None else loss.to(args.device)
         self.teacher = None if teacher is None else _frozen(teacher, args.device)
+        self.teacher_cache = teacher_cache
+        self.clock = StepClock()
+        self.add_callback(self.clock)
         if weights is None:
             weights = Weights(1.0, 0.0) if loss is None else loss.default_weights
         self.weights = weights
@@ -174,6 +186,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             sums = self.accelerator.reduce(self._logged.to(self.args.device), reduction="sum")
             logs.update(self._means(sums))
             self._logged = self._logged.new_zeros(0)
+        if "loss" in logs or "eval_ce" in logs:
+            logs["seconds"] = self.clock.total
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -209,40 +223,58 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
 
     def _sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> _Sums:
         labels = inputs["labels"]
-        logits = _last_logits(model, self.accelerator.unwrap_model(model), inputs, labels.shape[1])
+        logits = last_logits(model, self.accelerator.unwrap_model(model), inputs, labels.shape[1])
         with torch.autocast(logits.device.type, enabled=False):
             scored = Side.from_causal_lm(logits, labels)
             log_likelihood = scored.logits.log_probs(scored.token_ids.unsqueeze(-1))
             sums = _Sums(ce=-log_likelihood.sum(), ce_count=scored.mask.sum())
-        if self.distillation_loss is None or self.teacher is None:
+        if self.distillation_loss is None:
             return sums
+        with torch.autocast(logits.device.type, enabled=False):
+            student = Side.from_causal_lm(
+                logits,
+                inputs["distill_labels"],
+                chunk_ids=inputs.get("distill_chunk_ids"),
+                vocab_size=self.student_vocab_size,
+            )
+            batch = Batch(student=student, teacher=self._teacher_side(inputs))
+            output = self.distillation_loss(batch)
+        sums.kd = output.value * output.count
+        sums.kd_count = output.count
+        sums.parts = {name: part * output.count for name, part in output.parts.items()}
+        return sums
+
+    def _teacher_side(self, inputs: Mapping[str, Tensor]) -> Side:
+        """What the teacher says, now or when the cache was made."""
+        labels = inputs["teacher_distill_labels"]
+        chunk_ids = inputs.get("teacher_distill_chunk_ids")
+        if self.teacher_cache is not None:
+            kept = {
+                name.removeprefix(KEPT): value
+                for name, value in inputs.items()
+                if name.startswith(KEPT)
+            }
+            targets = labels[:, 1:]
+            mask = targets != IGNORE_INDEX
+            return Side(
+                logits=TopKLogits(self.teacher_cache.as_top_k(kept), mask=mask),
+                token_ids=targets.masked_fill(~mask, 0),
+                mask=mask,
+                chunk_ids=None if chunk_ids is None else chunk_ids[:, 1:],
+            )
         teacher_inputs = {
             name.removeprefix("teacher_"): value
             for name, value in inputs.items()
             if name.startswith("teacher_")
         }
-        teacher_labels = inputs["teacher_distill_labels"]
+        teacher = self.teacher
+        if teacher is None:
+            raise SettingError("a loss needs a teacher, or a cache in its place")
         with torch.no_grad():
-            teacher_logits = _last_logits(
-                self.teacher, self.teacher, teacher_inputs, teacher_labels.shape[1]
-            )
-        with torch.autocast(logits.device.type, enabled=False):
-            output = self.distillation_loss(
-                Batch.from_causal_lm(
-                    student_logits=logits,
-                    student_labels=inputs["distill_labels"],
-                    student_chunk_ids=inputs.get("distill_chunk_ids"),
-                    teacher_logits=teacher_logits,
-                    teacher_labels=teacher_labels,
-                    teacher_chunk_ids=inputs.get("teacher_distill_chunk_ids"),
-                    student_vocab_size=self.student_vocab_size,
-                    teacher_vocab_size=self.teacher_vocab_size,
-                )
-            )
-        sums.kd = output.value * output.count
-        sums.kd_count = output.count
-        sums.parts = {name: part * output.count for name, part in output.parts.items()}
-        return sums
+            logits = last_logits(teacher, teacher, teacher_inputs, labels.shape[1])
+        return Side.from_causal_lm(
+            logits, labels, chunk_ids=chunk_ids, vocab_size=self.teacher_vocab_size
+        )
 
     def _remember(self, sums: _Sums) -> None:
         self._part_names = list(sums.parts)
@@ -302,22 +334,6 @@ def _check_arguments(args: TrainingArguments) -> None:
 def _frozen(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     teacher.requires_grad_(False)
     return teacher.to(device).eval()
-
-
-def _last_logits(
-    model: nn.Module, unwrapped: nn.Module, inputs: Mapping[str, Tensor], count: int
-) -> Tensor:
-    """Logits at the last positions, computed there alone where the model allows."""
-    arguments: dict[str, Any] = {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
-    }
-    if accepts_position_ids(unwrapped):
-        arguments["position_ids"] = inputs["position_ids"]
-    if supports_logits_to_keep(unwrapped):
-        arguments["logits_to_keep"] = count
-    logits: Tensor = model(**arguments, use_cache=False).logits
-    return logits[:, -count:]
 
 
 def _without_logits(sample: Mapping[str, Tensor]) -> Batch:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerState,
     TrainingArguments,
@@ -24,45 +23,41 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from ctkd import __version__
+from ctkd.cache_folder import cache_dir
 from ctkd.distill.collator import Collator, padding_id
 from ctkd.distill.config import TrainConfig
-from ctkd.distill.data import EMBEDDED, load_rows, split_off
-from ctkd.distill.encoded import EncodedExamples, EncodedSide
-from ctkd.distill.encoding import encode_pair
+from ctkd.distill.encoded import EncodedExamples
 from ctkd.distill.measuring import Measure, keep_history
-from ctkd.distill.models import check_token_ids, head_width, load_model, load_tokenizer
+from ctkd.distill.model_fingerprint import model_fingerprint
+from ctkd.distill.models import head_width
 from ctkd.distill.output_folder import OutputFolder
+from ctkd.distill.peak_memory import PeakMemory
+from ctkd.distill.preparing import (
+    Forms,
+    Models,
+    answerable,
+    answered_by_teacher,
+    choose_device,
+    encode,
+    load_examples,
+    load_models,
+    teacher_dtype,
+)
 from ctkd.distill.progress import StepReport, StepsAsAsked, StopOnSignal
-from ctkd.distill.prompts import PromptForm, choose_shots
-from ctkd.distill.tasks import Example, examples
+from ctkd.distill.tasks import Example
+from ctkd.distill.teacher_cache import TeacherCache
+from ctkd.distill.teacher_texts import TeacherTexts
 from ctkd.distill.trainer import CrossTokenizerTrainer
-from ctkd.errors import CtkdError, DataError, ModelError, OutputError, SettingError
+from ctkd.errors import CtkdError, ModelError, OutputError, SettingError
+from ctkd.loss import Loss
 from ctkd.tokenization.pair import TokenizerPair
+from ctkd.tokenization.vocabulary_map import fingerprint
 
-__all__ = ["Interrupted", "choose_device", "is_embedded", "load_examples", "train"]
-
-HELD_OUT_FRACTION = 0.1
+__all__ = ["Interrupted", "train"]
 
 
 class Interrupted(CtkdError):
     """Training was stopped by the user; a checkpoint was written."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Models:
-    student: PreTrainedModel
-    student_tokenizer: PreTrainedTokenizerBase
-    teacher: PreTrainedModel | None
-    teacher_tokenizer: PreTrainedTokenizerBase | None
-    pair: TokenizerPair | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Forms:
-    """How each side is asked."""
-
-    student: PromptForm
-    teacher: PromptForm
 
 
 def train(
@@ -97,44 +92,59 @@ def train(
         say(f"{found.path} is finished already; nothing is left to do")
         return found
     training, held_out = load_examples(config, say)
-    models = _load_models(config, say)
-    forms = _Forms(
-        student=PromptForm(template=config.student_template),
-        teacher=PromptForm(
-            template=config.teacher_template,
-            shots=choose_shots(training, config.teacher_shots, config.seed),
-        ),
-    )
-    encoded = _encode(config, models, training, forms, "training", say)
-    encoded_held_out = _encode(
+    cache = None
+    if config.teacher_cache is not None:
+        cache = TeacherCache.open(config.teacher_cache, say=say)
+    models = load_models(config, say, cache=cache)
+    student = models.student
+    if student is None:
+        raise ModelError(f"{config.student} was not loaded")
+    forms = Forms.of(config, training)
+    if config.answers == "teacher":
+        training = _as_the_teacher_answers(config, models, training, forms, cache, say)
+    encoded = encode(config, models, training, forms, "training", say)
+    encoded_held_out = encode(
         config, models, held_out, forms, "held-out", say, room=config.max_new_tokens
     )
     kept = {row.id for row in encoded_held_out.rows}
     held_out = [one for one in held_out if one.id in kept]
+    pair = _narrowed(config, models, student)
+    set_seed(config.seed)
+    loss = config.make_loss(pair)
+    if cache is not None and pair is not None and loss is not None:
+        cache.check_rows(encoded.rows, "training")
+        cache.check_rows(encoded_held_out.rows, "held-out")
+        cache.check_serves(loss, config.loss, pair.student_size)
 
     # Only now may an earlier run be overwritten: everything that was given can be used.
     folder = OutputFolder.prepare(config.folder, settings, resume=resume, overwrite=overwrite)
     folder.record["environment"] = _environment(device)
     folder.write()
     report, stop = StepReport(say), StopOnSignal(say)
-    trainer = _make_trainer(config, models, encoded, encoded_held_out, folder, device)
+    trainer = _make_trainer(
+        config, models, loss, pair, encoded, encoded_held_out, folder, device, cache
+    )
     for callback in (StepsAsAsked(), report, stop):
         trainer.add_callback(callback)
 
     measure = Measure(config, folder, held_out, say)
-    measure.metrics("student before", models.student, models.student_tokenizer, forms.student)
-    if models.teacher is not None and models.teacher_tokenizer is not None:
-        measure.metrics("teacher", models.teacher, models.teacher_tokenizer, forms.teacher)
-    measure.losses("losses before", trainer)
+    if config.measure == "all":
+        measure.metrics("student before", student, models.student_tokenizer, forms.student)
+        _measure_teacher(measure, models, forms, cache)
+        measure.losses("losses before", trainer)
 
     _warn_about_precision(config, say)
     checkpoint = folder.last_checkpoint() if resume else None
     if checkpoint is not None:
         say(f"going on from {checkpoint.name}")
+    peak = PeakMemory(device)
     try:
         _train_from(trainer, checkpoint)
     finally:
         stop.restore()
+    held = [folder.results.get("peak memory"), peak.read()]
+    folder.results["peak memory"] = max((one for one in held if one is not None), default=None)
+    folder.results["training seconds"] = trainer.clock.total
     folder.results["steps"] = trainer.state.global_step
     if report.seconds_per_step is not None:
         folder.results["seconds per step"] = report.seconds_per_step
@@ -145,132 +155,87 @@ def train(
             "command with --resume to go on"
         )
 
-    models.student.config.use_cache = True
+    student.config.use_cache = True
     trainer.save_model(str(folder.path))
-    measure.losses("losses after", trainer)
-    keep_history(folder, trainer)
-    measure.metrics("student after", models.student, models.student_tokenizer, forms.student)
+    if config.measure == "all":
+        measure.losses("losses after", trainer)
+        keep_history(folder, trainer)
+        measure.metrics("student after", student, models.student_tokenizer, forms.student)
     folder.keep("finished", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     if not config.keep_checkpoints:
         folder.remove_checkpoints()
     return folder
 
 
-def load_examples(
-    config: TrainConfig, say: Callable[[str], None]
-) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, the latter cut off by group where none were given."""
-    found = examples(load_rows(config.data), config.task, config.columns)
-    held_out_data = config.eval_data
-    if held_out_data is None and is_embedded(config.data):
-        held_out_data = config.data
-    if held_out_data is not None:
-        split = "test" if is_embedded(held_out_data) else None
-        held_out = examples(load_rows(held_out_data, split=split), config.task, config.columns)
-    else:
-        found, held_out = split_off(found, HELD_OUT_FRACTION, config.seed)
-        say(f"no evaluation data given: cut off {len(held_out)} of the training examples")
-    if len(held_out) > config.eval_limit:
-        say(f"held-out examples: the first {config.eval_limit} of {len(held_out)} (--eval-limit)")
-        held_out = held_out[: config.eval_limit]
-    say(f"{len(found)} training examples, {len(held_out)} held out")
-    return found, held_out
-
-
-def is_embedded(source: str) -> bool:
-    """Whether the name, which says no split, is that of an embedded set and of no file."""
-    return source in EMBEDDED and not Path(source).exists()
-
-
-def _load_models(config: TrainConfig, say: Callable[[str], None]) -> _Models:
-    say(f"student: {config.student}")
-    pure = config.dtype == "bfloat16-pure"
-    student_tokenizer = load_tokenizer(config.student)
-    student = load_model(config.student, dtype=torch.bfloat16 if pure else torch.float32)
-    check_token_ids(student, student_tokenizer)
-    if not config.distils:
-        return _Models(student, student_tokenizer, None, None)
-    say(f"teacher: {config.teacher}")
-    teacher_tokenizer = load_tokenizer(config.teacher)
-    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    teacher = load_model(config.teacher, dtype=dtype)
-    check_token_ids(teacher, teacher_tokenizer)
-    pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
-    return _Models(student, student_tokenizer, teacher, teacher_tokenizer, pair)
-
-
-def _encode(
+def _as_the_teacher_answers(
     config: TrainConfig,
-    models: _Models,
-    chosen: Sequence[Example],
-    forms: _Forms,
-    what: str,
+    models: Models,
+    training: Sequence[Example],
+    forms: Forms,
+    cache: TeacherCache | None,
     say: Callable[[str], None],
-    *,
-    room: int = 0,
-) -> EncodedExamples:
-    encoded = encode_pair(
-        chosen,
-        models.student_tokenizer,
-        models.teacher_tokenizer,
-        max_length=_longest(config, models, room),
-        score_eos=config.score_eos,
-        # The references of a held-out row are whole answers.
-        on_long=config.on_long if what == "training" else "drop",
-        min_coverage=config.min_coverage,
-        student_form=forms.student,
-        teacher_form=forms.teacher,
-        pair=models.pair,
-    )
-    say(f"{what}: {encoded.coverage.report()}")
-    if encoded.report():
-        say(f"{what}: {encoded.report()}")
-    _check_ids(encoded, models)
-    return encoded
-
-
-def _check_ids(encoded: EncodedExamples, models: _Models) -> None:
-    """Refuse ids without an embedding: some tokenizers spell special tokens that models lack."""
-    for side, model in (("student", models.student), ("teacher", models.teacher)):
-        if model is None:
-            continue
-        width = head_width(model)
-        for row in encoded.rows:
-            found: EncodedSide | None = getattr(row, side)
-            largest = 0 if found is None else max(*found.prompt_ids, *found.answer_ids)
-            if largest >= width:
-                raise DataError(
-                    f"example {row.id}: its token id {largest} is out of the {side}'s range of "
-                    f"{width} ids; the text spells a special token that the model does not know, "
-                    "remove it"
-                )
-
-
-def _longest(config: TrainConfig, models: _Models, room: int) -> int:
-    """The most tokens that all models can read, with room for so many more."""
-    longest = config.max_length
-    for model in (models.student, models.teacher):
-        text = None if model is None else model.config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None)
-        if positions is None:
-            continue
-        if positions < room + 2:
+) -> list[Example]:
+    """The training examples with the teacher's texts for answers, which are kept on disk."""
+    teacher, tokenizer = models.teacher, models.teacher_tokenizer
+    if tokenizer is None:
+        raise ModelError(f"the tokenizer of {config.teacher} was not loaded")
+    asked, prompts = answerable(config, models, training, forms, "training", say)
+    if cache is not None:
+        if cache.texts.max_new_tokens != config.max_new_tokens:
             raise SettingError(
-                f"max_new_tokens {room} leaves no room for a prompt in the {positions} positions "
-                f"of {type(model).__name__}; lower it"
+                f"the teacher cache {cache.path} holds answers of up to "
+                f"{cache.texts.max_new_tokens} tokens, but max_new_tokens is "
+                f"{config.max_new_tokens}; give the same"
             )
-        longest = min(longest, positions - room)
-    return longest
+        return answered_by_teacher(asked, prompts, cache.texts, say)
+    if teacher is None or models.pair is None:
+        raise ModelError(f"{config.teacher} was not loaded")
+    weights, words = model_fingerprint(config.teacher), fingerprint(models.pair.teacher_bytes)
+    name = f"{weights} {words} {teacher_dtype(config)}"
+    name = hashlib.sha256(name.encode()).hexdigest()[:16]
+    path = cache_dir() / "teacher_texts" / f"{name}.jsonl"
+    texts = TeacherTexts(path, max_new_tokens=config.max_new_tokens)
+    teacher.to(choose_device(config.device))
+    texts.complete(prompts, lambda: (teacher, tokenizer), progress="teacher: writing answers")
+    return answered_by_teacher(asked, prompts, texts, say)
+
+
+def _narrowed(
+    config: TrainConfig, models: Models, student: PreTrainedModel
+) -> TokenizerPair | None:
+    """The pair as the loss sees it, without ids that a model has no output for."""
+    if not config.distils or models.pair is None or models.teacher_width is None:
+        return None
+    return models.pair.narrowed(head_width(student), models.teacher_width)
+
+
+def _measure_teacher(
+    measure: Measure, models: Models, forms: Forms, cache: TeacherCache | None
+) -> None:
+    """Measure the teacher, live or by what it wrote when the cache was made."""
+    tokenizer = models.teacher_tokenizer
+    if tokenizer is None:
+        return
+    if cache is not None:
+        measure.written("teacher", cache.texts, tokenizer, forms.teacher)
+    elif models.teacher is not None:
+        measure.metrics("teacher", models.teacher, tokenizer, forms.teacher)
 
 
 def _make_trainer(
     config: TrainConfig,
-    models: _Models,
+    models: Models,
+    loss: Loss | None,
+    pair: TokenizerPair | None,
     encoded: EncodedExamples,
     encoded_held_out: EncodedExamples,
     folder: OutputFolder,
     device: torch.device,
+    cache: TeacherCache | None,
 ) -> CrossTokenizerTrainer:
+    student = models.student
+    if student is None:
+        raise ModelError(f"{config.student} was not loaded")
     batches = math.ceil(len(encoded) / config.batch_size)
     steps = math.ceil(math.ceil(batches / config.grad_accumulation) * config.epochs)
     steps = config.max_steps or steps
@@ -288,6 +253,8 @@ def _make_trainer(
         logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
+        eval_strategy="no" if config.eval_steps is None else "steps",
+        eval_steps=config.eval_steps,
         save_steps=config.save_steps,
         save_total_limit=1,
         seed=config.seed,
@@ -299,16 +266,13 @@ def _make_trainer(
         disable_tqdm=True,
         dataloader_pin_memory=device.type != "cpu",
     )
-    set_seed(config.seed)
-    teacher_tokenizer = models.teacher_tokenizer
-    pair = models.pair
-    if pair is not None and models.teacher is not None:
-        pair = pair.narrowed(head_width(models.student), head_width(models.teacher))
+    teacher_tokenizer = models.teacher_tokenizer if config.distils else None
     trainer = CrossTokenizerTrainer(
-        models.student,
+        student,
         arguments,
-        loss=config.make_loss(pair),
-        teacher=models.teacher,
+        loss=loss,
+        teacher=models.teacher if config.distils else None,
+        teacher_cache=cache if config.distils else None,
         weights=config.weights(),
         student_vocab_size=None if pair is None else pair.student_size,
         teacher_vocab_size=None if pair is None else pair.teacher_size,
@@ -316,6 +280,7 @@ def _make_trainer(
             student_pad_id=padding_id(models.student_tokenizer),
             teacher_pad_id=None if teacher_tokenizer is None else padding_id(teacher_tokenizer),
             score_eos=config.score_eos,
+            teacher_cache=cache if config.distils else None,
         ),
         train_dataset=encoded.rows,
         eval_dataset=encoded_held_out.rows,
@@ -336,22 +301,7 @@ def _train_from(trainer: CrossTokenizerTrainer, checkpoint: Path | None) -> None
     # All steps are done; Trainer would do one more.
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
-
-
-def choose_device(name: str) -> torch.device:
-    """Find the device of that name; "auto" takes a GPU where there is one.
-
-    Raises:
-        SettingError: If it is none of "auto", "cpu" and "cuda".
-        ModelError: If it is not there.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise SettingError(f"device must be one of auto, cpu, cuda, got {name!r}")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device cuda was asked for, but torch finds none; use --device cpu")
-    return torch.device(name)
+    trainer.clock.go_on(state)
 
 
 def _check_tracker(name: str) -> None:
@@ -365,8 +315,9 @@ def _check_tracker(name: str) -> None:
 
 def _check_nothing_needed_is_deleted(config: TrainConfig) -> None:
     needed = {"student": config.student, "data": config.data, "eval_data": config.eval_data}
-    if config.distils:
+    if config.needs_teacher:
         needed["teacher"] = config.teacher
+        needed["teacher_cache"] = config.teacher_cache
     folder = config.folder.resolve()
     for what, name in needed.items():
         path = None if name is None else Path(name).expanduser()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -151,8 +152,6 @@ class Comparison:
 
 def append_record(folder: Path, record: Record) -> None:
     """Add a record to ``results.jsonl``, on disk before this returns."""
-    import os
-
     path = folder / RESULTS
     cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
     with path.open("a", encoding="utf-8") as file:
@@ -163,31 +162,25 @@ def append_record(folder: Path, record: Record) -> None:
 
 
 def read_records(folder: Path) -> dict[str, Record]:
-    """Read ``results.jsonl`` by key; a last line that was cut short is left out.
+    """Read ``results.jsonl`` by key; a line that a kill cut short is left out.
 
     Raises:
-        DataError: If a line before the last is not a record.
+        DataError: If a whole line is not a record.
     """
     path = folder / RESULTS
     if not path.exists():
         return {}
     found = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         try:
             record = Record.from_json(line)
-        except (ValueError, KeyError, TypeError) as error:
-            if _was_cut_short(line):
-                continue
+        except json.JSONDecodeError:
+            # Cut short, or empty: what it was about is measured again.
+            continue
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path} line {number} is not a record of a comparison; remove the line, its run "
                 "is then repeated"
             ) from error
         found[record.key] = record
     return found
-
-
-def _was_cut_short(line: str) -> bool:
-    return line.startswith('{"key": ') and not line.endswith("}")

@@ -1,0 +1,207 @@
+"""The comparison that this project stands for: published losses on real data, on equal terms.
+
+    python -m benchmarks.quality FOLDER
+
+takes the files fairytaleqa_train.parquet and fairytaleqa_validation.parquet (columns story,
+context, question, answers) of a folder, keeps short passages, cuts a development split off the
+training stories, fine-tunes the teacher on the rest, and compares losses between that teacher and
+a student: settings are chosen on the development split, and the validation rows are looked at once.
+
+It takes hours on a CPU. Stopped at any moment, the same command goes on where it was.
+"""
+
+import datetime
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ctkd.cli_options import quieten, say
+from ctkd.distill.compare import tables
+from ctkd.distill.compare.config import CompareConfig
+from ctkd.distill.compare.methods import parse_sweep
+from ctkd.distill.compare.published import PublishedTable, read_published
+from ctkd.distill.compare.report import as_json, terminal
+from ctkd.distill.compare.runner import Outcome, compare
+from ctkd.distill.config import TrainConfig
+from ctkd.distill.data import load_rows, split_off
+from ctkd.distill.tasks import examples
+from ctkd.distill.training import train
+from ctkd.errors import CtkdError, DataError
+
+RESULTS = Path(__file__).parent / "results"
+PUBLISHED = Path(__file__).parent.parent / "baselines" / "published"
+COLUMNS = {"group": "story"}
+# Both weights that are in use for the two transport losses; the others are tried at as many points.
+SWEEP = (
+    "sft.learning_rate=5e-5,1e-4",
+    "uld.kd_weight=0.15,1.5",
+    "mined.kd_weight=0.1,0.5",
+    "multilevelot.kd_weight=0.15,1.5",
+)
+
+
+def read(path: Path, longest_context: int, longest_answer: int) -> list[dict[str, Any]]:
+    """Rows whose context and first answer are shorter than so many characters."""
+    rows = [
+        {
+            "id": str(number),
+            "story": row["story"],
+            "context": row["context"],
+            "question": row["question"],
+            "answers": list(row["answers"]),
+        }
+        for number, row in enumerate(load_rows(str(path)))
+        if len(row["context"]) < longest_context and len(row["answers"][0]) < longest_answer
+    ]
+    if not rows:
+        raise DataError(f"{path} has no row short enough; raise --longest-context")
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    """Write rows as JSON Lines, if they are not there, and return the path as text."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise DataError(f"{path} holds other rows; choose another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    stories = len({row["story"] for row in rows})
+    say(f"{path.name}: {len(rows)} rows of {stories} stories")
+    return str(path)
+
+
+def splits(
+    data: Path, output: Path, longest_context: int, longest_answer: int, dev_fraction: float
+) -> dict[str, str]:
+    """Write the training, development and test rows; return their paths."""
+    rows = read(data / "fairytaleqa_train.parquet", longest_context, longest_answer)
+    test = read(data / "fairytaleqa_validation.parquet", longest_context, longest_answer)
+    everything = write(output / "all_train.jsonl", rows)
+    _, held = split_off(examples(load_rows(everything), "qa", COLUMNS), dev_fraction, 0)
+    of_dev = {example.id for example in held}
+    return {
+        "train": write(output / "train.jsonl", [row for row in rows if row["id"] not in of_dev]),
+        "dev": write(output / "dev.jsonl", [row for row in rows if row["id"] in of_dev]),
+        "test": write(output / "test.jsonl", test),
+    }
+
+
+def fine_tuned(base: str, paths: dict[str, str], output: Path) -> str:
+    """Train the teacher on the task, on the rows that the students are trained on."""
+    config = TrainConfig(
+        loss="sft",
+        student=base,
+        data=paths["train"],
+        eval_data=paths["dev"],
+        columns=COLUMNS,
+        batch_size=8,
+        save_steps=30,
+        eval_limit=64,
+        max_new_tokens=24,
+        output=str(output),
+    )
+    return str(train(config, resume=True, say=say).path)
+
+
+def keep(outcome: Outcome, name: str, published: list[PublishedTable]) -> Path:
+    """Keep the tables of a comparison, without the data's texts, as a page and a line of JSON."""
+    comparison, analysis = outcome.comparison, outcome.analysis
+    found = [tables.results(comparison, analysis), tables.trials(comparison)]
+    found += [tables.common_settings(comparison), tables.own_settings(comparison)]
+    found += tables.published_numbers(published, comparison, analysis)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    parts = [
+        f"# {name}, {date[:10]}",
+        f"{analysis.heading}. {platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}.",
+        "\n".join(f"- {sentence}" for sentence in analysis.sentences()),
+    ]
+    for table in found:
+        if table is not None:
+            parts += [f"## {table.title}", table.markdown()]
+    path = RESULTS / f"quality_{name}.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    line = {"date": date, "name": name, **as_json(comparison, analysis)}
+    with (RESULTS / "quality.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return path
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--output", default="quality", show_default=True, help="Folder of the comparison.")
+@click.option("--teacher", help="A teacher that knows the task. [--base, fine-tuned here]")
+@click.option("--base", default="gemma-3-270m", show_default=True, help="What to fine-tune.")
+@click.option("--student", default="smollm2-135m-instruct", show_default=True)
+@click.option("--losses", default="sft,uld,mined,multilevelot", show_default=True)
+@click.option("--sweep", "sweeps", multiple=True, help=f"[{' '.join(SWEEP)}]")
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--max-steps", default=60, show_default=True)
+@click.option("--batch-size", default=4, show_default=True)
+@click.option("--longest-context", default=650, show_default=True, help="In characters.")
+@click.option("--longest-answer", default=60, show_default=True, help="In characters.")
+@click.option("--dev-fraction", default=0.06, show_default=True)
+@click.option("--teacher-cache", help="A cache of that teacher on these rows. [made here]")
+@click.option("--keep", "name", help="Copy the tables to benchmarks/results under this name.")
+def main(
+    data: Path,
+    output: str,
+    teacher: str | None,
+    base: str,
+    student: str,
+    losses: str,
+    sweeps: tuple[str, ...],
+    seeds: int,
+    max_steps: int,
+    batch_size: int,
+    longest_context: int,
+    longest_answer: int,
+    dev_fraction: float,
+    teacher_cache: str | None,
+    name: str | None,
+) -> None:
+    """Compare losses on FairytaleQA, whose files lie in the folder DATA."""
+    quieten()
+    folder = Path(output)
+    try:
+        paths = splits(data, folder / "rows", longest_context, longest_answer, dev_fraction)
+        if teacher is None:
+            teacher = fine_tuned(base, paths, folder / "teacher-model")
+        config = CompareConfig(
+            losses=tuple(losses.split(",")),
+            seeds=seeds,
+            sweep=dict(parse_sweep(text) for text in sweeps or SWEEP),
+            dev_data=paths["dev"],
+            common={
+                "student": student,
+                "teacher": teacher,
+                "data": paths["train"],
+                "eval_data": paths["test"],
+                "columns": COLUMNS,
+                "max_steps": max_steps,
+                "batch_size": batch_size,
+                "eval_limit": 1_000_000,
+                "max_new_tokens": 24,
+                "save_steps": 20,
+            },
+            output=str(folder / "comparison"),
+            cache=teacher_cache,
+            curve_points=3,
+            published=(str(PUBLISHED / "multilevelot_table1.json"),),
+        )
+        outcome = compare(config, say=say)
+    except CtkdError as error:
+        raise click.ClickException(" ".join(str(error).split())) from error
+    click.echo(terminal(outcome.comparison, outcome.analysis))
+    click.echo(f"report: {outcome.report_path}")
+    if name is not None:
+        tables_of_papers = [read_published(path) for path in config.published]
+        click.echo(f"kept: {keep(outcome, name, tables_of_papers)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""What a comparison does once, before any run: fetch, split, ask the teacher, check the losses."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ctkd.distill.cache_writing import DEFAULT_TEMPERATURES, write_cache
+from ctkd.distill.compare.config import CompareConfig
+from ctkd.distill.compare.methods import SEQKD, Method
+from ctkd.distill.compare.splits import COLUMNS, Splits, prepare_splits
+from ctkd.distill.compare.state import ComparisonFolder
+from ctkd.distill.config import TrainConfig
+from ctkd.distill.model_fingerprint import model_fingerprint
+from ctkd.distill.models import check_token_ids, head_width, load_model, load_tokenizer, resolve
+from ctkd.distill.preparing import Forms, Models, encode
+from ctkd.distill.teacher_cache import TeacherCache
+from ctkd.errors import DataError, OutputError, SettingError
+from ctkd.loss import Loss
+from ctkd.tokenization.pair import TokenizerPair
+
+__all__ = ["Prepared", "prepare"]
+
+TEACHER_FOLDER = "teacher"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What runs are made from.
+
+    Args:
+        splits: The rows.
+        student_tokenizer: The student's.
+        fingerprints: Of the "student" and the "teacher", as the results depend on them.
+        cache: The teacher's answers, in logits and in texts.
+        teacher_texts: What the teacher wrote to each test prompt.
+    """
+
+    splits: Splits
+    student_tokenizer: PreTrainedTokenizerBase
+    fingerprints: dict[str, str]
+    cache: Path
+    teacher_texts: list[str]
+
+
+def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepared:
+    """Do all that no run needs to do again; what is there already is only looked up.
+
+    Raises:
+        CtkdError: If something that was given cannot be used. Nothing was trained then.
+    """
+    base = config.base
+    with _timed("fetching models", folder):
+        for name in (base.student, base.teacher):
+            resolve(name)
+    models = _models(base)
+    _check_needs(config, models)
+    splits = prepare_splits(config, models, folder.path / "data", say)
+    folder.check_same("data", splits.fingerprints())
+    with _timed("teacher cache", folder):
+        cache = _cache(config, splits, folder, say)
+    pair = models.pair
+    tokenizer = models.teacher_tokenizer
+    if pair is None or tokenizer is None:
+        raise SettingError("a comparison needs the tokenizers of both sides")
+    cache.check_teacher(base.teacher, pair.teacher_bytes)
+    if cache.record["max_new_tokens"] != base.max_new_tokens:
+        raise SettingError(
+            f"the teacher cache {cache.path} holds answers of {cache.record['max_new_tokens']} "
+            f"tokens, but max_new_tokens is {base.max_new_tokens}; give the same"
+        )
+    asking = config.asking
+    forms = Forms.of(asking, splits.train.examples)
+    with _timed("vocabulary maps", folder):
+        _check_losses(config, cache, models, pair)
+    if config.cache is not None and not config.live_teacher:
+        for split, what in ((splits.train, "training"), (splits.curve, "held-out")):
+            encoded = encode(asking, models, list(split.examples), forms, what, lambda line: None)
+            cache.check_rows(encoded.rows, what)
+    prompts = forms.teacher.ids(tokenizer, splits.test.examples, side="teacher")
+    texts = [cache.texts.text(prompt) for prompt in prompts]
+    if None in texts:
+        raise DataError(
+            f"the teacher cache {cache.path} lacks the teacher's answers to "
+            f"{texts.count(None)} of {len(texts)} test prompts; make it with `ctkd cache --texts "
+            "held-out` and the same options, or leave it out"
+        )
+    fingerprints = {"student": model_fingerprint(base.student), "teacher": cache.fingerprint}
+    folder.check_same("models", fingerprints)
+    del models, pair
+    gc.collect()
+    return Prepared(
+        splits=splits,
+        student_tokenizer=load_tokenizer(base.student),
+        fingerprints=fingerprints,
+        cache=cache.path,
+        teacher_texts=[text or "" for text in texts],
+    )
+
+
+@contextmanager
+def _timed(name: str, folder: ComparisonFolder) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    folder.spent(name, time.perf_counter() - started)
+
+
+def _models(base: TrainConfig) -> Models:
+    """Both tokenizers, and the student for the lengths and ids that it can read."""
+    student_tokenizer = load_tokenizer(base.student)
+    student = load_model(base.student)
+    check_token_ids(student, student_tokenizer)
+    teacher_tokenizer = load_tokenizer(base.teacher)
+    pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
+    return Models(student, student_tokenizer, None, teacher_tokenizer, pair)
+
+
+def _cache(
+    config: CompareConfig, splits: Splits, folder: ComparisonFolder, say: Say
+) -> TeacherCache:
+    if config.cache is not None:
+        return TeacherCache.open(config.cache, say=say)
+    asking = config.train_config(
+        Method(name="uld", loss="uld"),
+        {},
+        config.seed_values[0],
+        data=str(splits.train.path),
+        eval_data=str(splits.asked.path),
+        columns=dict(COLUMNS),
+        eval_limit=len(splits.asked.examples),
+    )
+    taught = any(method.loss == SEQKD for method in config.methods)
+    return write_cache(
+        asking,
+        folder.path / TEACHER_FOLDER,
+        # A live teacher says its logits itself; only its texts are kept.
+        k=0 if config.live_teacher else config.top_k,
+        temperatures=_temperatures(config, folder),
+        texts="all" if taught else "held-out",
+        say=say,
+    )
+
+
+def _losses(config: CompareConfig, pair: TokenizerPair | None) -> Iterator[tuple[str, Loss]]:
+    """Every loss of every trial, with a name for messages."""
+    for method in config.methods:
+        for varied in method.points() if method.distils else []:
+            loss = config.train_config(method, varied, config.seed_values[0]).make_loss(pair)
+            if loss is not None:
+                yield method.name, loss
+
+
+def _temperatures(config: CompareConfig, folder: ComparisonFolder) -> list[float]:
+    """The usual ones, and those that some loss asks for; those of the cache if it has them all.
+
+    Raises:
+        OutputError: If a loss was added that asks for another than the cache was made for.
+    """
+    asked = {
+        float(value)
+        for _, loss in _losses(config, None)
+        for name, value in vars(loss).items()
+        if name.endswith("temperature") and isinstance(value, int | float)
+    }
+    found: list[float] = folder.record.get("temperatures") or sorted(
+        {*DEFAULT_TEMPERATURES, *asked}
+    )
+    if asked <= set(found):
+        folder.keep("temperatures", found)
+        return found
+    missing = ", ".join(f"{one:g}" for one in sorted(asked - set(found)))
+    raise OutputError(
+        f"the teacher cache in {folder.path} was not made for temperature {missing}, which a "
+        "method asks for; choose another --output for a comparison with it"
+    )
+
+
+def _check_needs(config: CompareConfig, models: Models) -> None:
+    """Refuse, before the teacher is asked about every row, what no such cache can serve."""
+    if config.live_teacher or config.cache is not None or models.pair is None:
+        return
+    size = models.pair.teacher_size
+    for name, loss in _losses(config, None):
+        whole = loss.teacher_needs == "rows" and config.top_k < size
+        if whole or "hidden" in loss.needs:
+            needed = (
+                "whole rows of the teacher's logits" if whole else "the teacher's hidden states"
+            )
+            also = f", or keep all of them with --top-k {size}" if whole else ""
+            raise SettingError(
+                f"{name} needs {needed}, and a cache of the top {config.top_k} does not hold them; "
+                f"compare with --live-teacher{also}"
+            )
+
+
+def _check_losses(
+    config: CompareConfig, cache: TeacherCache, models: Models, pair: TokenizerPair
+) -> None:
+    """Build each loss once, for what it keeps on disk, and ask whether the cache serves it."""
+    if models.student is None:
+        return
+    narrowed = pair.narrowed(head_width(models.student), cache.teacher_width)
+    for name, loss in _losses(config, narrowed):
+        if not config.live_teacher:
+            if loss.teacher_needs == "rows" and cache.k < cache.vocab_size:
+                raise SettingError(
+                    f"{name} needs whole rows of the teacher's logits, but {cache.path} keeps "
+                    f"{cache.k} of {cache.vocab_size} entries; compare with --live-teacher"
+                )
+            cache.check_serves(loss, name, narrowed.student_size)

@@ -1,0 +1,180 @@
+"""The folder of a comparison, and the file in it that says what was begun there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from ctkd.distill.compare.config import CompareConfig
+from ctkd.distill.output_folder import try_to_write
+from ctkd.errors import OutputError
+
+__all__ = ["STATE", "ComparisonFolder"]
+
+STATE = "comparison.json"
+
+# They say how much is kept or shown, or where something lies, not what comes out.
+_FREE = {"device", "save_steps", "logging_steps", "keep_checkpoints", "report_to"}
+
+
+class ComparisonFolder:
+    """A comparison's folder, held by one process at a time.
+
+    ``comparison.json`` holds what was begun: the settings, and fingerprints of what they name.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        self.record = record
+
+    @classmethod
+    @contextmanager
+    def opened(cls, config: CompareConfig) -> Iterator[ComparisonFolder]:
+        """Begin a comparison, or take up the one that is there.
+
+        Raises:
+            OutputError: If the folder holds something else, or a comparison with other settings; if
+                another process works in it, or it cannot be written.
+        """
+        path = config.folder
+        record = _planned(config)
+        try:
+            for place in (path, *path.parents):
+                if place.exists() and not place.is_dir():
+                    raise OutputError(f"{place} is a file; choose a folder with --output")
+            present = path.is_dir() and any(
+                entry.name not in (".lock", f".{STATE}.partial") for entry in path.iterdir()
+            )
+            if present and not (path / STATE).is_file():
+                raise OutputError(
+                    f"{path} is not empty and holds no {STATE}, so it is no comparison; choose "
+                    "another --output"
+                )
+            try_to_write(path)
+            path.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(path / ".lock", timeout=0):
+                folder = cls(path, _taken_up(path, record) if present else record)
+                folder.write()
+                yield folder
+        except filelock.Timeout as error:
+            raise OutputError(
+                f"another process works in {path}; wait for it, or choose another --output"
+            ) from error
+        except OSError as error:
+            if isinstance(error, OutputError) or error.filename is None:
+                raise
+            raise OutputError(
+                f"cannot write to {error.filename}: {error.strerror}; choose another --output, or "
+                "make room"
+            ) from error
+
+    @property
+    def preparation(self) -> dict[str, float]:
+        """Seconds of what was done before any run, by name."""
+        found: dict[str, float] = self.record["preparation"]
+        return found
+
+    def spent(self, name: str, seconds: float) -> None:
+        """Keep how long a preparation took, unless it was done before and only looked up now."""
+        if seconds > self.preparation.get(name, 0.0):
+            self.preparation[name] = round(seconds, 1)
+            self.write()
+
+    def check_same(self, name: str, found: Mapping[str, str | None]) -> None:
+        """Keep fingerprints, or refuse if they are others than when the comparison was begun.
+
+        Raises:
+            OutputError: If they are.
+        """
+        before = self.record.setdefault(name, dict(found))
+        changed = [one for one in found if before.get(one) != found[one]]
+        if changed or before.keys() != found.keys():
+            what = ", ".join(changed or sorted({*before} ^ {*found}))
+            raise OutputError(
+                f"{self.path} was begun with other {name} ({what}); restore them, or choose "
+                "another --output"
+            )
+        self.write()
+
+    def keep(self, name: str, value: Any) -> None:
+        """Add something to ``comparison.json``."""
+        self.record[name] = value
+        self.write()
+
+    def write(self) -> None:
+        """Write ``comparison.json`` at once or not at all."""
+        partial = self.path / f".{STATE}.partial"
+        text = json.dumps(self.record, indent=2, ensure_ascii=False) + "\n"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.path / STATE)
+
+
+def _planned(config: CompareConfig) -> dict[str, Any]:
+    from ctkd import __version__
+
+    settings = {
+        **{name: value for name, value in config.base.as_dict().items() if name in _shared(config)},
+        **{
+            name: getattr(config, name)
+            for name in ("dev_data", "dev_fraction", "live_teacher", "top_k", "curve_points")
+        },
+        # A metric that chose settings is a setting of the result; else it is one more column.
+        "metric": config.metric_name if config.sweep else None,
+        "sweep": bool(config.sweep),
+    }
+    methods = {
+        one.name: {"loss": one.loss, "settings": one.settings,
+                   "sweep": {name: list(values) for name, values in one.grid.items()}}
+        for one in config.methods
+    }  # fmt: skip
+    return {
+        "ctkd": __version__, "settings": settings, "methods": methods, "preparation": {}
+    }  # fmt: skip
+
+
+def _shared(config: CompareConfig) -> set[str]:
+    own = {"loss", "loss_options", "kd_weight", "answers", "teacher_cache", "output", "measure",
+           "eval_steps"}  # fmt: skip
+    return set(config.base.as_dict()) - own
+
+
+def _taken_up(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    try:
+        before = json.loads((path / STATE).read_text(encoding="utf-8"))
+        kept = {name: dict(before[name]) for name in ("settings", "methods", "preparation")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{path / STATE} cannot be read ({error}); choose another --output"
+        ) from error
+    # As they are after a way through the file.
+    wanted = json.loads(json.dumps(now))
+    changes = _changes(kept["settings"], wanted["settings"], skip=_FREE)
+    for name in kept["methods"].keys() & wanted["methods"].keys():
+        changes += _changes(kept["methods"][name], wanted["methods"][name], of=f" of {name}")
+    if changes:
+        raise OutputError(
+            f"{path} was begun with other settings ({', '.join(changes)}); give the same ones to "
+            "go on, or choose another --output. Losses and seeds may be added"
+        )
+    return {
+        **before,
+        "settings": wanted["settings"],
+        "methods": {**kept["methods"], **wanted["methods"]},
+    }
+
+
+def _changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, of: str = "", skip: set[str] | None = None
+) -> list[str]:
+    names = sorted({*before, *now} - (skip or set()))
+    return [
+        f"{name}{of} {before.get(name)!r} -> {now.get(name)!r}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]

@@ -1,0 +1,304 @@
+"""From the settings of a run to models, examples and token ids: what precedes any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctkd.distill.config import TrainConfig
+from ctkd.distill.data import EMBEDDED, load_rows, split_off
+from ctkd.distill.encoded import EncodedExamples, EncodedSide
+from ctkd.distill.encoding import encode_pair
+from ctkd.distill.models import (
+    check_token_ids,
+    head_width,
+    load_model,
+    load_tokenizer,
+    most_positions,
+)
+from ctkd.distill.prompts import PromptForm, choose_shots
+from ctkd.distill.tasks import Example, examples
+from ctkd.distill.teacher_cache import TeacherCache
+from ctkd.distill.teacher_texts import TeacherTexts
+from ctkd.errors import DataError, ModelError, SettingError
+from ctkd.tokenization.pair import TokenizerPair
+
+__all__ = [
+    "Forms",
+    "Models",
+    "answerable",
+    "answered_by_teacher",
+    "choose_device",
+    "encode",
+    "is_embedded",
+    "load_examples",
+    "load_models",
+    "teacher_dtype",
+]
+
+HELD_OUT_FRACTION = 0.1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Models:
+    """The models of a run; the teacher is None where a cache stands for it, or none is needed."""
+
+    student: PreTrainedModel | None
+    student_tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    pair: TokenizerPair | None = None
+    teacher_width: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forms:
+    """How each side is asked."""
+
+    student: PromptForm
+    teacher: PromptForm
+
+    @classmethod
+    def of(cls, config: TrainConfig, training: Sequence[Example]) -> Forms:
+        """The forms that the settings ask for, with shots from the training examples."""
+        return cls(
+            student=PromptForm(template=config.student_template),
+            teacher=PromptForm(
+                template=config.teacher_template,
+                shots=choose_shots(training, config.teacher_shots, config.seed),
+            ),
+        )
+
+
+def load_examples(
+    config: TrainConfig, say: Callable[[str], None]
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, the latter cut off by group where none were given."""
+    found = examples(load_rows(config.data), config.task, config.columns)
+    held_out_data = config.eval_data
+    if held_out_data is None and is_embedded(config.data):
+        held_out_data = config.data
+    if held_out_data is not None:
+        split = "test" if is_embedded(held_out_data) else None
+        held_out = examples(load_rows(held_out_data, split=split), config.task, config.columns)
+    else:
+        found, held_out = split_off(found, HELD_OUT_FRACTION, config.seed)
+        say(f"no evaluation data given: cut off {len(held_out)} of the training examples")
+    if len(held_out) > config.eval_limit:
+        say(f"held-out examples: the first {config.eval_limit} of {len(held_out)} (--eval-limit)")
+        held_out = held_out[: config.eval_limit]
+    say(f"{len(found)} training examples, {len(held_out)} held out")
+    return found, held_out
+
+
+def is_embedded(source: str) -> bool:
+    """Whether the name, which says no split, is that of an embedded set and of no file."""
+    return source in EMBEDDED and not Path(source).exists()
+
+
+def load_models(
+    config: TrainConfig,
+    say: Callable[[str], None],
+    *,
+    cache: TeacherCache | None = None,
+    student: bool = True,
+    teacher: bool | None = None,
+) -> Models:
+    """Load what the settings name.
+
+    Args:
+        config: The settings.
+        say: Prints one line of progress.
+        cache: Stands for the teacher, of which only the tokenizer is loaded then.
+        student: Whether to load the student's weights besides its tokenizer.
+        teacher: Whether a teacher takes part; by default as the settings say.
+    """
+    say(f"student: {config.student}")
+    pure = config.dtype == "bfloat16-pure"
+    student_tokenizer = load_tokenizer(config.student)
+    student_model = None
+    if student:
+        student_model = load_model(config.student, dtype=torch.bfloat16 if pure else torch.float32)
+        check_token_ids(student_model, student_tokenizer)
+    if not (config.needs_teacher if teacher is None else teacher):
+        return Models(student_model, student_tokenizer)
+    teacher_tokenizer = load_tokenizer(config.teacher)
+    pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
+    if cache is not None:
+        say(f"teacher: {config.teacher}, from the cache {cache.path}")
+        cache.check_teacher(config.teacher, pair.teacher_bytes, say=say)
+        asked, usual = cache.record["dtype"], str(teacher_dtype(config)).removeprefix("torch.")
+        if asked != usual:
+            say(f"note: the cached teacher was asked in {asked}, a live one would be in {usual}")
+        width = cache.teacher_width
+        return Models(student_model, student_tokenizer, None, teacher_tokenizer, pair, width)
+    say(f"teacher: {config.teacher}")
+    model = load_model(config.teacher, dtype=teacher_dtype(config))
+    check_token_ids(model, teacher_tokenizer)
+    width = head_width(model)
+    return Models(student_model, student_tokenizer, model, teacher_tokenizer, pair, width)
+
+
+def teacher_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype in which the teacher is asked, live or for a cache."""
+    return torch.float32 if config.dtype == "float32" else torch.bfloat16
+
+
+def answerable(
+    config: TrainConfig,
+    models: Models,
+    chosen: Sequence[Example],
+    forms: Forms,
+    what: str,
+    say: Callable[[str], None],
+) -> tuple[list[Example], list[list[int]]]:
+    """The examples whose prompts leave the teacher room to answer, and its prompts.
+
+    Raises:
+        DataError: If there is none, or a training prompt is too long and is not to be left out.
+    """
+    if models.teacher_tokenizer is None:
+        raise ModelError(f"the tokenizer of {config.teacher} was not loaded")
+    prompts = forms.teacher.ids(models.teacher_tokenizer, chosen, side="teacher")
+    longest = _longest(config, models, config.max_new_tokens)
+    pairs = list(zip(chosen, prompts, strict=True))
+    found = [(example, prompt) for example, prompt in pairs if len(prompt) <= longest]
+    too_long = [example.id for example, prompt in pairs if len(prompt) > longest]
+    if too_long:
+        told = (
+            f"{what}: {len(too_long)} of {len(chosen)} prompts are longer than the {longest} "
+            f"tokens that leave the teacher room to answer, the first is {too_long[0]}"
+        )
+        if not found or (what == "training" and config.on_long == "refuse"):
+            raise DataError(f"{told}; raise max_length, or shorten the prompts")
+        say(f"{told}; left out")
+    return [example for example, _ in found], [prompt for _, prompt in found]
+
+
+def answered_by_teacher(
+    chosen: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    texts: TeacherTexts,
+    say: Callable[[str], None],
+) -> list[Example]:
+    """Replace each example's answer by what the teacher wrote to its prompt.
+
+    References stay as they are. Examples to which the teacher wrote nothing are left out.
+
+    Raises:
+        DataError: If the teacher's answer to some prompt is not known, or it wrote nothing at all.
+    """
+    found = []
+    for example, prompt in zip(chosen, prompts, strict=True):
+        text = texts.text(prompt)
+        if text is None:
+            raise DataError(
+                f"the teacher cache {texts.path.parent} holds no answer of the teacher to example "
+                f"{example.id}; make it with `ctkd cache --texts all` and the same options"
+            )
+        if text:
+            space = example.answer[: len(example.answer) - len(example.answer.lstrip(" "))]
+            found.append(replace(example, answer=space + text))
+    if not found:
+        raise DataError(
+            "the teacher wrote nothing to any prompt; raise max_new_tokens, or take another teacher"
+        )
+    if len(found) < len(chosen):
+        say(f"left out {len(chosen) - len(found)} examples to which the teacher wrote nothing")
+    return found
+
+
+def encode(
+    config: TrainConfig,
+    models: Models,
+    chosen: Sequence[Example],
+    forms: Forms,
+    what: str,
+    say: Callable[[str], None],
+    *,
+    room: int = 0,
+) -> EncodedExamples:
+    """Tokenize examples for all sides, align them, and report what was lost.
+
+    Args:
+        config: The settings.
+        models: Whose tokenizers.
+        chosen: The examples.
+        forms: How each side is asked.
+        what: "training" or "held-out", for the report.
+        say: Prints one line of progress.
+        room: Positions to keep free behind each row.
+    """
+    encoded = encode_pair(
+        chosen,
+        models.student_tokenizer,
+        # A teacher that only wrote the answers scores nothing.
+        models.teacher_tokenizer if config.distils else None,
+        max_length=_longest(config, models, room),
+        score_eos=config.score_eos,
+        # The references of a held-out row are whole answers.
+        on_long=config.on_long if what == "training" else "drop",
+        min_coverage=config.min_coverage,
+        student_form=forms.student,
+        teacher_form=forms.teacher,
+        pair=models.pair if config.distils else None,
+    )
+    say(f"{what}: {encoded.coverage.report()}")
+    if encoded.report():
+        say(f"{what}: {encoded.report()}")
+    _check_ids(encoded, models)
+    return encoded
+
+
+def _check_ids(encoded: EncodedExamples, models: Models) -> None:
+    """Refuse ids without an embedding: some tokenizers spell special tokens that models lack."""
+    student_width = None if models.student is None else head_width(models.student)
+    for side, width in (("student", student_width), ("teacher", models.teacher_width)):
+        if width is None:
+            continue
+        for row in encoded.rows:
+            found: EncodedSide | None = getattr(row, side)
+            largest = 0 if found is None else max(*found.prompt_ids, *found.answer_ids)
+            if largest >= width:
+                raise DataError(
+                    f"example {row.id}: its token id {largest} is out of the {side}'s range of "
+                    f"{width} ids; the text spells a special token that the model does not know, "
+                    "remove it"
+                )
+
+
+def _longest(config: TrainConfig, models: Models, room: int) -> int:
+    """The most tokens that all models can read, with room for so many more."""
+    longest = config.max_length
+    names = [config.student, config.teacher] if models.teacher_tokenizer else [config.student]
+    for name in names:
+        positions = most_positions(name)
+        if positions is None:
+            continue
+        if positions < room + 2:
+            raise SettingError(
+                f"max_new_tokens {room} leaves no room for a prompt in the {positions} positions "
+                f"of {name}; lower it"
+            )
+        longest = min(longest, positions - room)
+    return longest
+
+
+def choose_device(name: str) -> torch.device:
+    """Find the device of that name; "auto" takes a GPU where there is one.
+
+    Raises:
+        SettingError: If it is none of "auto", "cpu" and "cuda".
+        ModelError: If it is not there.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise SettingError(f"device must be one of auto, cpu, cuda, got {name!r}")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device cuda was asked for, but torch finds none; use --device cpu")
+    return torch.device(name)
