@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -57,6 +60,8 @@ __all__ = ["DEFAULT_K", "DEFAULT_TEMPERATURES", "write_cache"]
 DEFAULT_K = 256
 DEFAULT_TEMPERATURES = (1.0, 2.0)
 
+LOCK = ".lock"
+
 Record = dict[str, Any]
 
 
@@ -90,9 +95,23 @@ def write_cache(
         CtkdError: If something that was given cannot be used, or the folder holds another cache.
     """
     _check(config, k, temperatures, texts, shard_rows)
-    before = read_record(folder)
-    if before is None and _holds_something(folder):
+    if read_record(folder) is None and _holds_something(folder):
         raise OutputError(f"{folder} exists and is no teacher cache; choose another folder")
+    with _alone(folder):
+        _write(config, folder, k, temperatures, texts, shard_rows, say)
+    return TeacherCache.open(folder, say=say)
+
+
+def _write(
+    config: TrainConfig,
+    folder: Path,
+    k: int,
+    temperatures: Sequence[float],
+    texts: str,
+    shard_rows: int,
+    say: Callable[[str], None],
+) -> None:
+    before = read_record(folder)
     training, held_out = load_examples(config, say)
     models = load_models(config, say, student=False, teacher=False)
     tokenizer = load_tokenizer(config.teacher)
@@ -131,7 +150,8 @@ def write_cache(
         # Before hours are spent on texts for a folder that is refused.
         sides = _sides(config, models, training, held_out, forms, say)
         _name_rows(folder, before, record, sides)
-    _begin(folder, before, record)
+    if before is None:
+        _save(folder, record)
     written = TeacherTexts(folder / TEXTS_FILE, max_new_tokens=config.max_new_tokens)
     if taught or texts == "all":
         asked, prompts = answerable(config, models, training, forms, "training", say)
@@ -146,7 +166,30 @@ def write_cache(
         sides = _sides(config, models, training, held_out, forms, say)
         _name_rows(folder, before, record, sides)
     _write_shards(folder, before, record, sides, teacher, say)
-    return TeacherCache.open(folder, say=say)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make the folder if need be, and keep other processes out of it."""
+    present = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make {folder}: {error.strerror or error}; choose another folder"
+        ) from error
+    try:
+        with filelock.FileLock(folder / LOCK, timeout=0):
+            try:
+                yield
+            finally:
+                if not present and not (folder / CACHE_FILE).exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+    except filelock.Timeout as error:
+        raise OutputError(
+            f"another process writes the teacher cache {folder}; wait for it, or choose another "
+            "folder"
+        ) from error
 
 
 def _check(
@@ -187,7 +230,8 @@ def _holds_something(folder: Path) -> bool:
     """Whether there is more than what a kill leaves before the first record is whole."""
     if not folder.is_dir():
         return folder.exists()
-    return any(entry.name != f".{CACHE_FILE}.partial" for entry in folder.iterdir())
+    left = {f".{CACHE_FILE}.partial", LOCK}
+    return any(entry.name not in left for entry in folder.iterdir())
 
 
 def _check_same(folder: Path, before: Record, now: Record) -> None:
@@ -216,17 +260,6 @@ def _check_same(folder: Path, before: Record, now: Record) -> None:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
-
-
-def _begin(folder: Path, before: Record | None, record: Record) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot make {folder}: {error.strerror or error}; choose another folder"
-        ) from error
-    if before is None:
-        _save(folder, record)
 
 
 def _sides(

@@ -51,6 +51,15 @@ class EncodedPair:
     teacher: EncodedSide | None = None
     cut: bool = False
 
+    def without_end(self) -> "EncodedPair":
+        """The same answer, told to be cut: neither side ends."""
+        return replace(
+            self,
+            student=replace(self.student, eos_id=None),
+            teacher=None if self.teacher is None else replace(self.teacher, eos_id=None),
+            cut=True,
+        )
+
     def cut_to(self, max_length: int, student_bytes: TokenBytes) -> "EncodedPair | None":
         """Cut the answer at the last place at which all sides fit; None if there is none.
 

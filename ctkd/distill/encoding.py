@@ -141,7 +141,8 @@ def encode_pair(
     rows: list[EncodedPair] = []
     too_long: list[str] = []
     cut: list[str] = []
-    for example, row in zip(examples, pairs, strict=True):
+    for example, whole in zip(examples, pairs, strict=True):
+        row = whole if example.ends else whole.without_end()
         lengths = {"student": _length(row.student, with_eos=True)}
         if row.teacher is not None:
             lengths["teacher"] = _length(row.teacher, with_eos=score_eos)

@@ -7,11 +7,12 @@ apart (encoder-decoders) are refused.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -22,7 +23,20 @@ from transformers import (
 
 from ctkd.errors import DataError, ModelError, SettingError
 
-__all__ = ["generate"]
+__all__ = ["Generated", "generate", "generate_ends"]
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A text that a model wrote.
+
+    Args:
+        text: Without special tokens and white space at its ends.
+        ended: Whether the model ended it; else it was cut after the most tokens.
+    """
+
+    text: str
+    ended: bool
 
 
 def generate(
@@ -65,6 +79,32 @@ def generate(
             little of the model's positions for the answer.
         ModelError: If the model is an encoder-decoder.
     """
+    found = generate_ends(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop_at_newline=stop_at_newline,
+        progress=progress,
+    )
+    return [one.text for one in found]
+
+
+def generate_ends(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
+    stop_at_newline: bool = True,
+    progress: bool | str = False,
+) -> list[Generated]:
+    """Do as `generate`, and tell which texts the model ended itself.
+
+    Args and Raises as there.
+    """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise SettingError(f"{name} must be at least 1, got {value}")
@@ -89,7 +129,7 @@ def generate(
 
     # Longest first: a batch that does not fit in memory fails at once, and the bar speeds up.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    texts = [""] * len(prompts)
+    texts = [Generated("", True)] * len(prompts)
     bar = tqdm(
         total=len(prompts),
         desc=progress if isinstance(progress, str) else "generating",
@@ -207,10 +247,12 @@ def _left_padded(
 
 def _text(
     tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: set[int], stop_at_newline: bool
-) -> str:
-    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+) -> Generated:
+    end = next((place for place, token in enumerate(tokens) if token in ends), None)
     text = _decoded(tokenizer, tokens[:end])
-    return (text.split("\n", 1)[0] if stop_at_newline else text).strip()
+    line, newline, _ = text.partition("\n")
+    stopped = stop_at_newline and bool(newline)
+    return Generated((line if stopped else text).strip(), end is not None or stopped)
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:

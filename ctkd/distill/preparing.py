@@ -187,7 +187,8 @@ def answered_by_teacher(
 ) -> list[Example]:
     """Replace each example's answer by what the teacher wrote to its prompt.
 
-    References stay as they are. Examples to which the teacher wrote nothing are left out.
+    References stay as they are. Examples to which the teacher wrote nothing are left out, and an
+    answer that was cut after the most tokens is no example of where to stop.
 
     Raises:
         DataError: If the teacher's answer to some prompt is not known, or it wrote nothing at all.
@@ -202,13 +203,19 @@ def answered_by_teacher(
             )
         if text:
             space = example.answer[: len(example.answer) - len(example.answer.lstrip(" "))]
-            found.append(replace(example, answer=space + text))
+            found.append(replace(example, answer=space + text, ends=texts.ended(prompt)))
     if not found:
         raise DataError(
             "the teacher wrote nothing to any prompt; raise max_new_tokens, or take another teacher"
         )
     if len(found) < len(chosen):
         say(f"left out {len(chosen) - len(found)} examples to which the teacher wrote nothing")
+    cut = sum(not example.ends for example in found)
+    if cut:
+        say(
+            f"{cut} of the teacher's {len(found)} answers were cut after {texts.max_new_tokens} "
+            "tokens (--max-new-tokens); where they end is not learnt"
+        )
     return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -19,11 +20,16 @@ __all__ = ["StepClock", "StepReport", "StepsAsAsked", "StopOnSignal", "loss_line
 
 
 class StepClock(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Adds up the seconds of optimizer steps, without evaluation and saving, over resumes too."""
+    """Adds up the seconds of optimizer steps, over resumes too.
+
+    A step begins with the fetching of its batches, which may read a cache, and is over when the
+    device is done with it; evaluation and saving are not counted.
+    """
 
     def __init__(self) -> None:
         self.total = 0.0
-        self._started = 0.0
+        self.last = 0.0
+        self._started: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -44,29 +50,32 @@ class StepClock(TrainerCallback, ExportableState):  # type: ignore[misc]
         """What a checkpoint keeps."""
         return {"args": {}, "attributes": {"total": self.total}}
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._started = time.perf_counter()
+    def start(self) -> None:
+        """A step begins."""
+        self._started = _now()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.total += time.perf_counter() - self._started
+        if self._started is not None:
+            self.last = _now() - self._started
+            self.total += self.last
+            self._started = None
 
 
 class StepReport(TrainerCallback):  # type: ignore[misc]
-    """Shows a bar on a terminal and a line per log, and measures the time of steps.
+    """Shows a bar on a terminal and a line per log, and keeps the time of steps.
 
     Args:
         say: Prints one line.
+        clock: What measures the steps; it must be called before this.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], clock: StepClock) -> None:
         self._say = say
+        self._clock = clock
         self._bar: Any = None
         self._held_out_bar: Any = None
-        self._started = 0.0
         self.seconds: list[float] = []
 
     @property
@@ -86,15 +95,10 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
             leave=False,
         )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._started = time.perf_counter()
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.seconds.append(time.perf_counter() - self._started)
+        self.seconds.append(self._clock.last)
         self._bar.update(1)
 
     def on_prediction_step(
@@ -144,6 +148,13 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._bar.close()
+
+
+def _now() -> float:
+    """The time, when all that was started on a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def loss_line(logs: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ class Example:
         references: The accepted answers, without that space, at least one.
         group: Equal for examples about one passage; a split never parts them.
         where: File and row, for error messages.
+        ends: Whether the answer is whole. One that was cut is no example of where to stop.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Example:
     references: tuple[str, ...]
     group: str
     where: str = ""
+    ends: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

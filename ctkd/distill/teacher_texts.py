@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctkd.distill.generation import generate
+from ctkd.distill.generation import Generated, generate_ends
 from ctkd.errors import OutputError
 
 __all__ = ["TeacherTexts"]
@@ -39,26 +39,32 @@ class TeacherTexts:
     def __init__(self, path: Path, *, max_new_tokens: int) -> None:
         self.path = path
         self.max_new_tokens = max_new_tokens
-        self._texts: dict[str, str] = {}
+        self._texts: dict[str, Generated] = {}
         if not path.exists():
             return
         for line in path.read_bytes().split(b"\n"):
             try:
                 entry = json.loads(line)
-                key, text = entry["prompt"], entry["text"]
-                is_whole = entry["check"] == _check(key, text)
+                key, found = entry["prompt"], Generated(entry["text"], entry["ended"])
+                is_whole = entry["check"] == _check(key, found)
             except (ValueError, KeyError, TypeError):
                 # A kill cut it short; what is missing is written again.
                 continue
             if is_whole:
-                self._texts[key] = text
+                self._texts[key] = found
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def text(self, prompt_ids: Sequence[int]) -> str | None:
         """The answer to a prompt, without white space at its ends; None if there is none yet."""
-        return self._texts.get(self._key(prompt_ids))
+        found = self._texts.get(self._key(prompt_ids))
+        return None if found is None else found.text
+
+    def ended(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether the model ended the answer itself; else it was cut after the most tokens."""
+        found = self._texts.get(self._key(prompt_ids))
+        return found is not None and found.ended
 
     def missing(self, prompts: Sequence[Sequence[int]]) -> int:
         """How many of the prompts have no answer yet."""
@@ -94,7 +100,7 @@ class TeacherTexts:
         with tqdm(total=len(order), desc=progress, unit="prompt") as bar:
             for group in groups:
                 if not all(key in self._texts for key in group):
-                    answers = generate(
+                    answers = generate_ends(
                         model,
                         tokenizer,
                         [distinct[key] for key in group],
@@ -103,13 +109,19 @@ class TeacherTexts:
                     self._append(dict(zip(group, answers, strict=True)))
                 bar.update(len(group))
 
-    def _append(self, texts: dict[str, str]) -> None:
+    def _append(self, texts: dict[str, Generated]) -> None:
         lines = "".join(
             json.dumps(
-                {"prompt": key, "text": text, "check": _check(key, text)}, ensure_ascii=False
+                {
+                    "prompt": key,
+                    "text": found.text,
+                    "ended": found.ended,
+                    "check": _check(key, found),
+                },
+                ensure_ascii=False,
             )
             + "\n"
-            for key, text in texts.items()
+            for key, found in texts.items()
         )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +148,6 @@ class TeacherTexts:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _check(key: str, text: str) -> str:
+def _check(key: str, found: Generated) -> str:
     """Tells a line that is as it was written."""
-    return hashlib.sha256(f"{key} {text}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{key} {found.ended} {found.text}".encode()).hexdigest()[:16]

@@ -145,6 +145,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """Fetch the micro-batches of one optimizer step and count what they score."""
+        self.clock.start()
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         ce_count = torch.zeros((), dtype=torch.int64, device=self.args.device)
         kd_count = torch.zeros((), dtype=torch.int64, device=self.args.device)

@@ -120,10 +120,11 @@ def train(
     folder = OutputFolder.prepare(config.folder, settings, resume=resume, overwrite=overwrite)
     folder.record["environment"] = _environment(device)
     folder.write()
-    report, stop = StepReport(say), StopOnSignal(say)
+    stop = StopOnSignal(say)
     trainer = _make_trainer(
         config, models, loss, pair, encoded, encoded_held_out, folder, device, cache
     )
+    report = StepReport(say, trainer.clock)
     for callback in (StepsAsAsked(), report, stop):
         trainer.add_callback(callback)
 

@@ -34,7 +34,7 @@ def write(*words):
     os.write(out, (" ".join(map(str, words)) + "\\n").encode())
 
 def child(attempt):
-    top_k, save, generate = AskedTeacher.top_k, cache_writing._save, teacher_texts.generate
+    top_k, save, generate = AskedTeacher.top_k, cache_writing._save, teacher_texts.generate_ends
     append = teacher_texts.TeacherTexts._append
 
     def asking(self, sides, record):
@@ -62,7 +62,7 @@ def child(attempt):
         for prompt in answering.last:
             write(attempt, "kept", "prompt-" + "-".join(map(str, prompt)))
 
-    AskedTeacher.top_k, cache_writing._save, teacher_texts.generate = asking, saving, answering
+    AskedTeacher.top_k, cache_writing._save, teacher_texts.generate_ends = asking, saving, answering
     teacher_texts.TeacherTexts._append = appending
     config = CachePlace.__new__(CachePlace)
     config.folder, config.rows = place, place / "rows.jsonl"

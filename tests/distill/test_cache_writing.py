@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import filelock
 import pytest
 import torch
 
@@ -41,7 +42,7 @@ def asked(monkeypatch) -> dict[str, list]:
     """The teachers that were loaded, the rows asked about, and the prompts answered."""
     found = {"loaded": [], "rows": [], "prompts": []}
     load, top_k = asked_teacher.load_model, AskedTeacher.top_k
-    generate = teacher_texts.generate
+    generate = teacher_texts.generate_ends
 
     def loading(name, **settings):
         found["loaded"].append(name)
@@ -57,12 +58,19 @@ def asked(monkeypatch) -> dict[str, list]:
 
     monkeypatch.setattr(asked_teacher, "load_model", loading)
     monkeypatch.setattr(AskedTeacher, "top_k", asking)
-    monkeypatch.setattr(teacher_texts, "generate", answering)
+    monkeypatch.setattr(teacher_texts, "generate_ends", answering)
     return found
 
 
 def files(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    there = sorted(path for path in folder.iterdir() if path.name != ".lock")
+    return {path.name: path.read_bytes() for path in there}
+
+
+def test_two_processes_do_not_write_one_cache(place, made, copied):
+    with filelock.FileLock(copied / ".lock"):
+        with pytest.raises(OutputError, match="another process writes the teacher cache"):
+            write_cache(place.config(), copied, **GIVEN, say=lambda line: None)
 
 
 def test_the_folder_holds_what_it_says(made):

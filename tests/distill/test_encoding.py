@@ -195,6 +195,20 @@ def test_both_sides_are_encoded_alike_alone_and_together():
     assert alone.rows[0].student == encoded(student, " Paris")  # no chunks
 
 
+def test_an_answer_that_was_cut_has_no_end_on_either_side():
+    whole = example(1)
+    pair = trained.gemma_like(), trained.unigram()
+    for tokenizers in (pair, pair[:1]):
+        found, cut = encode_pair(
+            [whole, replace(whole, id="2", ends=False)], *tokenizers, max_length=64
+        ).rows
+        assert (found.cut, cut.cut) == (False, True)
+        assert found.student.eos_id is not None
+        assert cut.student == replace(found.student, eos_id=None)
+        if cut.teacher is not None:
+            assert cut.teacher == replace(found.teacher, eos_id=None)
+
+
 def spans(table: TokenBytes, one: EncodedSide) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     for token, chunk in zip(one.answer_ids, one.chunk_ids, strict=True):

@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ctkd.distill.generation import generate
+from ctkd.distill.generation import Generated, generate, generate_ends
 from ctkd.errors import DataError, ModelError, SettingError
 
 EOS = 256
@@ -313,3 +313,24 @@ def test_refuses_encoder_decoders():
     )
     with pytest.raises(ModelError, match="encoder-decoder T5ForConditionalGeneration"):
         generate(model, byte_tokenizer(), [[1]])
+
+
+def test_it_tells_which_texts_the_model_ended():
+    followers = {ord("a"): ord("b"), ord("b"): EOS, ord("c"): DOT_NEWLINE, ord("z"): ord("z")}
+    tokenizer = byte_tokenizer(eos_token="<eos>")
+    prompts = [[ord("a")], [ord("c")], [ord("z")], [ord("b")]]
+    found = generate_ends(scripted(followers), tokenizer, prompts, max_new_tokens=3)
+    assert found == [
+        Generated("b", True),
+        Generated(".", True),
+        Generated("zzz", False),
+        Generated("", True),
+    ]
+    without = generate_ends(
+        scripted(followers), tokenizer, [[ord("c")]], max_new_tokens=3, stop_at_newline=False
+    )
+    assert not without[0].ended
+    # The end may be the last token that was allowed.
+    assert generate_ends(scripted(followers), tokenizer, [[ord("a")]], max_new_tokens=2) == [
+        Generated("b", True)
+    ]

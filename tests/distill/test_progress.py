@@ -8,7 +8,7 @@ import threading
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from ctkd.distill.progress import StepReport, StopOnSignal, loss_line
+from ctkd.distill.progress import StepClock, StepReport, StopOnSignal, loss_line
 
 
 class Terminal(io.StringIO):
@@ -32,7 +32,7 @@ def test_one_part_says_no_more_than_the_loss():
 
 def test_a_line_is_said_for_each_log_of_training():
     lines = []
-    report = StepReport(lines.append)
+    report = StepReport(lines.append, StepClock())
     begin(report)
     log(report, 3, ce=2.0, kd=0.5)
     report.seconds.append(1.26)
@@ -51,9 +51,8 @@ def test_on_a_terminal_nothing_goes_to_stdout(monkeypatch, capsys):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     lines = []
-    report = StepReport(lines.append)
+    report = StepReport(lines.append, StepClock())
     begin(report)
-    report.on_step_begin(None, TrainerState(), TrainerControl())
     report.on_step_end(None, TrainerState(), TrainerControl())
     log(report, 3, ce=2.0)
     report.on_train_end(None, TrainerState(), TrainerControl())
@@ -64,15 +63,18 @@ def test_on_a_terminal_nothing_goes_to_stdout(monkeypatch, capsys):
 
 
 def test_the_time_of_a_step_is_the_median(monkeypatch):
-    report = StepReport(print)
+    clock = StepClock()
+    report = StepReport(print, clock)
     assert report.seconds_per_step is None
     ticks = iter([0.0, 1.0, 50.0, 52.0, 100.0, 190.0])
     monkeypatch.setattr("ctkd.distill.progress.time.perf_counter", lambda: next(ticks))
     begin(report)
     for _ in range(3):
-        report.on_step_begin(None, TrainerState(), TrainerControl())
+        clock.start()
+        clock.on_step_end(None, TrainerState(), TrainerControl())
         report.on_step_end(None, TrainerState(), TrainerControl())
     assert report.seconds == [1.0, 2.0, 90.0]
+    assert clock.total == 93.0
     assert report.seconds_per_step == 2.0
 
 

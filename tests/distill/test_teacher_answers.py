@@ -1,11 +1,13 @@
 """Training on what the teacher writes, live or from a cache."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ctkd.distill import measuring, preparing, teacher_texts
+from ctkd.distill import measuring, preparing, teacher_texts, training
+from ctkd.distill.generation import Generated
 from ctkd.distill.preparing import Forms, load_examples, load_models
 from ctkd.distill.training import train
 from ctkd.errors import DataError, OutputError, SettingError
@@ -33,10 +35,10 @@ def own_texts(monkeypatch, tmp_path):
 def answered(monkeypatch) -> list:
     """Prompts of which some model was asked for a text."""
     found = []
-    generate = teacher_texts.generate
+    generate = teacher_texts.generate_ends
     monkeypatch.setattr(
         teacher_texts,
-        "generate",
+        "generate_ends",
         lambda model, tokenizer, prompts, **settings: (
             found.extend(prompts) or generate(model, tokenizer, prompts, **settings)
         ),
@@ -68,7 +70,9 @@ def prompts_of(place) -> dict[str, list[int]]:
     return {one.id: prompt for one, prompt in zip(chosen, ids, strict=True)}
 
 
-def test_the_same_is_learned_live_from_a_cache_and_from_a_file(place, tmp_path, answered):
+def test_the_same_is_learned_live_from_a_cache_and_from_a_file(
+    place, tmp_path, answered, monkeypatch
+):
     live = train(place.config(output=str(tmp_path / "live"), **SEQKD), say=quiet)
     assert len(answered) == 18
     again = train(place.config(output=str(tmp_path / "again"), **SEQKD), say=quiet)
@@ -79,22 +83,35 @@ def test_the_same_is_learned_live_from_a_cache_and_from_a_file(place, tmp_path, 
     texts = {row["id"]: place.all.texts.text(prompts[row["id"]]) for row in rows}
     assert len(set(texts.values())) > 10
     taught, held_out = tmp_path / "taught.jsonl", tmp_path / "held-out.jsonl"
-    training = {one.id for one in load_examples(place.config(), quiet)[0]}
+    learned = {one.id for one in load_examples(place.config(), quiet)[0]}
     write(
         taught,
         [
             {**row, "answer": f" {texts[row['id']]}"}
             for row in rows
-            if row["id"] in training and texts[row["id"]]
+            if row["id"] in learned and texts[row["id"]]
         ],
     )
-    write(held_out, [row for row in rows if row["id"] not in training])
+    write(held_out, [row for row in rows if row["id"] not in learned])
     files = {"data": str(taught), "eval_data": str(held_out)}
-    by_hand = train(place.config(output=str(tmp_path / "hand"), loss="sft", **files), say=quiet)
+    whole = train(place.config(output=str(tmp_path / "whole"), loss="sft", **files), say=quiet)
+
+    def cut(config, say):
+        """What the teacher did not end itself is no example of where to stop."""
+        taught, held_out = load_examples(config, say)
+        ended = [place.all.texts.ended(prompts[one.id]) for one in taught]
+        assert not all(ended)
+        chosen = zip(taught, ended, strict=True)
+        return [replace(one, ends=end) for one, end in chosen], held_out
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "load_examples", cut)
+        by_hand = train(place.config(output=str(tmp_path / "hand"), loss="sft", **files), say=quiet)
     data = train(place.config(output=str(tmp_path / "data"), loss="sft"), say=quiet)
     assert same(live, again)
     assert same(live, cached)
     assert same(live, by_hand)
+    assert not same(live, whole)
     assert not same(live, data)
 
 
@@ -122,14 +139,17 @@ def test_a_teacher_that_teaches_by_texts_alone_is_not_loaded_with_a_cache(
 
 @pytest.mark.parametrize("way", ["live", "cached"])
 def test_an_example_without_a_text_is_left_out_and_said(place, tmp_path, monkeypatch, way):
-    generate = teacher_texts.generate
+    generate = teacher_texts.generate_ends
     emptied = sorted(map(tuple, prompts_of(place).values()))[:5]
 
     def sometimes(model, tokenizer, prompts, **settings):
         texts = generate(model, tokenizer, prompts, **settings)
-        return ["" if tuple(p) in emptied else text for p, text in zip(prompts, texts, strict=True)]
+        return [
+            replace(one, text="") if tuple(prompt) in emptied else one
+            for prompt, one in zip(prompts, texts, strict=True)
+        ]
 
-    monkeypatch.setattr(teacher_texts, "generate", sometimes)
+    monkeypatch.setattr(teacher_texts, "generate_ends", sometimes)
     config = place.config(output=str(tmp_path / "run"), **SEQKD)
     if way == "cached":
         cache = place.cache(str(tmp_path / "cache"), k=0, texts="all")
@@ -149,7 +169,9 @@ def test_an_example_without_a_text_is_left_out_and_said(place, tmp_path, monkeyp
 
 def test_a_teacher_that_writes_nothing_at_all_teaches_nothing(place, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        teacher_texts, "generate", lambda model, tokenizer, prompts, **_: [""] * len(prompts)
+        teacher_texts,
+        "generate_ends",
+        lambda model, tokenizer, prompts, **_: [Generated("", True)] * len(prompts),
     )
     with pytest.raises(DataError, match="the teacher wrote nothing to any prompt; raise max_new"):
         train(place.config(output=str(tmp_path / "run"), **SEQKD), say=quiet)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ctkd.distill import teacher_texts
-from ctkd.distill.generation import generate
+from ctkd.distill.generation import Generated, generate, generate_ends
 from ctkd.distill.teacher_texts import TeacherTexts
 from ctkd.errors import OutputError
 from tests import tiny
@@ -34,9 +34,9 @@ def answered(monkeypatch) -> list[list[int]]:
 
     def counting(model, tokenizer, prompts, **settings):
         found.extend(prompts)
-        return generate(model, tokenizer, prompts, **settings)
+        return generate_ends(model, tokenizer, prompts, **settings)
 
-    monkeypatch.setattr(teacher_texts, "generate", counting)
+    monkeypatch.setattr(teacher_texts, "generate_ends", counting)
     return found
 
 
@@ -55,6 +55,16 @@ def test_texts_are_those_of_the_model(tmp_path, model):
     assert [again.text(prompt) for prompt in PROMPTS] == expected
     assert (len(again), again.missing(PROMPTS), again.missing([[1], PROMPTS[0]])) == (9, 0, 1)
     assert again.text([1]) is None
+
+
+def test_texts_know_whether_the_model_ended_them(tmp_path, model):
+    found = generate_ends(model, TOKENIZER, PROMPTS, max_new_tokens=6)
+    texts = complete(tmp_path / "texts.jsonl", model)
+    assert [texts.ended(prompt) for prompt in PROMPTS] == [one.ended for one in found]
+    assert not all(one.ended for one in found)
+    again = TeacherTexts(texts.path, max_new_tokens=6)
+    assert [again.ended(prompt) for prompt in PROMPTS] == [one.ended for one in found]
+    assert not texts.ended([1])
 
 
 def test_nothing_is_answered_twice(tmp_path, model, answered):
@@ -94,8 +104,8 @@ def test_a_file_cut_at_any_byte_is_completed(tmp_path, model, answered, monkeypa
     names = iter(["née", "“ça”", "naïve\u2028", "日本", "x", "", "y", "z", "w"] * 100)
     monkeypatch.setattr(
         teacher_texts,
-        "generate",
-        lambda model, tokenizer, prompts, **_: [next(names) for _ in prompts],
+        "generate_ends",
+        lambda model, tokenizer, prompts, **_: [Generated(next(names), True) for _ in prompts],
     )
     path = tmp_path / "texts.jsonl"
     before = complete(path, model, PROMPTS[:4])
@@ -115,7 +125,7 @@ def test_a_line_that_is_not_as_it_was_written_does_not_count(tmp_path, model):
     texts = complete(path, model, PROMPTS[:4])
     lines = path.read_text().splitlines()
     entry = json.loads(lines[1])
-    assert set(entry) == {"prompt", "text", "check"}
+    assert set(entry) == {"prompt", "text", "ended", "check"}
     broken = [
         json.dumps({**entry, "text": entry["text"] + "x"}),
         json.dumps({**entry, "prompt": entry["prompt"][::-1]}),
