@@ -78,13 +78,23 @@ Examples:
 @click.option("--device", help="auto, cpu or cuda. [auto]")
 @click.option("--seed", type=int, help="The first of the seeds. [0]")
 @click.option("--logging-steps", type=int, help="Steps between lines of the log. [5]")
-@click.option("--save-steps", type=int, help="Steps between checkpoints. [200]")
+@click.option(
+    "--save-steps",
+    type=int,
+    help="Steps between checkpoints: the most that a run repeats after a kill. [20]",
+)
 @click.option("--curve-points", type=int, help="Held-out losses while training, at most. [4]")
 @click.option(
     "--published",
     multiple=True,
     metavar="FILE",
     help="A published table to show beside the results. Repeatable.",
+)
+@click.option(
+    "--published-task",
+    metavar="TASK",
+    help="What those tables call this data, such as fairytaleqa. Default: other data than theirs, "
+    "so no number of this comparison stands beside.",
 )
 @click.option("--output", help="Folder of the comparison. [comparison]")
 @click.option("--keep-models", is_flag=True, default=None, help="Keep all trained weights.")

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,23 @@ class OutputFolder:
             return {}
         settings: dict[str, Any] = _read(path / RECORD)["settings"]
         return settings
+
+    @classmethod
+    def relocate(cls, path: Path, places: Mapping[str, Any]) -> None:
+        """Tell a run that what it reads lies elsewhere now.
+
+        Args:
+            path: The folder of the run.
+            places: The settings that say so. The caller vouches that what lies there is the same.
+
+        Raises:
+            OutputError: If the folder's ``ctkd.json`` cannot be read or written.
+        """
+        record = _read(path / RECORD)
+        settings = {**record["settings"], **places}
+        if settings != record["settings"]:
+            with _as_output_errors(path):
+                cls(path, {**record, "settings": settings}).write()
 
     def write(self) -> None:
         """Write ``ctkd.json`` at once or not at all."""

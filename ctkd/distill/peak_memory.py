@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "give_back_freed_memory"]
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -42,3 +44,19 @@ class PeakMemory:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
         return None
+
+
+def give_back_freed_memory() -> None:
+    """Hand what earlier work has freed back to the system, as far as that is possible.
+
+    The C library keeps freed memory for later. In a process that does one work after another, a
+    later one would be charged with what an earlier one had needed. Only glibc can be asked to
+    give it back; with another C library this collects Python's garbage and no more.
+    """
+    gc.collect()
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim.argtypes, trim.restype = (ctypes.c_size_t,), ctypes.c_int
+    trim(0)

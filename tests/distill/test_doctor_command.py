@@ -256,6 +256,7 @@ def test_plugins_are_judged_by_their_needs(report, monkeypatch):
         paper=Paper("A paper", "0000.00000", ""),
         unit="position",
         needs=frozenset(),
+        teacher_needs="rows",
         default_weights=Weights(1.0, 1.0),
         settings={},
         doc="",

@@ -213,3 +213,20 @@ def test_the_last_checkpoint_is_the_last_complete_one(tmp_path):
     folder.remove_checkpoints()
     assert folder.last_checkpoint() is None
     assert list(contents(folder.path)) == [RECORD]
+
+
+def test_a_run_may_be_told_that_what_it_reads_lies_elsewhere(tmp_path):
+    path = tmp_path / "run"
+    folder = prepare(path, {**SETTINGS, "data": "here/rows"})
+    folder.keep("steps", 3)
+    assert "data 'here/rows' -> 'there/rows'" in refusal(
+        path, {**SETTINGS, "data": "there/rows"}, resume=True
+    )
+    OutputFolder.relocate(path, {"data": "there/rows"})
+    again = prepare(path, {**SETTINGS, "data": "there/rows"}, resume=True)
+    assert again.results == {"steps": 3}
+    before = (path / RECORD).stat().st_mtime_ns
+    OutputFolder.relocate(path, {"data": "there/rows"})
+    assert (path / RECORD).stat().st_mtime_ns == before
+    with pytest.raises(OutputError):
+        OutputFolder.relocate(tmp_path / "nowhere", {"data": "there/rows"})

@@ -1,5 +1,6 @@
 """The peak is that of the stretch measured, not of what came before."""
 
+import platform
 import sys
 
 import numpy as np
@@ -44,3 +45,25 @@ def test_a_gpu_is_asked_for_what_torch_holds(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda one: asked.append(one) or 7)
     assert PeakMemory(device).read() == 7
     assert asked == [device, device]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
+def test_what_was_freed_is_given_back():
+    block = 64 << 10
+    # What stays between the blocks keeps the C library from giving them back by itself.
+    held = [(bytearray(block), bytearray(1024)) for _ in range(SIZE // block)]
+    between = [small for _, small in held]
+    del held
+    before = PeakMemory(torch.device("cpu")).read()
+    peak_memory.give_back_freed_memory()
+    assert before - PeakMemory(torch.device("cpu")).read() > SIZE // 2
+    del between
+
+
+@pytest.mark.parametrize("missing", [AttributeError, OSError, TypeError])
+def test_without_glibc_nothing_is_given_back_and_nothing_fails(monkeypatch, missing):
+    def library(name):
+        raise missing
+
+    monkeypatch.setattr(peak_memory.ctypes, "CDLL", library)
+    peak_memory.give_back_freed_memory()

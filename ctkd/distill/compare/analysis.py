@@ -2,8 +2,9 @@
 
 Every difference is taken to the baseline, example by example, between the same seeds. A method is
 called better or worse only if the interval of its seed-averaged difference, from a bootstrap over
-whole groups of examples and adjusted by Holm, excludes 0, and if there are at least two seeds. The
-interval over seeds stands beside it. Methods are not compared with each other.
+whole groups of examples and adjusted by Holm, excludes 0, and if there are at least two seeds. That
+speaks of these trained models alone: how far other seeds would move a difference, the interval over
+seeds beside it tells. Methods are not compared with each other.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Analysis:
         comparisons: Methods in Holm's family; in a demonstration, those that would be.
         can_decide: Whether any difference, however large, could pass with so few clusters.
         resamples: Of each bootstrap.
-        alpha: Chance of any false claim.
+        alpha: Chance of any false claim about these trained models, from the choice of examples.
         power: What `smallest_detectable` is taken at.
     """
 
@@ -155,7 +156,8 @@ def analyse(
 
     Args:
         comparison: With at least one run of its baseline.
-        alpha: Chance of any false claim, between 0 and 1.
+        alpha: Chance of any false claim about these trained models, from the choice of examples;
+            between 0 and 1.
         resamples: Of each bootstrap, at least 100.
         seed: Of the bootstraps.
 

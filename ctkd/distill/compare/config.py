@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctkd.distill.compare.methods import (
+    SEQKD,
     Method,
     check_equal_trials,
     did_you_mean,
@@ -19,9 +20,12 @@ from ctkd.distill.config import SFT, TrainConfig
 from ctkd.errors import CtkdError, SettingError
 from ctkd.loss import check_count
 
-__all__ = ["DEFAULT_LOSSES", "CompareConfig"]
+__all__ = ["DEFAULT_LOSSES", "SAVE_STEPS", "CompareConfig"]
 
 DEFAULT_LOSSES = ("sft", "uld", "mined", "multilevelot")
+
+SAVE_STEPS = 20
+"""Steps between checkpoints, unless they are given: the most that a kill makes repeated."""
 
 # What a comparison sets itself, and where to say it instead.
 _NOT_SHARED = {
@@ -52,7 +56,8 @@ class CompareConfig:
         metric: What methods are compared by: f1, exact_match or rouge_lsum; default f1 for the
             task qa, else rouge_lsum.
         common: Settings of `TrainConfig` that all runs share. Of ``eval_data`` come the test
-            split, and of ``eval_limit`` the most examples of each split that are answered.
+            split, and of ``eval_limit`` the most examples of each split that are answered. Without
+            ``save_steps`` it is `SAVE_STEPS`: a run that was killed repeats at most so many steps.
         dev_data: Data to choose settings on; used with a sweep only.
         dev_fraction: Without ``dev_data``, the share of the training data that a sweep cuts off
             for that, by group.
@@ -63,6 +68,8 @@ class CompareConfig:
         top_k: Entries per position that the cache keeps.
         curve_points: How often held-out cross-entropy is averaged while training, at most.
         published: Files of published tables to show beside the results.
+        published_task: What those tables call the data of this comparison, such as "fairytaleqa".
+            Without it none of its numbers stands beside theirs.
         keep_models: Keep all trained weights.
 
     Raises:
@@ -88,6 +95,7 @@ class CompareConfig:
     top_k: int = 256
     curve_points: int = 4
     published: tuple[str, ...] = ()
+    published_task: str | None = None
     keep_models: bool = False
 
     def __post_init__(self) -> None:
@@ -164,12 +172,12 @@ class CompareConfig:
     @property
     def base(self) -> TrainConfig:
         """What all runs share, as settings of plain training."""
-        return TrainConfig(loss=SFT, **self.common)
+        return TrainConfig(loss=SFT, **self._shared)
 
     @property
     def asking(self) -> TrainConfig:
         """What all runs share, as settings of a run that asks the teacher about every row."""
-        return TrainConfig(loss="uld", **self.common)
+        return TrainConfig(loss="uld", **self._shared)
 
     @property
     def seed_values(self) -> tuple[int, ...]:
@@ -207,7 +215,11 @@ class CompareConfig:
             seed: Of the run.
             **places: Further settings of `TrainConfig`, which go before all others.
         """
-        return TrainConfig(**{**self.common, **method.training(varied), "seed": seed, **places})
+        return TrainConfig(**{**self._shared, **method.training(varied), "seed": seed, **places})
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        return {"save_steps": SAVE_STEPS, **self.common}
 
     def _check_types(self) -> None:
         for name in ("losses", "published"):
@@ -233,7 +245,7 @@ class CompareConfig:
         for name in ("live_teacher", "keep_models"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in ("output", "baseline", "metric", "dev_data", "cache"):
+        for name in ("output", "baseline", "metric", "dev_data", "cache", "published_task"):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "output"):
                 raise SettingError(f"{name} must be text, got {value!r}")
@@ -256,10 +268,15 @@ class CompareConfig:
                 "on_long cut would cut rows at other places for sft than for a loss with a "
                 "teacher; use drop or refuse"
             )
-        if base.teacher_shots and self.seeds > 1 and not self.live_teacher:
+        if (
+            base.teacher_shots
+            and self.seeds > 1
+            and not (self.live_teacher and all(one.loss != SEQKD for one in self.methods))
+        ):
             raise SettingError(
                 "teacher_shots draws other examples for every seed, and a cache holds what the "
-                "teacher says after one draw; use one seed, no shots, or live_teacher"
+                "teacher says and writes after one draw; use one seed, no shots, or live_teacher "
+                "without seqkd"
             )
         if self.dev_data is not None and not self.sweep:
             raise SettingError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -201,7 +202,9 @@ def check_equal_trials(methods: Sequence[Method], learning_rate: float) -> None:
         return
     rates = ",".join(f"{learning_rate * 2**power:g}" for power in range(most))
     missing = [
-        f"--sweep {name}.learning_rate={rates}" for name, count in counts.items() if count == 1
+        f"--sweep {shlex.quote(f'{name}.learning_rate={rates}')}"
+        for name, count in counts.items()
+        if count == 1
     ]
     raise SettingError(
         "every method must be tried with as many settings as the others, but there are "

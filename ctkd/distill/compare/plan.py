@@ -21,6 +21,7 @@ from ctkd.distill.compare.records import Record
 from ctkd.distill.compare.splits import COLUMNS, Splits
 from ctkd.distill.config import TrainConfig
 from ctkd.errors import SettingError
+from ctkd.registry import describe
 
 __all__ = ["Job", "Plan", "Training", "best_trial", "digest", "settings_text"]
 
@@ -36,7 +37,8 @@ class Training:
     Args:
         key: Equal for runs that give the same student.
         config: For `ctkd.distill.training.train`.
-        settings: As a record shows them: with the user's own data, without places.
+        settings: As a record shows them: with the user's own data, without places, and with what
+            takes effect where nothing was given.
     """
 
     key: str
@@ -193,7 +195,7 @@ class Plan:
                 key=key,
                 settings={
                     name: one
-                    for name, one in settings.items()
+                    for name, one in {**settings, **_effective(plain)}.items()
                     if name not in {"output", "teacher_cache", "measure", "eval_steps"}
                 },
                 config=config.train_config(
@@ -250,6 +252,19 @@ def digest(content: Mapping[str, Any]) -> str:
     """
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _effective(config: TrainConfig) -> dict[str, Any]:
+    """Weights and the loss's settings, the loss's own defaults where nothing was given."""
+    weights = config.weights()
+    defaults = describe(config.loss).settings if config.distils else {}
+    options = {**defaults, **config.loss_options}
+    return {
+        "ce_weight": weights.ce,
+        "kd_weight": weights.kd,
+        # A plugin's default may be anything, and records hold what JSON can.
+        "loss_options": json.loads(json.dumps(options, default=repr)),
+    }
 
 
 def _steps(base: TrainConfig, rows: int) -> int:

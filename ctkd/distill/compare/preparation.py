@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from ctkd.batch import Batch
 from ctkd.distill.cache_writing import DEFAULT_TEMPERATURES, write_cache
 from ctkd.distill.compare.config import CompareConfig
 from ctkd.distill.compare.methods import SEQKD, Method
@@ -19,10 +21,20 @@ from ctkd.distill.compare.state import ComparisonFolder
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.model_fingerprint import model_fingerprint
 from ctkd.distill.models import check_token_ids, head_width, load_model, load_tokenizer, resolve
-from ctkd.distill.preparing import Forms, Models, encode
+from ctkd.distill.preparing import (
+    Forms,
+    Models,
+    answerable,
+    answered_by_teacher,
+    encode,
+    teacher_dtype,
+)
 from ctkd.distill.teacher_cache import TeacherCache
-from ctkd.errors import DataError, OutputError, SettingError
+from ctkd.errors import BatchError, DataError, OutputError, SettingError
 from ctkd.loss import Loss
+from ctkd.pair import Pair
+from ctkd.testing_inputs import make_inputs, make_pair
+from ctkd.testing_teacher import OverheardLogits, with_teacher
 from ctkd.tokenization.pair import TokenizerPair
 
 __all__ = ["Prepared", "prepare"]
@@ -41,6 +53,7 @@ class Prepared:
         student_tokenizer: The student's.
         fingerprints: Of the "student" and the "teacher", as the results depend on them.
         cache: The teacher's answers, in logits and in texts.
+        teacher_logits: How losses see the teacher, for a person.
         teacher_texts: What the teacher wrote to each test prompt.
     """
 
@@ -48,6 +61,7 @@ class Prepared:
     student_tokenizer: PreTrainedTokenizerBase
     fingerprints: dict[str, str]
     cache: Path
+    teacher_logits: str
     teacher_texts: list[str]
 
 
@@ -79,12 +93,16 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
         )
     asking = config.asking
     forms = Forms.of(asking, splits.train.examples)
-    with _timed("vocabulary maps", folder):
-        _check_losses(config, cache, models, pair)
     if config.cache is not None and not config.live_teacher:
         for split, what in ((splits.train, "training"), (splits.curve, "held-out")):
             encoded = encode(asking, models, list(split.examples), forms, what, lambda line: None)
             cache.check_rows(encoded.rows, what)
+    if _teaches_in_words(config):
+        # Else a run would find out, after hours of others, that the cache lacks training texts.
+        asked, written = answerable(
+            asking, models, splits.train.examples, forms, "training", lambda line: None
+        )
+        answered_by_teacher(asked, written, cache.texts, lambda line: None)
     prompts = forms.teacher.ids(tokenizer, splits.test.examples, side="teacher")
     texts = [cache.texts.text(prompt) for prompt in prompts]
     if None in texts:
@@ -93,6 +111,8 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
             f"{texts.count(None)} of {len(texts)} test prompts; make it with `ctkd cache --texts "
             "held-out` and the same options, or leave it out"
         )
+    with _timed("vocabulary maps", folder):
+        _check_losses(config, cache, models, pair)
     fingerprints = {"student": model_fingerprint(base.student), "teacher": cache.fingerprint}
     folder.check_same("models", fingerprints)
     del models, pair
@@ -102,6 +122,7 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
         student_tokenizer=load_tokenizer(base.student),
         fingerprints=fingerprints,
         cache=cache.path,
+        teacher_logits=_told(config, cache),
         teacher_texts=[text or "" for text in texts],
     )
 
@@ -109,8 +130,12 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
 @contextmanager
 def _timed(name: str, folder: ComparisonFolder) -> Iterator[None]:
     started = time.perf_counter()
-    yield
-    folder.spent(name, time.perf_counter() - started)
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        folder.spent(name, time.perf_counter() - started, finished=finished)
 
 
 def _models(base: TrainConfig) -> Models:
@@ -137,19 +162,30 @@ def _cache(
         columns=dict(COLUMNS),
         eval_limit=len(splits.asked.examples),
     )
-    taught = any(method.loss == SEQKD for method in config.methods)
     return write_cache(
         asking,
         folder.path / TEACHER_FOLDER,
         # A live teacher says its logits itself; only its texts are kept.
         k=0 if config.live_teacher else config.top_k,
         temperatures=_temperatures(config, folder),
-        texts="all" if taught else "held-out",
+        texts="all" if _teaches_in_words(config) else "held-out",
         say=say,
     )
 
 
-def _losses(config: CompareConfig, pair: TokenizerPair | None) -> Iterator[tuple[str, Loss]]:
+def _teaches_in_words(config: CompareConfig) -> bool:
+    return any(method.loss == SEQKD for method in config.methods)
+
+
+def _told(config: CompareConfig, cache: TeacherCache) -> str:
+    """How losses see the teacher's logits, for a person."""
+    if config.live_teacher:
+        return f"live, asked in {str(teacher_dtype(config.base)).removeprefix('torch.')}"
+    kept = "all" if cache.k == cache.vocab_size else f"top {cache.k}"
+    return f"{kept} of {cache.vocab_size}, cached, asked in {cache.record['dtype']}"
+
+
+def _losses(config: CompareConfig, pair: Pair | None) -> Iterator[tuple[str, Loss]]:
     """Every loss of every trial, with a name for messages."""
     for method in config.methods:
         for varied in method.points() if method.distils else []:
@@ -164,12 +200,10 @@ def _temperatures(config: CompareConfig, folder: ComparisonFolder) -> list[float
     Raises:
         OutputError: If a loss was added that asks for another than the cache was made for.
     """
-    asked = {
-        float(value)
-        for _, loss in _losses(config, None)
-        for name, value in vars(loss).items()
-        if name.endswith("temperature") and isinstance(value, int | float)
-    }
+    if config.live_teacher:
+        # It says its logits itself, at any temperature.
+        return list(DEFAULT_TEMPERATURES)
+    asked = {one for _, loss in _losses(config, make_pair()) for one in _asked_temperatures(loss)}
     found: list[float] = folder.record.get("temperatures") or sorted(
         {*DEFAULT_TEMPERATURES, *asked}
     )
@@ -181,6 +215,17 @@ def _temperatures(config: CompareConfig, folder: ComparisonFolder) -> list[float
         f"the teacher cache in {folder.path} was not made for temperature {missing}, which a "
         "method asks for; choose another --output for a comparison with it"
     )
+
+
+@torch.no_grad()
+def _asked_temperatures(loss: Loss) -> set[float]:
+    """Temperatures at which a loss asks a teacher, heard while it compares two tiny models."""
+    batch = Batch.from_causal_lm(**make_inputs())
+    heard = OverheardLogits(batch.teacher.logits)
+    # A loss that stops on this batch has asked by then, or is refused with the cache in hand.
+    with suppress(BatchError):
+        loss(with_teacher(batch, heard))
+    return {float(one) for one in heard.temperatures}
 
 
 def _check_needs(config: CompareConfig, models: Models) -> None:

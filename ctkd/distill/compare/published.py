@@ -118,13 +118,15 @@ def read_published(path: Path | str) -> PublishedTable:
     )
 
 
-def beside(tables: Iterable[PublishedTable], *, task_data: str, metric: str) -> list[PlacedCell]:
-    """Pick the cells about one data set and metric, in the order of the tables.
+def beside(
+    tables: Iterable[PublishedTable], *, task_data: str, metric: str | None = None
+) -> list[PlacedCell]:
+    """Pick the cells about one data set, in the order of the tables.
 
     Args:
         tables: As `read_published` returns them.
         task_data: The data set, as in `PublishedCell.task`.
-        metric: As in `PublishedCell.metric`.
+        metric: As in `PublishedCell.metric`; None for every metric.
 
     Returns:
         The cells with their tables; none if nothing was published about it.
@@ -144,7 +146,7 @@ def beside(tables: Iterable[PublishedTable], *, task_data: str, metric: str) -> 
         PlacedCell(table=table, cell=cell)
         for table in tables
         for cell in table.cells
-        if (cell.task, cell.metric) == (task_data, metric)
+        if cell.task == task_data and metric in (None, cell.metric)
     ]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ctkd.errors import DataError
+from ctkd.errors import DataError, OutputError
 
 __all__ = [
     "METRICS",
@@ -112,7 +112,9 @@ class Comparison:
     """Everything that a report is made from.
 
     Args:
-        settings: Of the comparison, by name: what all runs have in common.
+        settings: Of the comparison, by name: what all runs have in common. The report also reads
+            "published task", the data set as published tables name it, and "curve rows" and
+            "development rows", how many held-out rows the curves and the trials rest on.
         metric: The one that methods are compared by, of `METRICS`.
         baseline: The method that differences are taken to.
         references: Records of the untrained student and the teacher, on the test split.
@@ -151,30 +153,49 @@ class Comparison:
 
 
 def append_record(folder: Path, record: Record) -> None:
-    """Add a record to ``results.jsonl``, on disk before this returns."""
+    """Add a record to ``results.jsonl``, on disk before this returns.
+
+    Raises:
+        OutputError: If it cannot be written; what was there stays readable.
+    """
     path = folder / RESULTS
-    cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-    with path.open("a", encoding="utf-8") as file:
-        # A line that a kill cut short stays unreadable; it must not swallow this one.
-        file.write(("\n" if cut else "") + record.as_json() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        filled = path.exists() and path.stat().st_size > 0
+        cut = filled and not path.read_bytes().endswith(b"\n")
+        with path.open("a", encoding="utf-8") as file:
+            # A line that a kill cut short stays unreadable; it must not swallow this one.
+            file.write(("\n" if cut else "") + record.as_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {path}: {error.strerror or error}; make room, or make it writable, "
+            "then repeat the same command to go on"
+        ) from error
 
 
 def read_records(folder: Path) -> dict[str, Record]:
     """Read ``results.jsonl`` by key; a line that a kill cut short is left out.
 
     Raises:
-        DataError: If a whole line is not a record.
+        DataError: If the file cannot be read, or a whole line is not a record.
     """
     path = folder / RESULTS
     if not path.exists():
         return {}
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}; make it readable, or choose another "
+            "--output"
+        ) from error
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    # Bytes, as a kill may cut a line inside a character.
+    for number, line in enumerate(content.split(b"\n"), 1):
         try:
-            record = Record.from_json(line)
-        except json.JSONDecodeError:
+            record = Record.from_json(line.decode("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
             # Cut short, or empty: what it was about is measured again.
             continue
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -49,7 +49,7 @@ def write_report(
         comparison: What was run.
         analysis: Of this comparison.
         folder: Made if it is missing; older reports in it are replaced.
-        published: Tables to print beside the results, already chosen for the task.
+        published: Tables of papers; `tables.published_numbers` picks what is about this data.
 
     Returns:
         The path of ``report.html``.
@@ -86,7 +86,9 @@ def terminal(comparison: Comparison, analysis: Analysis) -> str:
     told = [f"- {printable(sentence)}" for sentence in analysis.sentences()]
     heading = printable(analysis.heading)
     table = tables.results(comparison, analysis)
-    return "\n".join([heading, "", table.plain(), "", *told])
+    spent = [f"{name} {seconds:.0f} s" for name, seconds in comparison.preparation.items()]
+    apart = ["", f"Before any run: {printable(', '.join(spent))}."] if spent else []
+    return "\n".join([heading, "", table.plain(), "", *told, *apart])
 
 
 def as_json(comparison: Comparison, analysis: Analysis) -> dict[str, Any]:
@@ -138,6 +140,7 @@ def _title(comparison: Comparison) -> str:
 
 def _pictures(comparison: Comparison, analysis: Analysis) -> list[Picture]:
     metric = METRICS[comparison.metric]
+    held_out = _curve_rows(comparison)
     return [
         Picture(
             name="metric",
@@ -151,7 +154,8 @@ def _pictures(comparison: Comparison, analysis: Analysis) -> list[Picture]:
         Picture(
             name="learning-curves",
             title="Learning curves",
-            caption="Thin lines are single seeds, thick ones their means. Lower is better.",
+            caption=f"Thin lines are single seeds, thick ones their means.{held_out} Lower is "
+            "better.",
             svg=pictures.learning_curves(comparison),
         ),
         Picture(
@@ -159,17 +163,27 @@ def _pictures(comparison: Comparison, analysis: Analysis) -> list[Picture]:
             title="Quality at equal steps and at equal time",
             caption="The dashed line is the last step, or second, that every run has reached; the "
             "numbers are each method's mean held-out cross-entropy there. What lies beyond is "
-            "faint: not all methods got so far. Lower is better.",
+            f"faint: not all methods got so far.{held_out} Lower is better.",
             svg=pictures.equal_effort(comparison),
         ),
         Picture(
             name="costs",
             title="Cost of a step",
-            caption="Median seconds per optimizer step and peak memory, on the machine of this "
-            "comparison.",
+            caption="Median seconds per optimizer step, and peak memory: of the process as a "
+            "whole, or on a CUDA device what torch held there. On the machine of this comparison.",
             svg=pictures.costs(comparison, analysis),
         ),
     ]
+
+
+def _curve_rows(comparison: Comparison) -> str:
+    """A sentence on what held-out curves rest on, with a space before it; empty if not known."""
+    rows = comparison.settings.get("curve rows")
+    if not isinstance(rows, int) or rows < 1:
+        return ""
+    split = "development" if comparison.settings.get("development rows") else "test"
+    which = f"first {rows:,} {split} rows" if rows > 1 else f"first {split} row"
+    return f" Held-out cross-entropy is over the {which}."
 
 
 def _blocks(
@@ -205,18 +219,32 @@ def _blocks(
     yield tables.preparation_costs(comparison) or Text("Nothing was prepared.")
     if published:
         yield Heading("Published numbers beside")
-        for table in tables.published_numbers(published, comparison, analysis):
-            yield Heading(table.title, level=3)
-            yield table
+        yield from _published(comparison, analysis, published)
     yield Heading("How to read this")
     yield Bullets(list(_how_to_read(comparison, analysis)))
+
+
+def _published(
+    comparison: Comparison, analysis: Analysis, published: Sequence[PublishedTable]
+) -> Iterator[Block]:
+    shown = tables.published_numbers(published, comparison, analysis)
+    for table in shown:
+        yield Heading(table.title, level=3)
+        yield table
+    names = {table.title for table in shown}
+    left_out = [table.name for table in published if table.name not in names]
+    if left_out:
+        task = comparison.settings.get("published task")
+        yield Text(f"Without a number about {task}, and left out: {'; '.join(left_out)}.")
 
 
 def _how_to_read(comparison: Comparison, analysis: Analysis) -> Iterator[str]:
     baseline = comparison.baseline
     yield (
-        "Runs of one seed start from the same student and see the same rows in the same order, as "
-        "many steps as the others."
+        "All runs make as many steps; those of one seed see the same rows in one order. Another "
+        "seed varies the order, which rows are seen where the steps do not reach all of them, and "
+        "dropout if the student has any. It is no other initialisation: every run starts from the "
+        "same student."
     )
     yield (
         "The interval beside a mean tells how far it might move had other texts been asked about: "
@@ -237,10 +265,12 @@ def _how_to_read(comparison: Comparison, analysis: Analysis) -> Iterator[str]:
     else:
         yield (
             "Who compares many methods finds one that looks better by chance. So the intervals of "
-            f"differences are widened after Holm: the chance of any false claim is kept at "
-            f"{analysis.alpha:.0%}. A method is called better or worse only where that interval "
-            "excludes 0. “Undecided” does not mean equal: a difference below what this design "
-            "could detect is likely to be missed."
+            "differences are widened after Holm: for these trained models, the chance of any false "
+            f"claim from the choice of examples is kept at {analysis.alpha:.0%}. How far other "
+            "seeds would move a difference, its interval over seeds tells. A method is called "
+            "better or worse only where the interval over examples excludes 0. “Undecided” does "
+            "not mean equal: a difference below what this design could detect is likely to be "
+            "missed."
         )
     yield (
         "Cross-entropy (CE) is in nats per token of the student's tokenizer. The teacher cuts text "

@@ -32,12 +32,15 @@ from ctkd.distill.compare.records import (
 from ctkd.distill.compare.report import write_report
 from ctkd.distill.compare.state import ComparisonFolder
 from ctkd.distill.output_folder import RECORD, OutputFolder
+from ctkd.distill.peak_memory import give_back_freed_memory
 from ctkd.distill.training import Interrupted, train
 from ctkd.errors import DataError
 
 __all__ = ["Outcome", "compare"]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+# What a run reads, all of which the key in its folder's name stands for.
+_PLACES = ("data", "eval_data", "teacher_cache")
 
 Say = Callable[[str], None]
 
@@ -63,6 +66,7 @@ def compare(config: CompareConfig, *, say: Say = print) -> Outcome:
     The output folder holds ``results.jsonl`` with a line for everything that was measured, the rows
     in ``data``, the teacher cache in ``teacher``, a folder per run in ``runs``, and the report.
     Called again with the same settings it does what is not done yet; losses and seeds may be added.
+    Of a run that was killed at most ``save_steps`` steps are repeated.
 
     Args:
         config: The settings.
@@ -172,7 +176,9 @@ class _Comparing:
         if rows is None:
             raise DataError("there is no development split to try settings on")
         with self.progress.at(job):
-            results = self._trained(job.training).results
+            trained = self._trained(job.training)
+            results = trained.results
+            self._note(trained.record.get("environment", {}))
             answers, losses = self.evaluator.measure(
                 str(job.training.folder), job.training.folder, rows
             )
@@ -202,6 +208,9 @@ class _Comparing:
             # Killed before the run's first file was whole: nothing is lost.
             shutil.rmtree(path)
         settings = training.config.as_dict()
+        if path.exists():
+            # The folder may have been moved, or called otherwise; its name vouches for the rows.
+            OutputFolder.relocate(path, {name: settings[name] for name in _PLACES})
         there = OutputFolder.check(path, settings, resume=True, overwrite=False)
         lost = "finished" in there.results and not any(
             found for pattern in _WEIGHTS for found in path.glob(pattern)
@@ -209,6 +218,8 @@ class _Comparing:
         if "finished" in there.results and not lost:
             return there
         try:
+            # Else a run would be charged with what runs before it had needed.
+            give_back_freed_memory()
             return train(training.config, resume=not lost, overwrite=lost, say=self.say)
         except Interrupted as error:
             stopped = str(error).split(";")[0]
@@ -217,6 +228,16 @@ class _Comparing:
             ) from error
         finally:
             gc.collect()
+
+    def _note(self, environment: dict[str, Any]) -> None:
+        """Keep what a run was trained with; a comparison may go on elsewhere."""
+        before = self.folder.record.get("environment", {})
+        found = {
+            name: list(dict.fromkeys([*before.get(name, []), value]))
+            for name, value in environment.items()
+        }
+        if {**before, **found} != before:
+            self.folder.keep("environment", {**before, **found})
 
     def _keep(self, record: Record) -> None:
         append_record(self.folder.path, record)
@@ -271,8 +292,11 @@ class _Comparing:
         """What all runs have in common."""
         config, splits = self.config, self.prepared.splits
         own = {name for method in config.methods for name in (*method.settings, *method.grid)}
-        left_out = own | {"seed", "max_steps", "epochs", "loss_options"}
+        # Weights are the loss's own where none is given: records have them.
+        left_out = own | {"seed", "max_steps", "epochs", "loss_options", "ce_weight"}
         recorded = self.folder.record["settings"]
+        environment = self.folder.record.get("environment", {})
+        cuts = {"development split": splits.dev, "test split": splits.test}
         return {
             **{
                 name: value
@@ -284,8 +308,12 @@ class _Comparing:
             "training rows": len(splits.train.examples),
             "development rows": 0 if splits.dev is None else len(splits.dev.examples),
             "test rows": len(splits.test.examples),
-            "teacher logits": "live" if config.live_teacher else f"top {config.top_k}, cached",
+            **{name: one.cut for name, one in cuts.items() if one is not None and one.cut},
+            "curve rows": len(splits.curve.examples),
+            "teacher logits": self.prepared.teacher_logits,
+            **({} if config.published_task is None else {"published task": config.published_task}),
             "ctkd": self.folder.record["ctkd"],
+            **{name: ", ".join(values) for name, values in environment.items()},
         }
 
 

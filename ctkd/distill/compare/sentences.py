@@ -37,6 +37,7 @@ def sentences_of(analysis: Analysis) -> list[str]:
         lines.append(_detectable(analysis, list(differences.values())))
     if differences and not analysis.is_demonstration:
         lines += _verdicts(analysis, differences)
+        lines += _over_seeds(analysis, differences)
         lines += _disagreements(differences)
     lines += _missing_seeds(analysis, differences)
     if differences and not analysis.is_demonstration:
@@ -113,6 +114,22 @@ def _verdicts(analysis: Analysis, differences: Mapping[str, Difference]) -> list
             f"{'it equals' if len(undecided) == 1 else 'they equal'} {analysis.baseline}."
         )
     return lines
+
+
+def _over_seeds(analysis: Analysis, differences: Mapping[str, Difference]) -> list[str]:
+    """What the verdicts do not count: the same methods trained with other seeds."""
+    found = [
+        f"{name} {one.seed_interval.low:+.1f} to {one.seed_interval.high:+.1f}"
+        for name, one in differences.items()
+        if one.seed_interval is not None
+    ]
+    if not found:
+        return []
+    return [
+        "Verdicts are about these trained models: examples were drawn again, runs were not. How "
+        "far other seeds would move a difference, its interval over seeds tells, here at "
+        f"{100 * (1 - analysis.alpha):g} %: {'; '.join(found)}."
+    ]
 
 
 def _disagreements(differences: Mapping[str, Difference]) -> list[str]:

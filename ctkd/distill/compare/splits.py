@@ -39,12 +39,14 @@ class Split:
         path: The file, JSON Lines with ``id``, ``group`` and the fields of the task.
         examples: What the file holds.
         fingerprint: SHA-256 of the file.
+        cut: What it was cut to, "first 200 of 5,000"; None where all rows were taken.
     """
 
     name: str
     path: Path
     examples: tuple[Example, ...]
     fingerprint: str
+    cut: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +57,8 @@ class Splits:
         train: What every run is trained on.
         dev: What settings are chosen on; None without a sweep.
         test: What is reported.
-        curve: The first rows of the development split, of the test split if there is none: held-out
-            cross-entropy while training is averaged over them.
+        curve: The first rows of the development split, of the test split if there is none, at most
+            `CURVE_ROWS`: held-out cross-entropy while training is averaged over them.
         asked: Held-out rows that the teacher is asked about: those of the test split and the curve.
     """
 
@@ -91,7 +93,7 @@ def prepare_splits(config: CompareConfig, models: Models, folder: Path, say: Say
         DataError: If data cannot be used, or no row is left in a split.
         OutputError: If the folder holds other rows already, or cannot be written.
     """
-    train, dev, test = _cut(config, say)
+    train, dev, test, cuts = _cut(config, say)
     train, forms = _readable_training(config.asking, models, train, say)
     if dev is not None:
         dev = _readable(config.asking, models, dev, forms, "held-out", say)
@@ -101,8 +103,8 @@ def prepare_splits(config: CompareConfig, models: Models, folder: Path, say: Say
     task = config.base.task
     splits = Splits(
         train=_write("train", train, folder, task),
-        dev=_write("dev", dev, folder, task) if dev else None,
-        test=_write("test", test, folder, task),
+        dev=_write("dev", dev, folder, task, cuts.get("dev")) if dev else None,
+        test=_write("test", test, folder, task, cuts.get("test")),
         curve=_write("curve", curve, folder, task),
         asked=_write("asked", [*curve, *test] if dev else test, folder, task),
     )
@@ -113,8 +115,13 @@ def prepare_splits(config: CompareConfig, models: Models, folder: Path, say: Say
     return splits
 
 
-def _cut(config: CompareConfig, say: Say) -> tuple[list[_Row], list[_Row] | None, list[_Row]]:
-    """Training, development (with a sweep only) and test rows, no passage on two sides."""
+def _cut(
+    config: CompareConfig, say: Say
+) -> tuple[list[_Row], list[_Row] | None, list[_Row], dict[str, str]]:
+    """Training, development (with a sweep only) and test rows, no passage on two sides.
+
+    Last comes what the latter two were cut to, where not all of their rows were taken.
+    """
     base = config.base
     train = _load(base.data, None, base)
     held_out = base.eval_data or (base.data if is_embedded(base.data) else None)
@@ -130,10 +137,12 @@ def _cut(config: CompareConfig, say: Say) -> tuple[list[_Row], list[_Row] | None
         train, dev = _split_off(train, config.dev_fraction, base.seed)
         say(f"cut off {len(dev)} of the training examples to choose settings on")
     limit = base.eval_limit
-    for name, rows in (("development", dev or []), ("test", test)):
+    cuts = {}
+    for name, title, rows in (("dev", "development", dev or []), ("test", "test", test)):
         if len(rows) > limit:
-            say(f"{name} split: the first {limit} of {len(rows)} examples (--eval-limit)")
-    return train, None if dev is None else dev[:limit], test[:limit]
+            cuts[name] = f"first {limit:,} of {len(rows):,}"
+            say(f"{title} split: the {cuts[name]} examples (--eval-limit)")
+    return train, None if dev is None else dev[:limit], test[:limit], cuts
 
 
 def _load(source: str, split: str | None, base: TrainConfig) -> list[_Row]:
@@ -197,7 +206,9 @@ def _warn_of_overlap(splits: Mapping[str, Sequence[_Row]], say: Say) -> None:
             )
 
 
-def _write(name: str, rows: Sequence[_Row], folder: Path, task: str) -> Split:
+def _write(
+    name: str, rows: Sequence[_Row], folder: Path, task: str, cut: str | None = None
+) -> Split:
     path = folder / f"{name}.jsonl"
     # The teacher may be asked about rows of two sources, whose ids need not differ.
     ids = name != "asked"
@@ -236,4 +247,5 @@ def _write(name: str, rows: Sequence[_Row], folder: Path, task: str) -> Split:
         path=path,
         examples=tuple(examples(load_rows(str(path)), task, COLUMNS)),
         fingerprint=hashlib.sha256(content).hexdigest(),
+        cut=cut,
     )

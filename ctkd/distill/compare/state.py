@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ STATE = "comparison.json"
 
 # They say how much is kept or shown, or where something lies, not what comes out.
 _FREE = {"device", "save_steps", "logging_steps", "keep_checkpoints", "report_to"}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class ComparisonFolder:
@@ -45,34 +47,24 @@ class ComparisonFolder:
         path = config.folder
         record = _planned(config)
         try:
-            for place in (path, *path.parents):
-                if place.exists() and not place.is_dir():
-                    raise OutputError(f"{place} is a file; choose a folder with --output")
-            present = path.is_dir() and any(
-                entry.name not in (".lock", f".{STATE}.partial") for entry in path.iterdir()
-            )
-            if present and not (path / STATE).is_file():
-                raise OutputError(
-                    f"{path} is not empty and holds no {STATE}, so it is no comparison; choose "
-                    "another --output"
-                )
+            _check_free(path)
             try_to_write(path)
             path.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(path / ".lock", timeout=0):
-                folder = cls(path, _taken_up(path, record) if present else record)
-                folder.write()
-                yield folder
-        except filelock.Timeout as error:
-            raise OutputError(
-                f"another process works in {path}; wait for it, or choose another --output"
-            ) from error
+        except OutputError:
+            raise
         except OSError as error:
-            if isinstance(error, OutputError) or error.filename is None:
-                raise
-            raise OutputError(
-                f"cannot write to {error.filename}: {error.strerror}; choose another --output, or "
-                "make room"
-            ) from error
+            raise _cannot_write(path, error) from error
+        with _alone(path):
+            begun = (path / STATE).is_file()
+            folder = cls(path, _taken_up(path, record) if begun else record)
+            folder.write()
+            try:
+                yield folder
+            except OSError as error:
+                # A full device can be met wherever runs write; anything else says more as it is.
+                if error.errno not in _FULL:
+                    raise
+                raise _cannot_write(path, error) from error
 
     @property
     def preparation(self) -> dict[str, float]:
@@ -80,11 +72,24 @@ class ComparisonFolder:
         found: dict[str, float] = self.record["preparation"]
         return found
 
-    def spent(self, name: str, seconds: float) -> None:
-        """Keep how long a preparation took, unless it was done before and only looked up now."""
-        if seconds > self.preparation.get(name, 0.0):
-            self.preparation[name] = round(seconds, 1)
-            self.write()
+    def spent(self, name: str, seconds: float, *, finished: bool) -> None:
+        """Keep how long a preparation took.
+
+        What was stopped adds up until it is finished. Later it is only looked up, which counts
+        for nothing unless more had to be done than at first.
+
+        Args:
+            name: What was prepared.
+            seconds: How long this attempt took.
+            finished: Whether it came to its end.
+        """
+        before = self.preparation.get(name, 0.0)
+        ended: list[str] = self.record.setdefault("prepared", [])
+        total = max(before, seconds) if name in ended else before + seconds
+        if finished and name not in ended:
+            ended.append(name)
+        self.preparation[name] = round(total, 1)
+        self.write()
 
     def check_same(self, name: str, found: Mapping[str, str | None]) -> None:
         """Keep fingerprints, or refuse if they are others than when the comparison was begun.
@@ -108,11 +113,56 @@ class ComparisonFolder:
         self.write()
 
     def write(self) -> None:
-        """Write ``comparison.json`` at once or not at all."""
+        """Write ``comparison.json`` at once or not at all.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
         partial = self.path / f".{STATE}.partial"
         text = json.dumps(self.record, indent=2, ensure_ascii=False) + "\n"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / STATE)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, self.path / STATE)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+
+def _check_free(path: Path) -> None:
+    """Refuse a folder of something else, before anything in it is touched."""
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise OutputError(f"{place} is a file; choose a folder with --output")
+    if not path.is_dir() or (path / STATE).is_file():
+        return
+    if any(entry.name not in (".lock", f".{STATE}.partial") for entry in path.iterdir()):
+        raise OutputError(
+            f"{path} is not empty and holds no {STATE}, so it is no comparison; choose another "
+            "--output"
+        )
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    lock = filelock.FileLock(path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise OutputError(
+            f"another process works in {path}; wait for it, or choose another --output"
+        ) from error
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write to {error.filename or path}: {error.strerror or error}; make room, change "
+        "the permissions, or choose another --output"
+    )
 
 
 def _planned(config: CompareConfig) -> dict[str, Any]:

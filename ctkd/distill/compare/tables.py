@@ -8,18 +8,21 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
+from ctkd.distill.compare.methods import SEQKD
+from ctkd.distill.compare.published import beside
 from ctkd.distill.compare.records import METRICS, UNTRAINED, Comparison, Record
+from ctkd.distill.config import SFT
 from ctkd.distill.doctor_page import printable
 
 if TYPE_CHECKING:
     from ctkd.distill.compare.analysis import Analysis, Difference, MethodResult
-    from ctkd.distill.compare.published import PublishedTable
+    from ctkd.distill.compare.published import PublishedCell, PublishedTable
     from ctkd.distill.compare.statistics import Interval
 
 __all__ = [
@@ -45,6 +48,8 @@ _SIGNS = re.compile(r"[\\`*\[\]<>|~&@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.|^[-+#
 _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 # They tell runs apart, not methods.
 _PER_RUN = ("seed", "output")
+_SAME_DATA = "Other models, rows or settings than here: not comparable number by number."
+_OTHER_DATA = "Other data than here (no published task is set): no own numbers stand beside."
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,54 +280,66 @@ def preparation_costs(comparison: Comparison) -> Table | None:
 def published_numbers(
     published: Sequence[PublishedTable], comparison: Comparison, analysis: Analysis
 ) -> list[Table]:
-    """What papers printed, one table for each of theirs, with this comparison's numbers beside."""
-    return [_published(table, comparison, analysis) for table in published]
+    """What papers printed about this comparison's data, one table for each of theirs.
+
+    Beside it stand this comparison's means of the same metrics. Which of their data sets this is,
+    ``settings["published task"]`` says: tables about others are left out. Without it tables are
+    whole, and nothing of this comparison stands in them.
+    """
+    task = comparison.settings.get("published task")
+    if not task:
+        return [_published(table, table.cells, {}, _OTHER_DATA) for table in published]
+    here = _results_by_loss(comparison, analysis)
+    chosen = [(one, [placed.cell for placed in beside([one], task_data=task)]) for one in published]
+    return [_published(table, cells, here, _SAME_DATA) for table, cells in chosen if cells]
 
 
-def _published(table: PublishedTable, comparison: Comparison, analysis: Analysis) -> Table:
+def _published(
+    table: PublishedTable,
+    cells: Sequence[PublishedCell],
+    here: Mapping[str, Sequence[MethodResult]],
+    warning: str,
+) -> Table:
     values = {}
-    for cell in table.cells:
+    for cell in cells:
         setting = (cell.teacher, cell.student, cell.task, cell.metric)
         values[(cell.method, cell.label), setting] = f"{cell.value:g}"
     methods = list(dict.fromkeys(row for row, _ in values))
     settings = list(dict.fromkeys(setting for _, setting in values))
-    here = _numbers_here(comparison, analysis)
-    beside = any(metric == comparison.metric for *_, metric in settings)
+    measured = {name for results in here.values() for one in results for name in one.means}
+    metrics = [name for name in dict.fromkeys(cell.metric for cell in cells) if name in measured]
     columns = [Column("published as", words=True)]
     columns += [Column(_setting_title(*setting)) for setting in settings]
-    rows = [
-        [label, *(values.get(((method, label), setting), NOTHING) for setting in settings)]
+    columns += [Column(f"this comparison, {METRICS[name]}") for name in metrics]
+    rows = tuple(
+        (
+            label,
+            *(values.get(((method, label), setting), NOTHING) for setting in settings),
+            *(_means(here.get(method, ()), name) for name in metrics),
+        )
         for method, label in methods
-    ]
-    if beside:
-        columns.append(Column(f"this comparison, {METRICS[comparison.metric]}"))
-        for row, (method, _) in zip(rows, methods, strict=True):
-            row.append(" / ".join(here.get(method, [])) or NOTHING)
+    )
     where = [table.source, *([f"arXiv {table.arxiv}"] if table.arxiv else [])]
     where += [f"table {table.table}"] if table.table else []
     runs = "unknown" if table.seeds is None else str(table.seeds)
     notes = [f"{', '.join(where)}. {table.measured}; runs behind each number: {runs}."]
-    notes += [table.note] if table.note else []
-    notes += ["Other models, data or settings than here: not comparable number by number."]
-    return Table(
-        title=table.name,
-        columns=tuple(columns),
-        rows=tuple(tuple(row) for row in rows),
-        note=" ".join(notes),
-    )
+    notes += [table.note, warning] if table.note else [warning]
+    return Table(title=table.name, columns=tuple(columns), rows=rows, note=" ".join(notes))
 
 
-def _numbers_here(comparison: Comparison, analysis: Analysis) -> dict[str, list[str]]:
-    """This comparison's means by the loss's name; several if it ran with several settings."""
-    losses = {record.method: record.settings.get("loss") for record in comparison.finals}
-    found: dict[str, list[str]] = {}
-    for result in analysis.references:
-        found[result.method] = [decimal(result.mean, 1)]
+def _means(results: Sequence[MethodResult], metric: str) -> str:
+    return " / ".join(decimal(one.means.get(metric), 1) for one in results) or NOTHING
+
+
+def _results_by_loss(comparison: Comparison, analysis: Analysis) -> dict[str, list[MethodResult]]:
+    """Results by the name that published tables have; several if a loss ran more than once."""
+    found = {result.method: [result] for result in analysis.references}
     for result in analysis.methods:
-        names = dict.fromkeys((result.method.split()[0], losses.get(result.method)))
-        for name in names:
-            if name:
-                found.setdefault(name, []).append(decimal(result.mean, 1))
+        settings = comparison.of(result.method)[0].settings
+        loss = settings.get("loss", result.method.split()[0])
+        # Such a run has the loss "sft", but published as "sft" is training on the data's answers.
+        name = SEQKD if loss == SFT and settings.get("answers") == "teacher" else loss
+        found.setdefault(name, []).append(result)
     return found
 
 

@@ -70,6 +70,8 @@ def fake_comparison(
             "batch_size": 4,
             "learning_rate": 5e-5,
             "dtype": "float32",
+            "development rows": 24 if trials else 0,
+            "curve rows": 24 if trials else min(32, examples),
         },
         metric="f1",
         baseline=methods[0],
@@ -161,8 +163,10 @@ def _varied(method: str) -> dict[str, Any]:
 
 
 def _settings(method: str, seed: int, steps: int) -> dict[str, Any]:
+    loss = method.split()[0]
     return {
-        "loss": method.split()[0],
+        "loss": "sft" if loss == "seqkd" else loss,
+        "answers": "teacher" if loss == "seqkd" else "data",
         "kd_weight": 1.5 if _varied(method) else None,
         "student": "smollm2-135m-instruct",
         "max_steps": steps,

@@ -181,6 +181,23 @@ def test_heading_and_design():
     assert f"about {detectable[0]:.1f} to {detectable[-1]:.1f} points or more" in text(analysis)
 
 
+def test_verdicts_come_with_what_other_seeds_would_do():
+    analysis = analyse(compared(noisy(SHIFTS)), alpha=0.1)
+    spreads = {
+        name: one.difference.seed_interval
+        for name, one in by_method(analysis).items()
+        if one.difference is not None
+    }
+    [told] = [one for one in analysis.sentences() if one.startswith("Verdicts are about these")]
+    ends = [f"{name} {low:+.1f} to {high:+.1f}" for name, (low, high) in spreads.items()]
+    assert told.endswith(f"its interval over seeds tells, here at 90 %: {'; '.join(ends)}.")
+    # One seed has no spread.
+    alone = [one for one in noisy(SHIFTS) if one.method != "uld" or one.seed == 2]
+    assert "uld -" not in text(analyse(compared(alone))) and "uld +" not in text(
+        analyse(compared(alone))
+    )
+
+
 def test_claim_that_the_seeds_do_not_bear_out():
     base = np.full(60, 50.0)
     finals = [run("sft", seed, base) for seed in range(3)]

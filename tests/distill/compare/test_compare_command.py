@@ -56,7 +56,8 @@ def test_every_option_arrives(given):
         "--max-length 99 --on-long refuse --min-coverage 0.5 --student-template chat "
         "--teacher-template chat --teacher-shots 2 --eval-limit 9 --max-new-tokens 5 "
         "--dtype bfloat16 --device cpu --seed 4 --logging-steps 3 --save-steps 6 "
-        "--curve-points 2 --published a.json --published b.json --output out --keep-models"
+        "--curve-points 2 --published a.json --published b.json --published-task fairytaleqa "
+        "--output out --keep-models"
     )
     result = run(*words.split())
     assert result.exit_code == 0, result.output
@@ -75,6 +76,7 @@ def test_every_option_arrives(given):
             top_k=64,
             curve_points=2,
             published=("a.json", "b.json"),
+            published_task="fairytaleqa",
             keep_models=True,
             common={
                 "student": "s", "teacher": "t", "data": "rows.jsonl", "task": "text",

@@ -1,9 +1,12 @@
 """What may be compared with what, told before anything is read."""
 
+import shlex
+
 import pytest
 
-from ctkd.distill.compare.config import CompareConfig
+from ctkd.distill.compare.config import SAVE_STEPS, CompareConfig
 from ctkd.distill.compare.methods import Method, parse_method, parse_sweep
+from ctkd.distill.config import TrainConfig
 from ctkd.errors import SettingError
 
 
@@ -130,6 +133,24 @@ def test_unequal_numbers_of_trials_are_refused_with_what_to_add():
     CompareConfig(losses=("sft", "uld", "mined"), sweep={"uld.kd_weight": (0.15, 1.5, 3), **added})
 
 
+def test_what_it_says_to_add_can_be_pasted_into_a_shell():
+    losses = ("uld:kd_weight=1.5", "mined")
+    sweep = {"mined.k": (5, 10)}
+    said = refused(losses=losses, sweep=sweep)
+    words = shlex.split(said.split("add ")[1])
+    assert words == ["--sweep", "uld kd_weight=1.5.learning_rate=5e-05,0.0001"]
+    CompareConfig(losses=losses, sweep={**sweep, **dict([parse_sweep(words[1])])})
+
+
+def test_runs_are_saved_more_often_than_a_single_run_is_unless_told_otherwise():
+    config = CompareConfig(losses=("uld",))
+    assert SAVE_STEPS < TrainConfig().save_steps
+    for common, steps in (({}, SAVE_STEPS), ({"save_steps": 7}, 7)):
+        config = CompareConfig(losses=("uld",), common=common)
+        run = config.train_config(config.methods[0], {}, 0)
+        assert run.save_steps == config.base.save_steps == config.asking.save_steps == steps
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -168,6 +189,16 @@ def test_unequal_numbers_of_trials_are_refused_with_what_to_add():
         ({"dev_data": "pocketqa"}, "there is no sweep"),
         ({"live_teacher": "yes"}, "live_teacher must be true or false"),
         ({"cache": 3}, "cache must be text"),
+        ({"published_task": 3}, "published_task must be text"),
+        (
+            {
+                "losses": ("seqkd",),
+                "seeds": 2,
+                "live_teacher": True,
+                "common": {"teacher_shots": 1},
+            },
+            "use one seed, no shots, or live_teacher without seqkd",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(settings, said):

@@ -137,3 +137,14 @@ def test_nothing_is_left_behind(place, straight, killed):
         assert not list(folder.glob("runs/*/checkpoint-*"))
         assert not list(folder.glob("runs/*/*.safetensors"))
         assert len(list(folder.glob("runs/*"))) == 4
+
+
+def test_a_folder_that_was_moved_goes_on_where_it_was(place, straight):
+    first = chain(place, "here", [("step", 2)])
+    assert first.processes == ["killed"]
+    (place.folder / "here").rename(place.folder / "there")
+    moved = chain(place, "there", [None])
+    assert moved.processes == ["code 0"]
+    assert measured(moved.records) == measured(straight.records)
+    # The first step was saved, the second was not.
+    assert sum(moved.counted("step").values()) == 4 * STEPS - 1

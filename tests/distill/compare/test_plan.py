@@ -1,15 +1,18 @@
 """Which runs a comparison has, and when two of them are one."""
 
 import dataclasses
+import enum
 from pathlib import Path
 
 import pytest
 
+from ctkd.distill.compare import plan as plans
 from ctkd.distill.compare.config import CompareConfig
 from ctkd.distill.compare.plan import Job, Plan, best_trial
 from ctkd.distill.compare.records import Record
 from ctkd.distill.compare.splits import Split, Splits
 from ctkd.errors import SettingError
+from ctkd.registry import describe
 from tests import tiny
 
 MODELS = {"student": "s", "teacher": "t"}
@@ -92,6 +95,7 @@ def keys(found: Plan) -> dict[str, tuple[str, str]]:
         {"common": {"save_steps": 1, "logging_steps": 2, "device": "cpu", "report_to": "all"}},
         {"keep_models": True},
         {"published": ("a.json",)},
+        {"published_task": "fairytaleqa"},
         {"metric": "exact_match"},
         {"baseline": "uld"},
         {"seeds": 5},
@@ -152,6 +156,31 @@ def test_a_run_reads_the_written_rows_and_asks_the_cache():
     # What a record shows names the user's own data.
     assert uld.training.settings["data"] == "pocketqa"
     assert "output" not in uld.training.settings
+
+
+def test_a_record_shows_what_takes_effect_and_the_run_what_was_given():
+    sft, mined, uld = finals(plan(("sft", "mined:k=3", "uld:kd_weight=0.5:ce_weight=0")))
+    assert (mined.training.config.kd_weight, mined.training.config.loss_options) == (None, {"k": 3})
+    shown = [
+        [job.training.settings[name] for name in ("ce_weight", "kd_weight")]
+        for job in (sft, mined, uld)
+    ]
+    assert shown == [[1.0, 0.0], [0.9, 0.1], [0, 0.5]]
+    assert sft.training.settings["loss_options"] == {}
+    options = mined.training.settings["loss_options"]
+    assert options == {**describe("mined").settings, "k": 3}
+    assert len(options) > 1
+    # What it says does not tell runs apart.
+    given = finals(plan(("mined:k=3",)))[0]
+    assert given.training.key == mined.training.key
+
+
+def test_a_record_holds_what_json_can_whatever_a_losss_defaults_are(monkeypatch):
+    way = enum.Enum("way", "there back")
+    facts = dataclasses.replace(describe("uld"), settings={"way": way.there, "ends": (1, 2)})
+    monkeypatch.setattr(plans, "describe", lambda name: facts)
+    (job,) = finals(plan(("uld",)))
+    assert job.training.settings["loss_options"] == {"way": repr(way.there), "ends": [1, 2]}
 
 
 def test_with_a_live_teacher_only_its_texts_come_from_the_cache():

@@ -212,6 +212,12 @@ def test_beside_picks_by_data_and_metric_in_order():
     assert found[1] == PlacedCell(table=first, cell=first.cells[0])
 
 
+def test_beside_without_a_metric_picks_all_about_the_data():
+    first = table_of("first", {"value": 1.0}, {"metric": "f1", "value": 2.0}, {"task": "qed"})
+    found = beside([first], task_data="fairytaleqa")
+    assert [placed.cell.value for placed in found] == [1.0, 2.0]
+
+
 @pytest.mark.parametrize(
     ("task", "metric"), [("pocketqa", "f1"), ("fairytaleqa", "f1"), ("fairytale", "rouge_lsum")]
 )

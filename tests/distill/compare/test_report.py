@@ -181,6 +181,56 @@ def test_everything_the_analysis_says_is_there(tmp_path):
     assert [line[2:] for line in told if line.startswith("- ")] == analysis.sentences()
     for method in METHODS:
         assert any(line.startswith(method) for line in told)
+    assert told[-1].startswith("Before any run: teacher cache ")
+    bare = dataclasses.replace(comparison, preparation={})
+    assert "Before any run" not in terminal(bare, analysis)
+
+
+def with_settings(**settings):
+    comparison = fake_comparison(seeds=(0,))
+    return dataclasses.replace(comparison, settings={**comparison.settings, **settings})
+
+
+@pytest.mark.parametrize(
+    ("dev", "rows", "told"),
+    [
+        (24, 24, "Held-out cross-entropy is over the first 24 development rows."),
+        (0, 32, "Held-out cross-entropy is over the first 32 test rows."),
+        (0, 1, "Held-out cross-entropy is over the first test row."),
+        (24, None, None),
+    ],
+)
+def test_captions_of_curves_say_what_rows_they_rest_on(tmp_path, dev, rows, told):
+    comparison = with_settings(**{"development rows": dev, "curve rows": rows})
+    page, text = write(comparison, tmp_path)
+    _, curves, effort, _ = Page(page).texts("figcaption")
+    for caption in (curves, effort):
+        assert caption.endswith(f"{told} Lower is better." if told else ". Lower is better.")
+        assert ("Held-out cross-entropy is over" in caption) == bool(told)
+    assert text.count("Held-out cross-entropy is over") == (2 if told else 0)
+
+
+def test_the_caption_of_costs_says_whose_memory_it_is(usual):
+    assert "peak memory: of the process as a whole" in Page(usual[0]).texts("figcaption")[3]
+
+
+def test_published_tables_without_a_number_about_this_data_are_named(tmp_path):
+    other = dataclasses.replace(
+        PUBLISHED, name="Other", cells=(dataclasses.replace(PUBLISHED.cells[0], task="dolly"),)
+    )
+    page, _ = write(
+        with_settings(**{"published task": "qed"}), tmp_path, published=[PUBLISHED, other]
+    )
+    assert "Table 1" in Page(page).texts("h3") and "Other" not in Page(page).texts("h3")
+    assert "Without a number about qed, and left out: Other." in Page(page).texts("p")
+
+
+def test_the_claim_is_about_these_trained_models_and_says_what_a_seed_varies(usual):
+    told = Page(usual[0]).texts("li")
+    [claim] = [one for one in told if "the chance of any false claim" in one]
+    assert "for these trained models, the chance of any false claim from the choice" in claim
+    assert "How far other seeds would move a difference, its interval over seeds tells" in claim
+    assert any("It is no other initialisation" in one for one in told)
 
 
 def test_hostile_texts_stay_texts(tmp_path):

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctkd.distill import measuring, models
+import ctkd
+from ctkd.distill import measuring, models, training
 from ctkd.distill.compare import evaluating, runner
 from ctkd.distill.compare.config import CompareConfig
 from ctkd.distill.compare.records import TEACHER, UNTRAINED, read_records
 from ctkd.errors import DataError, OutputError, SettingError
+from ctkd.registry import describe
 from tests.tiny_runs import Workplace, record
 
 LOSSES = ("sft", "uld", "seqkd")
@@ -62,12 +64,9 @@ def done(place) -> Path:
 
 @pytest.fixture
 def copied(place, done, tmp_path_factory) -> str:
-    """Another name for that comparison, whose folder may be changed."""
+    """Another name for that comparison: a folder that was moved, and may be changed."""
     name = tmp_path_factory.mktemp("copy").name
     shutil.copytree(done, place.folder / name)
-    for file in (place.folder / name).glob("runs/*/ctkd.json"):
-        # Runs know where they lie.
-        file.write_text(file.read_text().replace(f"{done}/", f"{place.folder / name}/"))
     return name
 
 
@@ -169,6 +168,36 @@ def test_a_finished_comparison_is_only_looked_up(place, copied, worked):
     assert not any("run 1 of" in line for line in said)
 
 
+def test_the_settings_say_what_was_trained_how_and_with_what(place, copied, worked):
+    again = config(place, copied, seeds=2, sweep=SWEEP, published_task="fairytaleqa")
+    comparison = runner.compare(again, say=lambda line: None).comparison
+    found = comparison.settings
+    assert worked == []
+    assert found["published task"] == "fairytaleqa"
+    splits = (found["training rows"], found["development rows"], found["test rows"])
+    assert all(isinstance(one, int) for one in (*splits, found["curve rows"]))
+    assert found["curve rows"] == found["development rows"]
+    assert not {"development split", "test split"} & found.keys()
+    size = json.loads((place.folder / copied / "teacher" / "cache.json").read_text())["vocab_size"]
+    assert found["teacher logits"] == f"top 256 of {size}, cached, asked in float32"
+    assert (found["device"], found["threads"]) == ("cpu", "1")
+    assert (found["torch"], found["ctkd"]) == (torch.__version__, ctkd.__version__)
+    assert "transformers" in found
+    # A loss's own weights are where they take effect.
+    assert "ce_weight" not in found
+    (uld, *_) = comparison.of("uld")
+    assert (uld.settings["ce_weight"], uld.settings["kd_weight"]) == describe("uld").default_weights
+    assert uld.settings["loss_options"] == describe("uld").settings
+
+
+def test_runs_in_two_environments_are_told_as_such(place, copied, worked, monkeypatch):
+    monkeypatch.setattr(training, "__version__", "99")
+    more = config(place, copied, seeds=3, sweep=SWEEP)
+    found = runner.compare(more, say=lambda line: None).comparison.settings
+    assert found["ctkd"] == f"{ctkd.__version__}, 99"
+    assert found["device"] == "cpu"
+
+
 def test_losses_and_seeds_may_be_added(place, copied, worked):
     more = config(place, copied, losses=(*LOSSES, "mined"), seeds=3, sweep=SWEEP)
     outcome = runner.compare(more, say=lambda line: None)
@@ -222,6 +251,22 @@ def test_a_cache_of_other_rows_is_refused_before_anything_is_trained(place, done
     assert worked == []
 
 
+def test_a_cache_without_training_texts_is_refused_before_anything_is_trained(place, worked):
+    made = config(place, "no-texts", losses=("sft", "uld"))
+    runner.compare(made, say=lambda line: None)
+    worked.clear()
+    cache = str(place.folder / "no-texts" / "teacher")
+    for live in (False, True):
+        settings = {"cache": cache, "live_teacher": live}
+        with pytest.raises(DataError) as caught:
+            runner.compare(config(place, f"written-{live}", **settings), say=lambda line: None)
+        assert "holds no answer of the teacher to example" in str(caught.value)
+        assert "--texts all" in str(caught.value)
+    assert worked == []
+    others = config(place, "written-not", losses=("sft",), cache=cache)
+    runner.compare(others, say=lambda line: None)
+
+
 def test_whole_rows_are_asked_of_a_live_teacher(place, worked):
     losses = ("sft", "mined:form=dense")
     with pytest.raises(SettingError) as caught:
@@ -234,6 +279,7 @@ def test_whole_rows_are_asked_of_a_live_teacher(place, worked):
     (run,) = [one for one in outcome.comparison.finals if one.method != "sft"]
     folder = next((place.folder / "live" / "runs").glob("mined*"))
     assert record(folder)["settings"]["teacher_cache"] is None
+    assert outcome.comparison.settings["teacher logits"] == "live, asked in float32"
     assert "kd" in run.history[0]
 
 
@@ -296,15 +342,18 @@ def test_two_processes_do_not_work_in_one_folder(place, copied, monkeypatch):
     assert "another process works in" in refused[0]
 
 
-def test_a_record_that_was_lost_is_made_again(place, copied, worked):
+def test_a_record_that_was_lost_is_made_again(place, copied, worked, monkeypatch):
+    monkeypatch.setattr(runner, "give_back_freed_memory", lambda: worked.append("give back"))
     folder = place.folder / copied
     lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
     lost = [line for line in lines if '"stage": "final"' in line][-2:]
     (folder / "results.jsonl").write_text("".join(line for line in lines if line not in lost))
     before = read_records(place.folder / "done")
     runner.compare(config(place, copied, seeds=2, sweep=SWEEP), say=lambda line: None)
-    assert [one for one in worked if one.startswith("train")] == [
+    assert [one for one in worked if not one.startswith("load")] == [
+        "give back",
         "train uld data seed 1",
+        "give back",
         "train sft teacher seed 1",
     ]
     found = read_records(folder)
@@ -315,8 +364,11 @@ def test_a_record_that_was_lost_is_made_again(place, copied, worked):
 
 def test_progress_says_which_run_it_is_and_how_long_the_rest_takes(place):
     said = []
-    quick = config(place, "told", losses=("sft", "uld:kd_weight=0.15"), seeds=2)
-    runner.compare(quick, say=said.append)
+    rows = {"eval_data": str(place.rows), "eval_limit": 3}
+    quick = config(place, "told", losses=("sft", "uld:kd_weight=0.15"), seeds=2, common=rows)
+    outcome = runner.compare(quick, say=said.append)
+    assert outcome.comparison.settings["test rows"] == 3
+    assert outcome.comparison.settings["test split"] == "first 3 of 20"
     runs = [line for line in said if line.startswith("run ")]
     assert [line.split(";")[0] for line in runs] == [
         "run 1 of 4: sft, seed 0",

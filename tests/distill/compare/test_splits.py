@@ -135,6 +135,19 @@ def test_no_more_rows_are_answered_than_asked_for(models, tmp_path, qa):
     splits, said = prepared(models, tmp_path, qa, common=common)
     assert [one.id for one in splits.test.examples] == ["q0", "q1", "q2"]
     assert "test split: the first 3 of 24 examples (--eval-limit)" in said
+    assert (splits.train.cut, splits.test.cut) == (None, "first 3 of 24")
+
+
+def test_where_all_rows_are_taken_nothing_is_said_of_a_cut(models, tmp_path, qa):
+    common = {"eval_data": str(qa), "eval_limit": 2 * PASSAGES}
+    splits, said = prepared(models, tmp_path, qa, sweep=SWEEP, dev_data=str(qa), common=common)
+    assert splits.test.cut is splits.dev.cut is None
+    assert not any("--eval-limit" in line for line in said)
+    common["eval_limit"] = 5
+    other = tmp_path / "other"
+    splits, said = prepared(models, other, qa, sweep=SWEEP, dev_data=str(qa), common=common)
+    assert splits.test.cut == splits.dev.cut == "first 5 of 24"
+    assert "development split: the first 5 of 24 examples (--eval-limit)" in said
 
 
 def test_equal_rows_are_taken_up_and_others_refused(models, tmp_path, qa):

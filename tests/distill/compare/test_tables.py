@@ -133,35 +133,113 @@ def test_preparation_is_listed_if_there_was_any():
     assert tables.preparation_costs(dataclasses.replace(comparison, preparation={})) is None
 
 
-def published(metric="f1"):
-    def cell(method, label, student, value):
-        return PublishedCell(
-            method=method, label=label, student=student, teacher="LLaMA2-7B", task="qed",
-            metric=metric, value=value,
-        )  # fmt: skip
+PRINTED = {
+    "teacher": (61.7, 50.9),
+    "untrained student": (12.5, 11.2),
+    "sft": (55.7, 46.0),
+    "seqkd": (49.6, 39.2),
+    "uld": (56.8, 45.8),
+    "dskd": (57.0, 46.5),
+}
 
+
+def printed(*tasks, name="Table 1"):
+    """A paper's table: F1 on "qed", Rouge-LSum on "fairytaleqa", and Rouge-L on "dolly"."""
+    metrics = {"qed": "f1", "fairytaleqa": "rouge_lsum", "dolly": "rouge_l"}
     return PublishedTable(
-        name="Table 1", source="A paper", arxiv="2412.14528", venue=None, table="1",
-        measured="F1", seeds=None, note="A note.",
-        cells=(cell("uld", "ULD", "OPT", 56.76), cell("dskd", "DSKD", "OPT", 1.5),
-               cell("uld", "ULD", "Pythia", 59.71)),
+        name=name, source="A paper", arxiv="2412.14528", venue=None, table="1",
+        measured="Three things", seeds=None, note="A note.",
+        cells=tuple(
+            PublishedCell(method=method, label=method.upper(), student="OPT", teacher="LLaMA2-7B",
+                          task=task, metric=metrics[task], value=values[task != "qed"])
+            for method, values in PRINTED.items() for task in tasks
+        ),
     )  # fmt: skip
 
 
-def test_published_numbers_stand_beside_those_of_the_same_loss():
-    comparison = fake_comparison(methods=("sft", "uld kd_weight=0.15", "uld kd_weight=1.5"))
+def beside(published_task, *papers, methods=("sft", "seqkd", "uld a=1", "uld a=2")):
+    """Published tables beside a comparison on that data, and the comparison's results by name."""
+    comparison = fake_comparison(methods=methods)
+    settings = {**comparison.settings, "published task": published_task}
+    comparison = dataclasses.replace(comparison, settings=settings)
     analysis = analyse(comparison, resamples=200)
-    [table] = tables.published_numbers([published()], comparison, analysis)
-    here = " / ".join(f"{result.mean:.1f}" for result in analysis.methods[1:])
-    assert table.rows == (("ULD", "56.76", "59.71", here), ("DSKD", "1.5", NOTHING, NOTHING))
+    found = {one.method: one for one in (*analysis.references, *analysis.methods)}
+    return tables.published_numbers(papers, comparison, analysis), found
+
+
+def test_published_numbers_are_those_on_our_data_beside_our_means_of_their_metric():
+    [table], found = beside("fairytaleqa", printed("qed", "fairytaleqa", "dolly"))
+    assert [column.title for column in table.columns] == [
+        "published as",
+        "LLaMA2-7B → OPT, fairytaleqa, Rouge-LSum",
+        "this comparison, Rouge-LSum",
+    ]
+    here = {name: f"{one.means['rouge_lsum']:.1f}" for name, one in found.items()}
+    assert table.rows == (
+        ("TEACHER", "50.9", here["teacher"]),
+        ("UNTRAINED STUDENT", "11.2", here["untrained student"]),
+        ("SFT", "46", here["sft"]),
+        ("SEQKD", "39.2", here["seqkd"]),
+        ("ULD", "45.8", f"{here['uld a=1']} / {here['uld a=2']}"),
+        ("DSKD", "46.5", NOTHING),
+    )
+    # Else the columns could be of the metric that methods are compared by.
+    assert here["sft"] != f"{found['sft'].mean:.1f}"
     assert "arXiv 2412.14528" in table.note and "A note." in table.note
+    assert table.note.endswith("not comparable number by number.")
 
 
-def test_published_numbers_of_another_metric_stand_alone():
-    comparison = fake_comparison()
+def test_seqkd_is_not_filed_under_the_loss_it_trains_with():
+    [table], found = beside("qed", printed("qed"), methods=("seqkd", "uld"))
+    rows = cells_of(table)
+    assert rows["SFT"]["this comparison, F1"] == NOTHING
+    assert rows["SEQKD"]["this comparison, F1"] == f"{found['seqkd'].mean:.1f}"
+
+
+def test_a_method_with_a_name_of_its_own_is_filed_under_its_loss():
+    comparison = fake_comparison(methods=("sft", "uld"))
+    finals = tuple(
+        dataclasses.replace(one, method="strong" if one.method == "uld" else "mined")
+        for one in comparison.finals
+    )
+    settings = {**comparison.settings, "published task": "qed"}
+    comparison = dataclasses.replace(comparison, finals=finals, baseline="mined", settings=settings)
     analysis = analyse(comparison, resamples=200)
-    [table] = tables.published_numbers([published("rouge_lsum")], comparison, analysis)
-    assert len(table.columns) == 3
+    [table] = tables.published_numbers([printed("qed")], comparison, analysis)
+    rows = cells_of(table)
+    sft, uld = (f"{one.mean:.1f}" for one in analysis.methods)
+    assert (rows["SFT"]["this comparison, F1"], rows["ULD"]["this comparison, F1"]) == (sft, uld)
+
+
+def test_a_published_metric_that_is_not_measured_here_stands_alone():
+    [table], _ = beside("dolly", printed("qed", "dolly"))
+    assert [column.title for column in table.columns] == [
+        "published as",
+        "LLaMA2-7B → OPT, dolly, rouge_l",
+    ]
+
+
+def test_tables_about_other_data_are_left_out():
+    found, _ = beside("qed", printed("fairytaleqa", name="other"), printed("qed", name="same"))
+    assert [table.title for table in found] == ["same"]
+    assert beside("pocketqa", printed("qed", "fairytaleqa"))[0] == []
+
+
+@pytest.mark.parametrize("unset", [None, ""])
+def test_without_a_published_task_tables_are_whole_and_none_of_our_numbers_stand_there(unset):
+    [table], _ = beside(unset, printed("qed", "fairytaleqa"))
+    assert [column.title for column in table.columns[1:]] == [
+        "LLaMA2-7B → OPT, qed, F1",
+        "LLaMA2-7B → OPT, fairytaleqa, Rouge-LSum",
+    ]
+    assert table.rows[2] == ("SFT", "55.7", "46")
+    assert "Other data than here" in table.note
+    comparison = fake_comparison()
+    assert "published task" not in comparison.settings
+    analysis = analyse(comparison, resamples=200)
+    assert tables.published_numbers([printed("qed", "fairytaleqa")], comparison, analysis) == [
+        table
+    ]
 
 
 def test_nothing_in_a_cell_is_html_or_steers_a_terminal():
