@@ -18,6 +18,7 @@ from ctkd.cli_options import (
     prompt_options,
     quieten,
     say,
+    step_options,
 )
 from ctkd.errors import CtkdError
 from ctkd.registry import describe, list_losses
@@ -125,13 +126,7 @@ def main() -> None:
 @data_options
 @click.option("--eval-data", help="Held-out data. Default: a part of --data, by passage.")
 @click.option("--output", help="Folder of the run. [runs/LOSS-seedN]")
-@click.option("--max-steps", type=int, help="Optimizer steps; goes before --epochs.")
-@click.option("--epochs", type=float, help="Passes over the data. [1]")
-@click.option("--batch-size", type=int, help="Sequences per micro-batch. [4]")
-@click.option("--grad-accumulation", type=int, help="Micro-batches per step. [1]")
-@click.option("--learning-rate", type=float, help="Peak rate; the paper's is 1e-6. [5e-5]")
-@click.option("--warmup", type=float, help="Share of the steps with a rising rate. [0.1]")
-@click.option("--weight-decay", type=float, help="Of AdamW. [0]")
+@step_options
 @prompt_options
 @click.option("--kd-weight", type=float, help="Weight of the loss. [the loss's own]")
 @click.option("--ce-weight", type=float, help="Weight of cross-entropy. [the loss's own]")

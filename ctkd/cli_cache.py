@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from ctkd.cli_options import (
-    cache_options,
     data_options,
     model_options,
     named_columns,
@@ -33,7 +32,20 @@ Examples:
 @data_options
 @click.option("--eval-data", help="Held-out data. Default: a part of --data, by passage.")
 @click.option("--output", required=True, help="Folder of the cache.")
-@cache_options
+@click.option(
+    "--k",
+    type=int,
+    default=256,
+    show_default=True,
+    help="Largest logits kept per position; 0 keeps those of observed tokens alone.",
+)
+@click.option(
+    "--temperature",
+    "temperatures",
+    type=float,
+    multiple=True,
+    help="At which a loss may ask. Repeatable. [1 and 2]",
+)
 @click.option(
     "--texts",
     type=click.Choice(["none", "held-out", "all"]),

@@ -13,6 +13,7 @@ from ctkd.cli_options import (
     prompt_options,
     quieten,
     say,
+    step_options,
 )
 
 __all__ = ["compare"]
@@ -62,13 +63,7 @@ Examples:
     help="Ask the teacher at every step, for losses that need whole rows of its logits.",
 )
 @click.option("--top-k", type=int, help="Largest logits that the cache keeps per position. [256]")
-@click.option("--max-steps", type=int, help="Optimizer steps of every run; goes before --epochs.")
-@click.option("--epochs", type=float, help="Passes over the data. [1]")
-@click.option("--batch-size", type=int, help="Sequences per micro-batch. [4]")
-@click.option("--grad-accumulation", type=int, help="Micro-batches per step. [1]")
-@click.option("--learning-rate", type=float, help="Peak rate; the paper's is 1e-6. [5e-5]")
-@click.option("--warmup", type=float, help="Share of the steps with a rising rate. [0.1]")
-@click.option("--weight-decay", type=float, help="Of AdamW. [0]")
+@step_options
 @prompt_options
 @click.option("--eval-limit", type=int, help="Most examples of a split that are answered. [200]")
 @click.option("--max-new-tokens", type=int, help="Longest generated answer. [32]")

@@ -10,7 +10,6 @@ import click
 from ctkd.errors import SettingError
 
 __all__ = [
-    "cache_options",
     "data_options",
     "model_options",
     "named_columns",
@@ -18,6 +17,7 @@ __all__ = [
     "prompt_options",
     "quieten",
     "say",
+    "step_options",
 ]
 
 
@@ -64,21 +64,14 @@ prompt_options = options(
     click.option("--teacher-shots", type=int, help="Examples the teacher reads first. [0]"),
 )
 
-cache_options = options(
-    click.option(
-        "--k",
-        type=int,
-        default=256,
-        show_default=True,
-        help="Largest logits kept per position; 0 keeps those of observed tokens alone.",
-    ),
-    click.option(
-        "--temperature",
-        "temperatures",
-        type=float,
-        multiple=True,
-        help="At which a loss may ask. Repeatable. [1 and 2]",
-    ),
+step_options = options(
+    click.option("--max-steps", type=int, help="Optimizer steps; goes before --epochs."),
+    click.option("--epochs", type=float, help="Passes over the data. [1]"),
+    click.option("--batch-size", type=int, help="Sequences per micro-batch. [4]"),
+    click.option("--grad-accumulation", type=int, help="Micro-batches per step. [1]"),
+    click.option("--learning-rate", type=float, help="Peak rate; the paper's is 1e-6. [5e-5]"),
+    click.option("--warmup", type=float, help="Share of the steps with a rising rate. [0.1]"),
+    click.option("--weight-decay", type=float, help="Of AdamW. [0]"),
 )
 
 
