@@ -6,8 +6,10 @@
 
 from ctkd import losses
 from ctkd.batch import Batch, Side
+from ctkd.dense_logits import DenseLogits
 from ctkd.errors import CtkdError
-from ctkd.logits import DenseLogits, Logits
+from ctkd.head_logits import HeadLogits
+from ctkd.logits import Logits
 from ctkd.loss import Loss, LossOutput, Paper, Weights
 from ctkd.registry import (
     LossFacts,
@@ -25,6 +27,7 @@ __all__ = [
     "Batch",
     "CtkdError",
     "DenseLogits",
+    "HeadLogits",
     "Logits",
     "Loss",
     "LossFacts",

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ctkd.dense_logits import DenseLogits
 from ctkd.errors import BatchError
-from ctkd.logits import DenseLogits, Logits
+from ctkd.logits import Logits
+from ctkd.row_logits import RowLogits
 
 __all__ = ["IGNORE_INDEX", "Batch", "Side"]
 
@@ -128,7 +130,7 @@ class Side:
     @classmethod
     def from_causal_lm(
         cls,
-        logits: Tensor,
+        logits: Tensor | RowLogits,
         labels: Tensor,
         *,
         chunk_ids: Tensor | None = None,
@@ -176,7 +178,7 @@ class Side:
     @classmethod
     def from_encoder_decoder(
         cls,
-        logits: Tensor,
+        logits: Tensor | RowLogits,
         labels: Tensor,
         *,
         chunk_ids: Tensor | None = None,
@@ -206,7 +208,7 @@ class Side:
     @classmethod
     def _packed(
         cls,
-        logits: Tensor,
+        logits: Tensor | RowLogits,
         targets: Tensor,
         *,
         chunk_ids: Tensor | None,
@@ -214,6 +216,8 @@ class Side:
         vocab_size: int | None,
         max_scored: int | None,
     ) -> Side:
+        if isinstance(logits, Tensor):
+            logits = DenseLogits(logits)
         scored = targets != IGNORE_INDEX
         size = targets.shape[1] if max_scored is None else min(max_scored, targets.shape[1])
         if scored.device.type == "cpu" and scored.shape[1]:
@@ -231,7 +235,7 @@ class Side:
         if hidden is not None:
             hidden = hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
         return cls(
-            logits=DenseLogits(logits, mask=mask, rows=rows, vocab_size=vocab_size),
+            logits=logits.at(rows, mask, vocab_size),
             token_ids=token_ids,
             mask=mask,
             chunk_ids=chunk_ids,
@@ -240,9 +244,13 @@ class Side:
 
 
 def _check_labels(
-    logits: Tensor, labels: Tensor, chunk_ids: Tensor | None, hidden: Tensor | None
+    logits: Tensor | RowLogits, labels: Tensor, chunk_ids: Tensor | None, hidden: Tensor | None
 ) -> None:
-    if logits.ndim != 3 or labels.ndim != 2 or logits.shape[:2] != labels.shape:
+    if isinstance(logits, RowLogits) and logits.rows is not None:
+        raise BatchError(
+            "these logits are packed already; give a model's whole output, one row for each label"
+        )
+    if len(logits.shape) != 3 or labels.ndim != 2 or logits.shape[:2] != labels.shape:
         raise BatchError(
             f"logits must be (B, L, V) and labels (B, L), "
             f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
@@ -304,9 +312,9 @@ class Batch:
     def from_causal_lm(
         cls,
         *,
-        student_logits: Tensor,
+        student_logits: Tensor | RowLogits,
         student_labels: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | RowLogits,
         teacher_labels: Tensor,
         student_chunk_ids: Tensor | None = None,
         teacher_chunk_ids: Tensor | None = None,

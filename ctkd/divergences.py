@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["LOG_FLOOR", "jsd", "kl", "reverse_kl"]
+__all__ = ["LOG_FLOOR", "divergence_terms", "jsd", "kl", "reverse_kl"]
 
 LOG_FLOOR = -1e4
 """Where minus infinity is cut off. exp of it is 0 in every floating-point type."""
@@ -42,7 +42,7 @@ def kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         >>> kl(torch.tensor([0.25, 0.75]).log(), torch.tensor([0.5, 0.5]).log())
         tensor(0.1438)
     """
-    return _KL.apply(student_log_probs, teacher_log_probs)  # type: ignore[no-untyped-call, no-any-return]
+    return jsd(student_log_probs, teacher_log_probs, beta=0.0)
 
 
 def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -92,32 +92,55 @@ def jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, beta: float = 0
         >>> jsd(torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log())
         tensor(0.6931)
     """
+    return _Divergence.apply(student_log_probs, teacher_log_probs, beta)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def divergence_terms(
+    gap: Tensor,
+    student_probs: Tensor,
+    teacher_probs: Tensor,
+    beta: float,
+    *,
+    spare: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Derivatives of `jsd` with respect to log s and log t, which add up to it.
+
+    Shape:
+        All (..., V). ``gap``, ``teacher_probs`` and ``spare`` are written to, and the answers are
+        stored in some of them.
+
+    Args:
+        gap: log s - log t, finite also where both are 0.
+        student_probs: s.
+        teacher_probs: t.
+        beta: Weight of the teacher, from 0 to 1: 0 gives those of `kl`, 1 those of `reverse_kl`.
+        spare: Room for temporaries.
+
+    Example:
+        >>> s, t = torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5])
+        >>> student_term, teacher_term = divergence_terms((s / t).log(), s, t, 0.0)
+        >>> student_term, (student_term + teacher_term).sum()
+        (tensor([-0.2500,  0.2500]), tensor(0.1438))
+    """
     if beta == 0:
-        return kl(student_log_probs, teacher_log_probs)
+        teacher_term = gap.mul_(teacher_probs).neg_()
+        return torch.sub(student_probs, teacher_probs, out=teacher_probs), teacher_term
     if beta == 1:
-        return reverse_kl(student_log_probs, teacher_log_probs)
-    return _JSD.apply(student_log_probs, teacher_log_probs, beta)  # type: ignore[no-untyped-call, no-any-return]
+        return gap.mul_(student_probs), teacher_probs.sub_(student_probs)
+    mixed, student_term = spare or (torch.empty_like(gap), torch.empty_like(gap))
+    if beta == 0.5:
+        weight_of_smaller: Tensor | float = 0.5
+    else:
+        # Arithmetic on signs, because comparisons and masks are slow on a CPU.
+        weight_of_smaller = torch.sign(gap, out=student_term).mul_(beta - 0.5).add_(0.5)
+    # log m = max(log s, log t) + mixed: nothing overflows, and equal rows give exactly 0.
+    torch.abs(gap, out=mixed).neg_().expm1_().mul_(weight_of_smaller).log1p_()
+    torch.clamp_max(gap, 0.0, out=student_term)
+    torch.sub(mixed, student_term, out=student_term).mul_(student_probs).mul_(beta - 1.0)
+    return student_term, gap.relu_().add_(mixed).mul_(teacher_probs).mul_(-beta)
 
 
-class _KL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        student_log = student_log_probs.clamp_min(LOG_FLOOR)
-        teacher_log = teacher_log_probs.clamp_min(LOG_FLOOR)
-        student, teacher = student_log.exp(), teacher_log.exp()
-        # The gradients with respect to log t and log s, which add up to the divergence.
-        teacher_term = teacher_log.sub_(student_log).mul_(teacher)
-        student_term = student.sub_(teacher)
-        ctx.save_for_backward(student_term, teacher_term)
-        return (student_term + teacher_term).sum(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled_terms(ctx, incoming)
-
-
-class _JSD(torch.autograd.Function):
+class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student_log_probs: Tensor, teacher_log_probs: Tensor, beta: float
@@ -125,24 +148,17 @@ class _JSD(torch.autograd.Function):
         student_log = student_log_probs.clamp_min(LOG_FLOOR)
         teacher_log = teacher_log_probs.clamp_min(LOG_FLOOR)
         student, teacher = student_log.exp(), teacher_log.exp()
-        gap = student_log.sub_(teacher_log)
-        # log m = max(log s, log t) + mixed: nothing overflows, and equal rows give exactly 0.
-        weight_of_smaller = torch.full_like(gap, 1.0 - beta).masked_fill_(gap > 0, beta)
-        mixed = gap.abs().neg_().expm1_().mul_(weight_of_smaller).log1p_()
-        # Again the gradients with respect to the logarithms add up to the divergence.
-        student_term = student.mul_(gap.neg().relu_().add_(mixed)).mul_(beta - 1.0)
-        teacher_term = teacher.mul_(gap.relu_().add_(mixed)).mul_(-beta)
+        student_term, teacher_term = divergence_terms(
+            student_log.sub_(teacher_log), student, teacher, beta
+        )
         ctx.save_for_backward(student_term, teacher_term)
         return (student_term + teacher_term).sum(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled_terms(ctx, incoming), None
-
-
-def _scaled_terms(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(
-        term * incoming.unsqueeze(-1) if needed else None
-        for term, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-    )
+        student, teacher = (
+            term * incoming.unsqueeze(-1) if needed else None
+            for term, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        )
+        return student, teacher, None

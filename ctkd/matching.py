@@ -7,6 +7,7 @@ whole vocabulary, which is out of reach beyond some thousand columns, so there a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,10 +49,21 @@ class ColumnMatch:
 
 
 @torch.no_grad()
-def match_by_mass(batch: Batch, *, k: int, temperature: float) -> ColumnMatch:
-    """Rank both sides by their own column mass; equal ranks are compared."""
-    student_ids = stable_top_ids(batch.student.logits.column_mass(temperature=temperature), k)
-    teacher_ids = stable_top_ids(batch.teacher.logits.column_mass(temperature=temperature), k)
+def match_by_mass(
+    batch: Batch, *, k: int, temperature: float, asked_next: Sequence[float] = ()
+) -> ColumnMatch:
+    """Rank both sides by their own column mass; equal ranks are compared.
+
+    Args:
+        batch: The batch.
+        k: Columns kept.
+        temperature: Of the mass.
+        asked_next: See `Logits.column_mass`.
+    """
+    student_ids, teacher_ids = (
+        stable_top_ids(side.logits.column_mass(temperature=temperature, asked_next=asked_next), k)
+        for side in (batch.student, batch.teacher)
+    )
     return ColumnMatch(student_ids, teacher_ids, _all_found(student_ids))
 
 

@@ -4,19 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.errors import BatchError
-from ctkd.logits import DenseLogits, Logits
+from ctkd.logits import Logits
+from ctkd.row_gradients import AddGradient, Places, Request, anchored, file_requests
+from ctkd.row_logits import RowLogits
+from ctkd.row_sources import RowSource
 from ctkd.rows import block_rows, skips_padding
+from ctkd.teacher_rows import RowsAhead, TeacherRows
 
-__all__ = ["RowFunction", "map_row_pairs", "map_row_pairs_to_parts"]
+__all__ = [
+    "RowFunction",
+    "RowSolution",
+    "RowSolver",
+    "map_row_pairs",
+    "map_row_pairs_to_parts",
+    "solve_row_pairs",
+]
 
 RowFunction = Callable[..., Tensor]
+
+
+class RowSolution(NamedTuple):
+    """What a solver says of a block of pairs.
+
+    Attributes:
+        values: (n, P), the parts of each pair's value.
+        student_gradient: (n, V), of the sum over parts with respect to the raw student logits.
+        per_pair_gradient: (n, E), of the same with respect to the numbers per pair.
+    """
+
+    values: Tensor
+    student_gradient: Tensor | None = None
+    per_pair_gradient: Tensor | None = None
+
+
+RowSolver = Callable[[Tensor, Tensor, Tensor | None, bool], RowSolution]
+"""Student logits (n, V), teacher logits (n, W), numbers per pair (n, E) or None, and whether the
+gradients are wanted. Runs without autograd; must not write to what it is given."""
 
 
 def map_row_pairs(
@@ -51,7 +81,7 @@ def map_row_pairs(
         spread_tail: Take a teacher of whose rows only the largest entries are stored.
 
     Raises:
-        BatchError: If the student's logits are no tensor, the teacher has no `Logits`, or its rows
+        BatchError: If the student's rows are not whole, the teacher has no `Logits`, or its rows
             are not whole.
     """
 
@@ -87,153 +117,252 @@ def map_row_pairs_to_parts(
         ``function`` returns (n, P). The answers are the sums over parts, (N,), differentiable,
         and the parts themselves, (N, P), detached.
     """
-    if not isinstance(student, DenseLogits):
+
+    def solver(
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        numbers: Tensor | None,
+        with_gradient: bool,
+    ) -> RowSolution:
+        inputs = [student_logits] if numbers is None else [student_logits, numbers]
+        if not with_gradient:
+            return RowSolution(function(inputs[0], teacher_logits, *inputs[1:]))
+        with torch.enable_grad():
+            inputs = [one.detach().requires_grad_() for one in inputs]
+            value = function(inputs[0], teacher_logits, *inputs[1:])
+            found = torch.autograd.grad(value.sum(), inputs)
+        return RowSolution(value.detach(), *found)
+
+    return solve_row_pairs(
+        student,
+        teacher,
+        rows,
+        solver,
+        parts=parts,
+        per_pair=per_pair,
+        teacher_temperature=teacher_temperature,
+        spread_tail=spread_tail,
+    )
+
+
+def solve_row_pairs(
+    student: Logits,
+    teacher: Logits,
+    rows: Tensor,
+    solver: RowSolver,
+    *,
+    parts: int = 1,
+    per_pair: Tensor | None = None,
+    teacher_temperature: float = 1.0,
+    spread_tail: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Do what `map_row_pairs` does, with values and gradients in closed form.
+
+    Shape:
+        ``rows`` (N, 2), ``per_pair`` (N, E). The answers are the sums over parts, (N,),
+        differentiable, and the parts themselves, (N, P), detached.
+
+    Args:
+        student: As in `map_row_pairs`.
+        teacher: As in `map_row_pairs`.
+        rows: As in `map_row_pairs`.
+        solver: See `RowSolver`.
+        parts: P.
+        per_pair: As in `map_row_pairs`.
+        teacher_temperature: What the solver divides the teacher's logits by.
+        spread_tail: As in `map_row_pairs`.
+
+    Raises:
+        BatchError: As in `map_row_pairs`.
+    """
+    if not isinstance(student, RowLogits):
         raise BatchError(
-            f"map_row_pairs needs the student's logits as a tensor, got {type(student).__name__}"
+            "whole rows of the student's logits are needed, as a tensor or from its head, got "
+            f"{type(student).__name__}"
         )
     if not isinstance(teacher, Logits):
         raise BatchError(f"map_row_pairs needs the teacher's Logits, got {type(teacher).__name__}")
     if per_pair is None:
-        per_pair = student.tensor.new_zeros((rows.shape[0], 0), dtype=student.dtype)
-    teacher_rows = _TeacherRows(teacher, teacher_temperature, spread_tail)
+        per_pair = torch.zeros((rows.shape[0], 0), dtype=student.dtype, device=rows.device)
+    pairs = _Pairs(student, TeacherRows(teacher, teacher_temperature, spread_tail), rows, solver)
+    anchor, requests, _ = anchored(student.source)
     values, found = _RowPairs.apply(  # type: ignore[no-untyped-call]
-        student,
-        teacher_rows,
-        rows,
-        function,
-        parts,
-        torch.is_grad_enabled(),
-        student.tensor,
-        per_pair,
+        pairs, parts, torch.is_grad_enabled(), requests, anchor, per_pair
     )
     return values, found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _TeacherRows:
-    """Whole rows of a teacher, as the loss reads them."""
+class _Pairs:
+    """Pairs of whole rows and what is to be done with them."""
 
-    logits: Logits
-    temperature: float
-    spread_tail: bool
+    student: RowLogits
+    teacher: TeacherRows
+    rows: Tensor
+    solver: RowSolver
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.logits.shape
+    def block_size(self) -> int:
+        columns = max(self.student.shape[2], self.teacher.logits.shape[2])
+        return block_rows(columns, self.rows.device)
 
-    def read(self, batch_index: Tensor, position: Tensor) -> Tensor:
-        return self.logits.whole_rows(
-            batch_index,
-            position,
-            temperature=self.temperature,
-            spread_tail=self.spread_tail,
+    @property
+    def valid(self) -> Tensor:
+        return (self.rows >= 0).all(-1)
+
+    def places(self) -> Places:
+        """Which pair stands in which row of the student's source."""
+        source = self.student.source
+        if not self.student.flat_rows.shape[0]:
+            none = torch.full(self.valid.shape, source.num_rows, device=self.rows.device)
+            return Places.of(none, self.valid, source.num_rows, self.student.shape[2])
+        rows = self.student.flat_rows[self.rows[:, 0].clamp_min(0)]
+        return Places.of(rows, self.valid, source.num_rows, self.student.shape[2])
+
+    def blocks(self, places: Places) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield pairs (n,), student rows (n, V) and teacher rows (n, W)."""
+        pairs = torch.arange(self.rows.shape[0], device=self.rows.device)
+        if skips_padding(self.rows.device):
+            pairs = pairs[self.valid]
+        # A head computes more rows at a time than fit into a block.
+        chunk = max(
+            self.block_size,
+            *(
+                one
+                for one in (self.student.source.rows_at_once, self.teacher.rows_at_once)
+                if one > self.block_size * 4
+            ),
+            1,
         )
+        for start in range(0, pairs.shape[0], chunk):
+            some = pairs[start : start + chunk]
+            student = self.student.source.read(places.rows[some])[:, : self.student.shape[2]]
+            teacher = self.teacher.read(self.rows[some, 1].clamp_min(0))
+            for inner in range(0, some.shape[0], self.block_size):
+                which = slice(inner, inner + self.block_size)
+                yield some[which], student[which], teacher[which]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _PairRequest(Request):
+    """Gradient of pairs of rows, weighted with what reached them.
+
+    Args:
+        source: Where the student's rows come from.
+        places: Which pair stands in which row.
+        pairs: The pairs.
+        per_pair: (N, E).
+        incoming: (N,).
+        known: The unweighted gradient, if the forward pass had room for it.
+    """
+
+    source: RowSource
+    places: Places
+    pairs: _Pairs
+    per_pair: Tensor
+    incoming: Tensor
+    known: Tensor | None
+
+    @property
+    def buffer(self) -> Tensor | None:
+        return self.known
+
+    def adder(self, rows: Tensor, *, in_buffer: bool) -> AddGradient:
+        weights = self.places.at(rows, self.incoming).unsqueeze(-1)
+        known = self.known
+        if in_buffer:
+
+            def scale(which: slice, _: Tensor, gradient: Tensor) -> None:
+                gradient.mul_(weights[which])
+
+            return scale
+
+        if known is not None:
+
+            def add_known(which: slice, _: Tensor, gradient: Tensor) -> None:
+                part = known[rows[which], : gradient.shape[1]].to(gradient.dtype)
+                gradient += part.mul_(weights[which])
+
+            return add_known
+
+        pair = self.places.table[rows].clamp_min(0)
+        teacher_rows = RowsAhead(self.pairs.teacher, self.pairs.rows[pair, 1].clamp_min(0))
+
+        def add(which: slice, block: Tensor, gradient: Tensor) -> None:
+            numbers = self.per_pair[pair[which]] if self.per_pair.shape[1] else None
+            solution = self.pairs.solver(block, teacher_rows.read(which), numbers, True)
+            if solution.student_gradient is not None:
+                part = solution.student_gradient.mul_(weights[which])
+                # What was read for rows without a pair may be garbage.
+                gradient += part.masked_fill_(weights[which] == 0, 0.0)
+
+        return add
 
 
 class _RowPairs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        student: DenseLogits,
-        teacher: _TeacherRows,
-        rows: Tensor,
-        function: RowFunction,
+        pairs: _Pairs,
         parts: int,
         grad_enabled: bool,
-        tensor: Tensor,
+        requests: dict[Any, Any],
+        _: Tensor,
         per_pair: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(tensor, rows, per_pair)
-        ctx.student, ctx.teacher, ctx.function = student, teacher, function
-        ctx.gradients = None
-        values = tensor.new_zeros((rows.shape[0], parts), dtype=student.dtype)
-        if grad_enabled and any(ctx.needs_input_grad[6:]):
-            ctx.gradients = _row_buffer(tensor), torch.zeros_like(per_pair)
-        _work_through_pairs(student, teacher, rows, function, per_pair, values, ctx.gradients)
+        ctx.save_for_backward(*pairs.student.source.inputs, per_pair)
+        ctx.pairs, ctx.requests, ctx.places = pairs, requests, pairs.places()
+        ctx.question = object()
+        wanted = grad_enabled and any(ctx.needs_input_grad[4:])
+        ctx.buffer = pairs.student.source.row_buffer() if wanted else None
+        ctx.per_pair_gradient = torch.zeros_like(per_pair) if wanted else None
+        values = torch.zeros(
+            (pairs.rows.shape[0], parts), dtype=pairs.student.dtype, device=pairs.rows.device
+        )
+        _solve(pairs, ctx.places, per_pair, values, ctx.buffer, ctx.per_pair_gradient)
         ctx.mark_non_differentiable(values)
         return values.sum(-1), values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        tensor, rows, per_pair = ctx.saved_tensors
-        student: DenseLogits = ctx.student
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
+        *_, per_pair = ctx.saved_tensors
+        pairs: _Pairs = ctx.pairs
+        buffer, ctx.buffer = ctx.buffer, None
+        if buffer is None and (buffer := pairs.student.source.row_buffer()) is not None:
             # A second backward pass through a retained graph: the first one used the buffer up.
-            gradients = _row_buffer(tensor), torch.zeros_like(per_pair)
-            _work_through_pairs(student, ctx.teacher, rows, ctx.function, per_pair, None, gradients)
-        scores, per_pair_gradient = gradients
-        for pair, batch_index, position, _, _ in _pair_blocks(student, ctx.teacher, rows):
-            row = _buffer_rows(student, batch_index, position, rows[pair])
-            scores[row] *= incoming[pair].unsqueeze(-1).to(scores.dtype)
-        score_gradient = scores[:-1].view(tensor.shape)
-        per_pair_gradient = per_pair_gradient * incoming.unsqueeze(-1)
-        return None, None, None, None, None, None, score_gradient, per_pair_gradient
+            _solve(pairs, ctx.places, per_pair, None, buffer, None)
+        incoming = incoming.masked_fill(~pairs.valid, 0.0)
+        request = _PairRequest(pairs.student.source, ctx.places, pairs, per_pair, incoming, buffer)
+        anchor_gradient = file_requests(ctx.requests, ctx.question, [request])
+        per_pair_gradient = ctx.per_pair_gradient * incoming.unsqueeze(-1)
+        return None, None, None, None, anchor_gradient, per_pair_gradient
 
 
-def _row_buffer(tensor: Tensor) -> Tensor:
-    """A gradient of (B, L, V') as rows, and one more row for pairs that are left out."""
-    return tensor.new_zeros(tensor.shape[0] * tensor.shape[1] + 1, tensor.shape[2])
-
-
-def _buffer_rows(
-    student: DenseLogits, batch_index: Tensor, position: Tensor, pairs: Tensor
-) -> Tensor:
-    size = student.tensor.shape[1]
-    row = batch_index * size + student._source_rows(batch_index, position)
-    return row.masked_fill(pairs.amin(-1) < 0, student.tensor.shape[0] * size)
-
-
-def _work_through_pairs(
-    student: DenseLogits,
-    teacher: _TeacherRows,
-    rows: Tensor,
-    function: RowFunction,
+def _solve(
+    pairs: _Pairs,
+    places: Places,
     per_pair: Tensor,
     values: Tensor | None,
-    gradients: tuple[Tensor, Tensor] | None,
+    buffer: Tensor | None,
+    per_pair_gradient: Tensor | None,
 ) -> None:
-    """Fill in the values of all pairs and the gradients, whichever is asked for."""
-    for pair, batch_index, position, teacher_batch_index, teacher_position in _pair_blocks(
-        student, teacher, rows
-    ):
-        left_out = rows[pair].amin(-1, keepdim=True) < 0
-        inputs = [student._read(batch_index, position)]
-        teacher_block = teacher.read(teacher_batch_index, teacher_position)
-        if per_pair.shape[1]:
-            inputs.append(per_pair[pair].detach())
-        with torch.set_grad_enabled(gradients is not None):
-            for differentiated in inputs:
-                differentiated.requires_grad_(gradients is not None)
-            value = function(inputs[0], teacher_block, *inputs[1:]).masked_fill(left_out, 0.0)
-            if gradients is not None:
-                found = torch.autograd.grad(value.sum(), inputs)
-                row = _buffer_rows(student, batch_index, position, rows[pair])
-                gradients[0][row, : student.shape[2]] = found[0].to(gradients[0].dtype)
-                if per_pair.shape[1]:
-                    # What was read for a pair that is left out may be garbage.
-                    per_pair_gradient = found[1].masked_fill(left_out, 0.0)
-                    gradients[1][pair] = per_pair_gradient.to(gradients[1].dtype)
-        if values is not None:
-            values[pair] = value.detach().to(values.dtype)
-
-
-def _pair_blocks(
-    student: DenseLogits, teacher: _TeacherRows, rows: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield (index into rows, student b, student i, teacher b, teacher j), block by block."""
-    pairs = torch.arange(rows.shape[0], device=rows.device)
-    if skips_padding(rows.device):
-        pairs = pairs[(rows >= 0).all(-1)]
-    size = block_rows(max(student.shape[2], teacher.shape[2]), rows.device)
-    for start in range(0, pairs.shape[0], size):
-        pair = pairs[start : start + size]
-        student_row, teacher_row = rows[pair].clamp_min(0).unbind(-1)
-        yield (
-            pair,
-            student_row // student.shape[1],
-            student_row % student.shape[1],
-            teacher_row // teacher.shape[1],
-            teacher_row % teacher.shape[1],
+    """Fill in the values of all pairs, and the gradients there is room for."""
+    numbers_wanted = per_pair_gradient is not None and per_pair.shape[1] > 0
+    for pair, student_block, teacher_block in pairs.blocks(places):
+        left_out = pairs.rows[pair].amin(-1, keepdim=True) < 0
+        solution = pairs.solver(
+            student_block,
+            teacher_block,
+            per_pair[pair] if per_pair.shape[1] else None,
+            buffer is not None or numbers_wanted,
         )
+        # What was read for a pair that is left out may be garbage.
+        if values is not None:
+            values[pair] = solution.values.masked_fill(left_out, 0.0).to(values.dtype)
+        if buffer is not None and solution.student_gradient is not None:
+            gradient = solution.student_gradient.to(buffer.dtype)
+            buffer[places.rows[pair], : gradient.shape[1]] = gradient
+        if per_pair_gradient is not None and solution.per_pair_gradient is not None:
+            gradient = solution.per_pair_gradient.masked_fill(left_out, 0.0)
+            per_pair_gradient[pair] = gradient.to(per_pair_gradient.dtype)

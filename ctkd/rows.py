@@ -5,17 +5,23 @@ A block is (N, V), in the dtype of statistics. A trailing underscore writes to a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ctkd import sorting
 from ctkd.errors import BatchError
 
 __all__ = [
     "add_rows_",
     "block_rows",
     "check_ids",
+    "head_block_rows",
+    "log_normalisers",
     "skips_padding",
-    "softmax",
+    "softmax_statistics",
     "stable_top_ids",
     "statistics_dtype",
     "tempered",
@@ -23,13 +29,18 @@ __all__ = [
 ]
 
 # Blocks stay in a CPU's cache; on a GPU they are large enough to fill it.
-BLOCK_ELEMENTS = {"cpu": 1 << 20}
+BLOCK_ELEMENTS = {"cpu": 1 << 18}
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 25
+
+# What a head computes at a time: enough rows for its product to be worthwhile.
+HEAD_BLOCK_ELEMENTS = {"cpu": 1 << 24}
 
 # Only here may the number of scored rows be looked at: elsewhere that would wait for the device.
 DEVICES_THAT_SKIP_PADDING = {"cpu"}
 
 STANDARD_DEVIATION_EPSILON = 1e-4
+
+LOG2_E = 1.0 / math.log(2.0)
 
 
 def skips_padding(device: torch.device) -> bool:
@@ -47,6 +58,8 @@ def stable_top_ids(values: Tensor, k: int) -> Tensor:
         >>> stable_top_ids(torch.tensor([[1.0, 3.0, 3.0]]), 2)
         tensor([[1, 2]])
     """
+    if values.device.type in sorting.DEVICES_THAT_SORT_VALUES:
+        return sorting.top_ids_of_rows(values, k)
     if values.dtype == torch.float64:
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     bits = (values.float() + 0.0).view(torch.int32)
@@ -68,6 +81,12 @@ def block_rows(vocabulary: int, device: torch.device) -> int:
     return max(1, elements // max(vocabulary, 1))
 
 
+def head_block_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of so many columns that a head computes at a time."""
+    elements = HEAD_BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_ELSEWHERE)
+    return max(1, elements // max(vocabulary, 1))
+
+
 def add_rows_(sums: Tensor, index: Tensor, rows: Tensor) -> None:
     """Add each row to the indexed row of the sums, in one order for all columns: ties stay ties."""
     if sums.device.type == "cpu":
@@ -77,12 +96,45 @@ def add_rows_(sums: Tensor, index: Tensor, rows: Tensor) -> None:
         sums.index_put_((index,), rows, accumulate=True)
 
 
-def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and log-normaliser of each row, without touching the input."""
-    largest = logits.amax(-1, keepdim=True)
-    probs = (logits - largest).exp_()
-    total = probs.sum(-1, keepdim=True)
-    return probs.div_(total), (largest + total.log()).squeeze(-1)
+def softmax_statistics(
+    block: Tensor, temperatures: Sequence[float], standardise: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Log-normalisers (n,) at all temperatures, and probabilities (n, V) at the first."""
+    first, *others = temperatures
+    found, weights = _exponentials(block, [*others, first], standardise)
+    total, normaliser = found.pop()
+    return [normaliser, *(one for _, one in found)], weights.div_(total)
+
+
+def log_normalisers(
+    block: Tensor, temperatures: Sequence[float], standardise: bool
+) -> list[Tensor]:
+    """Log of the softmax denominator of each row, (n,) at each temperature."""
+    # Falling, so that one half as large comes next.
+    order = sorted(temperatures, reverse=True)
+    found, _ = _exponentials(block, order, standardise)
+    answers = {one: normaliser for one, (_, normaliser) in zip(order, found, strict=True)}
+    return [answers[one] for one in temperatures]
+
+
+def _exponentials(
+    block: Tensor, temperatures: Sequence[float], standardise: bool
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Sums (n, 1) and log-normalisers (n,) one by one, and what was summed up last, (n, V)."""
+    row = tempered(block, 1.0, True) if standardise else block
+    largest = row.amax(-1, keepdim=True)
+    found, weights, before = [], torch.empty_like(row), 0.0
+    for temperature in temperatures:
+        if before == 2.0 * temperature:
+            weights.square_()
+        else:
+            # exp2 takes half the time of exp.
+            factor = LOG2_E / temperature
+            torch.add(largest * -factor, row, alpha=factor, out=weights).exp2_()
+        total = weights.sum(-1, keepdim=True)
+        found.append((total, (largest / temperature + total.log()).squeeze(-1)))
+        before = temperature
+    return found, weights
 
 
 def tempered(block: Tensor, temperature: float, standardise: bool) -> Tensor:

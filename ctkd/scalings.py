@@ -4,8 +4,9 @@ How it stays fast and finite. One scaling is a matrix-vector product with the ke
 ``exp(-cost / regularization)``, which underflows when the regularization is small. The kernel is
 therefore held relative to potentials (row and column offsets inside the exponential) and is
 computed anew from the current potentials after a number of iterations that depends only on
-shape, dtype and whether masses are given (`_block_length`). The first offsets make the largest
-entry of every row and of every column 1.
+shape, dtype and whether masses are given (`_block_length`). On a CPU, where it costs little to
+look, the kernel is kept to the end once the scalings have come close to rest (`_may_go_on`). The
+first offsets make the largest entry of every row and of every column 1.
 
 Not checked here: shapes, dtypes, devices and settings; `ctkd.sinkhorn` does that.
 """
@@ -18,94 +19,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Inputs", "Scale", "results_without_entries"]
+from ctkd.transport_problem import Inputs, Problem, prepare
+
+__all__ = ["Scale"]
 
 _MASS_RANGE = 1e6  # the largest ratio of two positive masses that the block length allows for
 
 
-class Inputs(NamedTuple):
-    """What `ctkd.sinkhorn.sinkhorn` was given, with a batch dimension."""
-
-    cost: Tensor
-    row_mass: Tensor | None
-    column_mass: Tensor | None
-    row_mask: Tensor | None
-    column_mask: Tensor | None
-
-
-class _Problem(NamedTuple):
-    """A batch of problems in the dtype of the computation, with what is masked taken out.
-
-    Vectors over rows are (B, 1, R), over columns (B, 1, C): BLAS multiplies a row with a matrix
-    several times faster than a matrix with a column.
-
-    Attributes:
-        cost: (B, R, C), 0 where masked.
-        exponent: -cost / regularization, (B, R, C), minus infinity where masked.
-        row_masses: 0 where nothing can flow.
-        column_masses: Likewise.
-        row_target: What a row should hold: its mass even where nothing can flow.
-        row_gaps: 1 where nothing can flow, else 0; None if nothing is masked. Added to a sum that
-            is 0 there, so that the scaling is 0 / 1.
-        column_gaps: Likewise.
-        forbidden: True where an entry takes no part, (B, R, C); None if nothing is masked.
-    """
-
-    cost: Tensor
-    exponent: Tensor
-    row_masses: Tensor
-    column_masses: Tensor
-    row_target: Tensor
-    row_gaps: Tensor | None = None
-    column_gaps: Tensor | None = None
-    forbidden: Tensor | None = None
-
-
-def _in_dtype_of_computation(cost: Tensor) -> Tensor:
-    return cost.to(torch.float64 if cost.dtype == torch.float64 else torch.float32)
-
-
-def results_without_entries(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Results for problems that have no row or no column by their shape."""
-    plan = _in_dtype_of_computation(inputs.cost).clone()
-    ones = plan.new_ones(plan.shape[0], 1, plan.shape[1])
-    target = _target(inputs.row_mass, inputs.row_mask, ones).detach().clamp_min(0.0)
-    error = torch.nn.functional.pad(target, (1, 0)).amax((1, 2))
-    return plan, plan.sum((1, 2)), error
-
-
-def _prepare(inputs: Inputs, regularization: float) -> _Problem:
-    cost, row_mass, column_mass, row_mask, column_mask = inputs
-    cost = _in_dtype_of_computation(cost)
-    batch, row_count, column_count = cost.shape
-    rows = _target(row_mass, row_mask, cost.new_ones(batch, 1, row_count))
-    columns = _target(column_mass, column_mask, cost.new_ones(batch, 1, column_count))
-    if all(tensor is None for tensor in inputs[1:]):
-        return _Problem(cost, cost.div(-regularization), rows, columns, rows)
-    row_open, column_open = rows > 0, columns > 0
-    forbidden = ~(row_open.transpose(1, 2) & column_open)
-    row_closed = ~(row_open & column_open.any(2, keepdim=True))
-    column_closed = ~(column_open & row_open.any(2, keepdim=True))
-    cost = cost.masked_fill(forbidden, 0.0)
-    return _Problem(
-        cost=cost,
-        exponent=cost.div(-regularization).masked_fill_(forbidden, -math.inf),
-        row_masses=rows.masked_fill(row_closed, 0.0),
-        column_masses=columns.masked_fill(column_closed, 0.0),
-        row_target=rows.clamp_min(0.0),
-        row_gaps=row_closed.to(cost.dtype),
-        column_gaps=column_closed.to(cost.dtype),
-        forbidden=forbidden,
-    )
-
-
-def _target(mass: Tensor | None, mask: Tensor | None, ones: Tensor) -> Tensor:
-    target = ones if mass is None else mass.to(ones.dtype).unsqueeze(1)
-    return target if mask is None else target.masked_fill(~mask.unsqueeze(1), 0.0)
-
-
-def _block_length(cost: Tensor, unit_masses: bool) -> int:
-    """Iterations for which one kernel serves.
+def _block_length(cost: Tensor, unit_masses: bool) -> tuple[int, float]:
+    """Iterations for which one kernel serves, and how far logarithms of scalings may go.
 
     With unit masses, scaling rows after columns multiplies a row by no less than 1 / C and no
     more than R: no entry is above 1, and scaling the columns divided none by more than R. Scaling
@@ -114,17 +36,19 @@ def _block_length(cost: Tensor, unit_masses: bool) -> int:
     where other masses put their largest ratio beside R and C. Up to ``eps / tiny`` these are
     finite, and kernel entries that underflow matter less than rounding to the sums they miss.
     """
-    growth = 2 * math.log(max(*cost.shape[1:], 2))
-    if not unit_masses:
-        growth += 2 * math.log(_MASS_RANGE)
     limits = torch.finfo(cost.dtype)
-    return max(1, int(math.log(limits.eps / limits.tiny) / growth))
+    room = math.log(limits.eps / limits.tiny) / 2
+    masses = 0.0 if unit_masses else math.log(_MASS_RANGE)
+    length = int(room / (math.log(max(*cost.shape[1:], 2)) + masses))
+    return max(1, length), room - masses
 
 
-def _first_offsets(exponent: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets that make the largest exponent of every row and of every column 0."""
+def _first_kernel(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel whose rows and columns all have 1 as their largest entry, and its offsets."""
+    exponent = problem.exponent()
     row_offset = _largest(exponent, 2).neg_().transpose(1, 2)
-    return row_offset, _largest(exponent + row_offset.transpose(1, 2), 1).neg_()
+    column_offset = _largest(exponent.add_(row_offset.transpose(1, 2)), 1).neg_()
+    return exponent.add_(column_offset).exp_(), row_offset, column_offset
 
 
 def _largest(exponent: Tensor, dim: int) -> Tensor:
@@ -132,8 +56,8 @@ def _largest(exponent: Tensor, dim: int) -> Tensor:
     return largest.masked_fill_(largest == -math.inf, 0.0)
 
 
-def _kernel(exponent: Tensor, row_offset: Tensor, column_offset: Tensor) -> Tensor:
-    return (exponent + row_offset.transpose(1, 2)).add_(column_offset).exp_()
+def _kernel(problem: Problem, row_offset: Tensor, column_offset: Tensor) -> Tensor:
+    return problem.exponent().add_(row_offset.transpose(1, 2)).add_(column_offset).exp_()
 
 
 def _sums(weights: Tensor, kernel: Tensor, gaps: Tensor | None) -> Tensor:
@@ -155,9 +79,10 @@ def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[A
 class _Scalings(NamedTuple):
     """What the forward pass keeps: nothing that has both a row and a column.
 
-    Iterations come in blocks that share one kernel. Within a block an iteration is
-    ``u = r / (kernel v)``, then ``v = c / (u kernel)``, and the plan is ``u kernel v``. A block
-    starts from ``v = 1``, save the first, whose offsets are not potentials.
+    Iterations come in blocks that share one kernel; the last may be longer than the others.
+    Within a block an iteration is ``u = r / (kernel v)``, then ``v = c / (u kernel)``, and the
+    plan is ``u kernel v``. A block starts from ``v = 1``, save the first, whose offsets are not
+    potentials.
 
     Attributes:
         rows: u of each iteration, (N, B, 1, R).
@@ -171,8 +96,8 @@ class _Scalings(NamedTuple):
     row_offsets: Tensor
     column_offsets: Tensor
 
-    def kernel(self, problem: _Problem, block: int) -> Tensor:
-        return _kernel(problem.exponent, self.row_offsets[block], self.column_offsets[block])
+    def kernel(self, problem: Problem, block: int) -> Tensor:
+        return _kernel(problem, self.row_offsets[block], self.column_offsets[block])
 
     def first_columns(self, block: int) -> Tensor:
         """The v from which a block starts."""
@@ -186,38 +111,62 @@ class _Scalings(NamedTuple):
         return (kernel * self.rows[-1].transpose(1, 2)).mul_(self.columns[-1])
 
 
-def _scale(problem: _Problem, iterations: int, block_length: int) -> tuple[Tensor, _Scalings]:
-    """Run the iterations. Also returns the last block's kernel."""
+def _scale(
+    problem: Problem, iterations: int, block_length: int, room: float
+) -> tuple[Tensor, _Scalings]:
+    """Run the iterations, in blocks or as `_may_go_on` allows. Also returns the last kernel."""
     row_masses, column_masses = problem.row_masses, problem.column_masses
-    blocks = max(1, -(-iterations // block_length))
-    kept = _Scalings(
-        rows=row_masses.new_empty(iterations, *row_masses.shape),
-        columns=row_masses.new_empty(iterations, *column_masses.shape),
-        row_offsets=row_masses.new_zeros(blocks, *row_masses.shape),
-        column_offsets=row_masses.new_zeros(blocks, *column_masses.shape),
-    )
+    every_row = row_masses.new_empty(iterations, *row_masses.shape)
+    every_column = row_masses.new_empty(iterations, *column_masses.shape)
     if iterations:
-        kept.row_offsets[0], kept.column_offsets[0] = _first_offsets(problem.exponent)
-    each_row, each_column = kept.rows.unbind(), kept.columns.unbind()
-    for block in range(blocks):
-        start = block * block_length
-        if block:
-            rows, columns = each_row[start - 1], each_column[start - 1]
-            kept.row_offsets[block] = kept.row_offsets[block - 1] + rows.log()
-            kept.column_offsets[block] = kept.column_offsets[block - 1] + columns.log()
-        kernel = kept.kernel(problem, block)
-        transposed = kernel.transpose(1, 2)
-        columns = kept.first_columns(block)
-        for n in range(start, min(start + block_length, iterations)):
-            sums = _sums(columns, transposed, problem.row_gaps)
-            rows = torch.div(row_masses, sums, out=each_row[n])
-            sums = _sums(rows, kernel, problem.column_gaps)
-            columns = torch.div(column_masses, sums, out=each_column[n])
-    return kernel, kept
+        kernel, row_offset, column_offset = _first_kernel(problem)
+    else:
+        row_offset, column_offset = torch.zeros_like(row_masses), torch.zeros_like(column_masses)
+        kernel = _kernel(problem, row_offset, column_offset)
+    row_offsets, column_offsets = [row_offset], [column_offset]
+    rows, columns = row_masses, column_offset.neg().exp_()
+    before, end = columns, block_length
+    for n, (next_rows, next_columns) in enumerate(
+        zip(every_row.unbind(), every_column.unbind(), strict=True)
+    ):
+        if n == end and _may_go_on(problem, rows, columns, before, iterations - n, room):
+            end = iterations
+        elif n == end:
+            end += block_length
+            row_offset, column_offset = row_offset + rows.log(), column_offset + columns.log()
+            row_offsets.append(row_offset)
+            column_offsets.append(column_offset)
+            kernel = _kernel(problem, row_offset, column_offset)
+            columns = torch.ones_like(columns)
+        sums = _sums(columns, kernel.transpose(1, 2), problem.row_gaps)
+        rows = torch.div(row_masses, sums, out=next_rows)
+        sums = _sums(rows, kernel, problem.column_gaps)
+        before, columns = columns, torch.div(column_masses, sums, out=next_columns)
+    offsets = torch.stack(row_offsets), torch.stack(column_offsets)
+    return kernel, _Scalings(every_row, every_column, *offsets)
+
+
+def _may_go_on(
+    problem: Problem, rows: Tensor, columns: Tensor, before: Tensor, iterations: int, room: float
+) -> bool:
+    """Whether the kernel serves so many more iterations; False where a value is dear to read.
+
+    An iteration takes v to ``c / (kernel^T (r / (kernel v)))``. That is monotone and homogeneous:
+    if the last one multiplied every entry of v by at most m, none to come does so by more. The
+    same holds from below, and for u.
+    """
+    # Tensors of another class, such as those that trace a graph, may hold no values.
+    if rows.device.type != "cpu" or type(rows) is not Tensor or torch.compiler.is_compiling():
+        return False
+    if problem.row_gaps is not None and problem.column_gaps is not None:
+        rows, gaps = rows + problem.row_gaps, problem.column_gaps
+        columns, before = columns + gaps, before + gaps
+    step, *moved = (float(t.log().abs_().max()) for t in (columns / before, rows, columns))
+    return all(move + iterations * step <= room for move in moved)  # False for NaN
 
 
 def _through_plan(
-    problem: _Problem,
+    problem: Problem,
     plan: Tensor,
     plan_grad: Tensor | None,
     value_grad: Tensor | None,
@@ -234,12 +183,7 @@ def _through_plan(
         Gradients of the exponent (B, R, C), of the logarithm of the last row scaling, and of the
         column masses.
     """
-    if plan_grad is None:
-        upstream = torch.zeros_like(plan)
-    elif problem.forbidden is None:
-        upstream = plan_grad.clone()
-    else:
-        upstream = plan_grad.masked_fill(problem.forbidden, 0.0)
+    upstream = torch.zeros_like(plan) if plan_grad is None else problem.without_masked(plan_grad)
     if value_grad is not None:
         upstream.addcmul_(problem.cost, value_grad.view(-1, 1, 1))
     mean = torch.zeros_like(problem.column_masses)
@@ -285,17 +229,17 @@ def _through_block(
     row_factors, column_factors = rows.square() * inverses[0], columns.square() * inverses[1]
     from_rows, from_columns = torch.empty_like(rows), torch.empty_like(columns)
     transposed = kernel.transpose(1, 2)
-    each_x, each_y = from_rows.unbind(), from_columns.unbind()
-    last = len(rows) - 1
-    for n in range(last, -1, -1):
-        if n == last and row_grad is not None:
-            each_y[n].zero_()
-            torch.mul(rows[n] * inverses[0], -row_grad, out=each_x[n])
+    torch.mul(columns[-1], inverses[1], out=column_factors[-1])
+    each = [t.unbind()[::-1] for t in (row_factors, column_factors, from_rows, from_columns)]
+    for row_factor, column_factor, x, y in zip(*each, strict=True):
+        if row_grad is not None:
+            y.zero_()
+            torch.mul(rows[-1] * inverses[0], -row_grad, out=x)
+            row_grad = None
         else:
-            factor = column_factors[n] if n < last else columns[n] * inverses[1]
-            torch.mul(factor, column_grad, out=each_y[n])
-            torch.mul(row_factors[n], torch.bmm(each_y[n], transposed), out=each_x[n])
-        column_grad = torch.bmm(each_x[n], kernel)
+            torch.mul(column_factor, column_grad, out=y)
+            torch.mul(row_factor, torch.bmm(y, transposed), out=x)
+        column_grad = torch.bmm(x, kernel)
     columns_before = torch.cat([first_columns.unsqueeze(0), columns[:-1]])
     left = torch.cat([rows, -from_rows]).squeeze(2).permute(1, 2, 0)
     right = torch.cat([from_columns, columns_before]).squeeze(2).transpose(0, 1)
@@ -318,10 +262,10 @@ class Scale(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = Inputs(cost, row_mass, column_mass, row_mask, column_mask)
         with _full_precision(cost.device):
-            problem = _prepare(inputs, regularization)
+            problem = prepare(inputs, regularization)
             unit_masses = row_mass is None and column_mass is None
-            block_length = _block_length(problem.cost, unit_masses)
-            kernel, kept = _scale(problem, iterations, block_length)
+            block_length, room = _block_length(problem.cost, unit_masses)
+            kernel, kept = _scale(problem, iterations, block_length, room)
             plan = kept.plan(kernel)
             value = torch.linalg.vecdot(plan.flatten(1), problem.cost.flatten(1))
             error = (plan.sum(2) - problem.row_target.squeeze(1)).abs_().amax(1)
@@ -341,7 +285,7 @@ class Scale(torch.autograd.Function):
         inputs = Inputs(*ctx.saved_tensors[:5])
         kept = _Scalings(*ctx.saved_tensors[5:])
         with _full_precision(kept.rows.device):
-            problem = _prepare(inputs, ctx.regularization)
+            problem = prepare(inputs, ctx.regularization)
             inverses = _inverse(problem.row_masses), _inverse(problem.column_masses)
             last = len(kept.row_offsets) - 1
             kernel = kept.kernel(problem, last)
@@ -355,7 +299,8 @@ class Scale(torch.autograd.Function):
             for block in range(last if len(kept.rows) else -1, -1, -1):
                 if block != last:
                     kernel = kept.kernel(problem, block)
-                which = slice(block * ctx.block_length, (block + 1) * ctx.block_length)
+                start = block * ctx.block_length
+                which = slice(start, start + ctx.block_length if block < last else None)
                 rows, columns = kept.rows[which], kept.columns[which]
                 products, column_grad, from_rows, from_columns = _through_block(
                     kernel,

@@ -1,8 +1,8 @@
 """Entropic optimal transport between two sets of positions, by a fixed number of scalings.
 
 :func:`sinkhorn` is the only public function: batched, masked, rectangular. It does not build
-costs, does not test for convergence, and does not look at the values of its tensors, so it
-never waits for a device.
+costs, does not test for convergence, and looks at no value that is not on a CPU, so it never
+waits for a device.
 
 `ctkd.scalings` does the work.
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ctkd.errors import BatchError, SettingError
-from ctkd.scalings import Inputs, Scale, results_without_entries
+from ctkd.scalings import Scale
+from ctkd.transport_problem import Inputs, results_without_entries
 
 __all__ = ["SinkhornResult", "sinkhorn"]
 

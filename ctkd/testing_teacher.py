@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from ctkd.batch import Batch
-from ctkd.logits import DenseLogits, Logits
+from ctkd.dense_logits import DenseLogits
+from ctkd.logits import Logits
 from ctkd.top_k_logits import TopK, TopKLogits
 
 __all__ = ["OverheardLogits", "with_stored_teacher", "with_teacher"]
@@ -21,7 +22,7 @@ class OverheardLogits(DenseLogits):
         logits: The same logits; must be a `DenseLogits`.
 
     Attributes:
-        temperatures: Those that were asked for, here or after `masked`.
+        temperatures: Those that were asked for, also through `masked`.
         counts: How many of the largest entries were asked for.
 
     Raises:
@@ -44,13 +45,6 @@ class OverheardLogits(DenseLogits):
         self.temperatures: set[float] = set()
         self.counts: set[int] = set()
 
-    def masked(self, mask: Tensor) -> OverheardLogits:
-        if mask is self.mask:
-            return self
-        other = OverheardLogits(super().masked(mask))
-        other.temperatures, other.counts = self.temperatures, self.counts
-        return other
-
     def log_probs_at(
         self, ids: Tensor, temperatures: Sequence[float], *, standardise: bool = False
     ) -> tuple[Tensor, ...]:
@@ -66,10 +60,17 @@ class OverheardLogits(DenseLogits):
         return super().log_mass(columns, temperature=temperature)
 
     def column_mass(
-        self, mask: Tensor | None = None, *, temperature: float = 1.0, standardise: bool = False
+        self,
+        mask: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        standardise: bool = False,
+        asked_next: Sequence[float] = (),
     ) -> Tensor:
-        self.temperatures.add(temperature)
-        return super().column_mass(mask, temperature=temperature, standardise=standardise)
+        self.temperatures.update((temperature, *asked_next))
+        return super().column_mass(
+            mask, temperature=temperature, standardise=standardise, asked_next=asked_next
+        )
 
     def column_distance(
         self, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ctkd.errors import BatchError, SettingError
-from ctkd.logits import DenseLogits, Logits
+from ctkd.logits import Logits
 from ctkd.loss import check_positive
-from ctkd.rows import STANDARD_DEVIATION_EPSILON, check_ids, stable_top_ids, tempered
+from ctkd.row_logits import RowLogits
+from ctkd.rows import (
+    STANDARD_DEVIATION_EPSILON,
+    check_ids,
+    log_normalisers,
+    stable_top_ids,
+    tempered,
+)
 
 __all__ = ["TopK", "TopKLogits"]
 
@@ -66,7 +74,7 @@ class TopK:
     @torch.no_grad()
     def of(
         cls,
-        logits: DenseLogits,
+        logits: RowLogits,
         label_ids: Tensor,
         k: int,
         temperatures: Sequence[float] = (1.0, 2.0),
@@ -87,6 +95,7 @@ class TopK:
             BatchError: If the labels do not fit the logits.
 
         Example:
+            >>> from ctkd import DenseLogits
             >>> logits = DenseLogits(torch.tensor([[[0.5, 0.25, 0.25]]]).log())
             >>> kept = TopK.of(logits, torch.tensor([[1]]), 1, [1.0])
             >>> kept.ids, kept.label_values.exp(), kept.log_rests[..., 0, 0].exp()
@@ -108,37 +117,35 @@ class TopK:
                 f"label_ids must be (B, S) int64 with the (B, S) of the logits, {tuple(front)}, "
                 f"got {tuple(label_ids.shape)}, {label_ids.dtype}"
             )
+        zeros = partial(torch.zeros, dtype=logits.dtype, device=logits.device)
         kept = cls(
             ids=label_ids.new_zeros((*front, k)),
-            values=logits.tensor.new_zeros((*front, k), dtype=logits.dtype),
+            values=zeros(*front, k),
             label_ids=label_ids.masked_fill(~logits.mask, 0),
-            label_values=logits.tensor.new_zeros(front, dtype=logits.dtype),
-            deviations=logits.tensor.new_zeros(front, dtype=logits.dtype),
-            log_normalisers=logits.tensor.new_zeros(
-                (*front, 2, len(temperatures)), dtype=logits.dtype
-            ),
-            log_rests=logits.tensor.new_zeros((*front, 2, len(temperatures)), dtype=logits.dtype),
+            label_values=zeros(*front),
+            deviations=zeros(*front),
+            log_normalisers=zeros(*front, 2, len(temperatures)),
+            log_rests=zeros(*front, 2, len(temperatures)),
             temperatures=tuple(float(temperature) for temperature in temperatures),
             vocab_size=vocabulary,
         )
-        for batch_index, position, block in logits._blocks():
-            place = (batch_index, position)
+        for position, block in logits.blocks():
+            place = (position // front[1], position % front[1])
             ids = stable_top_ids(block, k)
             label = kept.label_ids[place].unsqueeze(-1)
             kept.ids[place] = ids
             kept.values[place] = block.gather(1, ids)
             kept.label_values[place] = block.gather(1, label).squeeze(-1)
-            # Taken once for all temperatures: it costs more than a logsumexp.
-            deviation = block.std(-1, keepdim=True)
-            kept.deviations[place] = deviation.squeeze(-1)
-            for index, temperature in enumerate(kept.temperatures):
-                plain = tempered(block, temperature, False)
-                standardised = block / ((deviation + STANDARD_DEVIATION_EPSILON) * temperature)
-                for scale, row in enumerate((plain, standardised)):
-                    normaliser = row.logsumexp(-1)
-                    rest = row.scatter(1, ids, -torch.inf).scatter_(1, label, -torch.inf)
-                    kept.log_normalisers[(*place, scale, index)] = normaliser
-                    kept.log_rests[(*place, scale, index)] = rest.logsumexp(-1) - normaliser
+            kept.deviations[place] = block.std(-1)
+            for scale, standardise in enumerate((False, True)):
+                row = tempered(block, 1.0, standardise)
+                rest = row.scatter(1, ids, -torch.inf).scatter_(1, label, -torch.inf)
+                for index, temperature in enumerate(kept.temperatures):
+                    # One by one, as a live teacher is asked: in ties rounding would decide.
+                    (normaliser,) = log_normalisers(block, [temperature], standardise)
+                    where = (*place, scale, index)
+                    kept.log_normalisers[where] = normaliser
+                    kept.log_rests[where] = (rest / temperature).logsumexp(-1) - normaliser
         return kept
 
 
@@ -158,6 +165,7 @@ class TopKLogits(Logits):
         BatchError: If the shapes do not fit.
 
     Example:
+        >>> from ctkd import DenseLogits
         >>> dense = DenseLogits(torch.tensor([[[0.5, 0.1, 0.4, 0.0]]]).log())
         >>> logits = TopKLogits(TopK.of(dense, torch.tensor([[0]]), 1, [1.0]))
         >>> everything = torch.arange(4).view(1, 1, 4)
@@ -272,7 +280,12 @@ class TopKLogits(Logits):
 
     @torch.no_grad()
     def column_mass(
-        self, mask: Tensor | None = None, *, temperature: float = 1.0, standardise: bool = False
+        self,
+        mask: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        standardise: bool = False,
+        asked_next: Sequence[float] = (),
     ) -> Tensor:
         ids, log_probs, is_known = self._known(temperature, standardise)
         share = self._row(temperature, standardise)[2].exp()

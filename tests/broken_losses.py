@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ctkd.batch import Batch
 from ctkd.chunks import pair_positions
-from ctkd.logits import DenseLogits
+from ctkd.dense_logits import DenseLogits
 from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
 from ctkd.matching import paired_positions
 from ctkd.row_pairs import map_row_pairs

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctkd.batch import IGNORE_INDEX
+from ctkd.dense_logits import DenseLogits
 from ctkd.distill.collator import padded_sides, padding_id
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.encoded import EncodedSide
 from ctkd.distill.models import check_token_ids, last_logits, load_model
 from ctkd.distill.preparing import teacher_dtype
-from ctkd.logits import DenseLogits
 from ctkd.top_k_logits import TopK
 
 __all__ = ["AskedTeacher"]

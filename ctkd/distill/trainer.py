@@ -27,11 +27,12 @@ from transformers.training_args import ParallelMode
 
 from ctkd.batch import IGNORE_INDEX, Batch, Side
 from ctkd.distill.collator import KEPT
-from ctkd.distill.models import last_logits
+from ctkd.distill.model_logits import ModelLogits
 from ctkd.distill.progress import StepClock
 from ctkd.distill.teacher_cache import TeacherCache
 from ctkd.errors import BatchError, SettingError
 from ctkd.loss import Loss, Weights
+from ctkd.row_logits import RowLogits
 from ctkd.top_k_logits import TopKLogits
 
 __all__ = ["CrossTokenizerTrainer"]
@@ -84,6 +85,12 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         eval_dataset: As in `Trainer`.
         processing_class: The student's tokenizer, saved with the model.
         callbacks: As in `Trainer`.
+        whole_logits: Compute all logits of a batch at once, also where a model's head allows to
+            compute them a block at a time.
+
+    Attributes:
+        student_logits: How the student's logits are read; its ``why_whole`` says why all at once.
+        teacher_logits: The same for a live teacher.
 
     Raises:
         SettingError: If loss and teacher do not come together, or the arguments would train
@@ -109,6 +116,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        whole_logits: bool = False,
     ) -> None:
         if (loss is None) != (teacher is None and teacher_cache is None):
             raise SettingError("a loss needs a teacher and a teacher a loss; give both or neither")
@@ -130,6 +138,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         self.distillation_loss = None if loss is None else loss.to(args.device)
         self.teacher = None if teacher is None else _frozen(teacher, args.device)
         self.teacher_cache = teacher_cache
+        self.whole_logits = whole_logits
         self.clock = StepClock()
         self.add_callback(self.clock)
         if weights is None:
@@ -137,6 +146,11 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         self.weights = weights
         self.student_vocab_size = student_vocab_size
         self.teacher_vocab_size = teacher_vocab_size
+        refuse = self._why_whole_logits()
+        self.student_logits = ModelLogits(self.model, refuse=refuse)
+        self.teacher_logits = (
+            None if self.teacher is None else ModelLogits(self.teacher, refuse=refuse)
+        )
         self._step_counts: tuple[Tensor, Tensor] | None = None
         self._logged = torch.zeros(0, dtype=torch.float64)
         self._part_names: list[str] = []
@@ -224,14 +238,10 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
 
     def _sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> _Sums:
         labels = inputs["labels"]
-        logits = last_logits(model, self.accelerator.unwrap_model(model), inputs, labels.shape[1])
+        logits = self.student_logits.read(model, inputs, labels.shape[1])
         with torch.autocast(logits.device.type, enabled=False):
-            scored = Side.from_causal_lm(logits, labels)
-            log_likelihood = scored.logits.log_probs(scored.token_ids.unsqueeze(-1))
-            sums = _Sums(ce=-log_likelihood.sum(), ce_count=scored.mask.sum())
-        if self.distillation_loss is None:
-            return sums
-        with torch.autocast(logits.device.type, enabled=False):
+            if self.distillation_loss is None:
+                return _cross_entropy(logits, labels)
             student = Side.from_causal_lm(
                 logits,
                 inputs["distill_labels"],
@@ -240,10 +250,24 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             )
             batch = Batch(student=student, teacher=self._teacher_side(inputs))
             output = self.distillation_loss(batch)
+            # Last: what the loss found out about the rows serves cross-entropy too.
+            sums = _cross_entropy(logits, labels)
         sums.kd = output.value * output.count
         sums.kd_count = output.count
         sums.parts = {name: part * output.count for name, part in output.parts.items()}
         return sums
+
+    def _why_whole_logits(self) -> str | None:
+        """Why a model's head must not be taken apart, whatever it is."""
+        if self.whole_logits:
+            return "this was asked for"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "weights are sharded over devices"
+        if self.args.n_gpu > 1:
+            return "the model is copied to several devices in one process"
+        if self.args.torch_compile:
+            return "the model is compiled"
+        return None
 
     def _teacher_side(self, inputs: Mapping[str, Tensor]) -> Side:
         """What the teacher says, now or when the cache was made."""
@@ -268,11 +292,10 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             for name, value in inputs.items()
             if name.startswith("teacher_")
         }
-        teacher = self.teacher
-        if teacher is None:
+        if self.teacher is None or self.teacher_logits is None:
             raise SettingError("a loss needs a teacher, or a cache in its place")
         with torch.no_grad():
-            logits = last_logits(teacher, teacher, teacher_inputs, labels.shape[1])
+            logits = self.teacher_logits.read(self.teacher, teacher_inputs, labels.shape[1])
         return Side.from_causal_lm(
             logits, labels, chunk_ids=chunk_ids, vocab_size=self.teacher_vocab_size
         )
@@ -314,6 +337,12 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         path = Path(resume_from_checkpoint) / LOSS_FILE
         if path.is_file() and self.distillation_loss is not None:
             self.distillation_loss.load_state_dict(load_file(path))
+
+
+def _cross_entropy(logits: RowLogits, labels: Tensor) -> _Sums:
+    scored = Side.from_causal_lm(logits, labels)
+    log_likelihood = scored.logits.log_probs(scored.token_ids.unsqueeze(-1))
+    return _Sums(ce=-log_likelihood.sum(), ce_count=scored.mask.sum())
 
 
 def _check_arguments(args: TrainingArguments) -> None:

@@ -134,6 +134,7 @@ def train(
         _measure_teacher(measure, models, forms, cache)
         measure.losses("losses before", trainer)
 
+    _tell_how_logits_are_read(trainer, say)
     _warn_about_precision(config, say)
     checkpoint = folder.last_checkpoint() if resume else None
     if checkpoint is not None:
@@ -289,6 +290,15 @@ def _make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _tell_how_logits_are_read(trainer: CrossTokenizerTrainer, say: Callable[[str], None]) -> None:
+    for name, logits in (("student", trainer.student_logits), ("teacher", trainer.teacher_logits)):
+        if logits is not None:
+            how = "a block at a time, from the head"
+            if logits.why_whole is not None:
+                how = f"all at once: {logits.why_whole}"
+            say(f"logits of the {name}: {how}")
 
 
 def _train_from(trainer: CrossTokenizerTrainer, checkpoint: Path | None) -> None:

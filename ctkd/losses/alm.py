@@ -186,14 +186,12 @@ class ALM(Loss):
             check_sizes(batch, self.student_starts.shape[0], self.teacher_starts.shape[0])
             followed, student_next = _following_positions(batch.student, batch.num_chunks)
             also_followed, teacher_next = _following_positions(batch.teacher, batch.num_chunks)
-            left_out = ~(followed & also_followed)
-            boundary = batch.student.logits.log_mass(self.student_starts)
-            boundary = F.pad(boundary, (0, 1)).gather(1, student_next)
-            student = student + boundary.masked_fill(left_out, 0.0)
+            valid = present & followed & also_followed
+            student = student + _boundaries(batch.student, student_next, valid, self.student_starts)
             with torch.no_grad():
-                boundary = batch.teacher.logits.log_mass(self.teacher_starts)
-                boundary = F.pad(boundary, (0, 1)).gather(1, teacher_next)
-                teacher = teacher + boundary.masked_fill(left_out, 0.0)
+                teacher = teacher + _boundaries(
+                    batch.teacher, teacher_next, valid, self.teacher_starts
+                )
         # A likelihood of exactly 1 has no finite log of its complement.
         values = binary_kl(
             student / self.temperature - _EPSILON, teacher / self.temperature - _EPSILON
@@ -215,3 +213,12 @@ def _following_positions(side: Side, num_chunks: int) -> tuple[Tensor, Tensor]:
     """Whether a scored position follows each chunk's last one, and which, at most S."""
     following = (last_positions(side, num_chunks) + 1).clamp_max(side.mask.shape[1])
     return F.pad(side.mask, (0, 1)).gather(1, following), following
+
+
+def _boundaries(side: Side, following: Tensor, valid: Tensor, starts: Tensor) -> Tensor:
+    """Log-probability that a word begins after each chunk, (B, C); 0 where that is not valid."""
+    size = side.mask.shape[1]
+    following = following.masked_fill(~valid, size)
+    asked = F.pad(torch.zeros_like(side.mask), (0, 1)).scatter(1, following, True)[:, :size]
+    # Reading the other rows would cost as much as reading these.
+    return F.pad(side.logits.masked(asked).log_mass(starts), (0, 1)).gather(1, following)

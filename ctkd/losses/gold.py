@@ -6,7 +6,6 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ctkd.batch import Batch, Side
 from ctkd.chunks import (
@@ -16,7 +15,6 @@ from ctkd.chunks import (
     last_positions,
     pair_rows,
 )
-from ctkd.divergences import jsd
 from ctkd.errors import SettingError
 from ctkd.loss import (
     Loss,
@@ -28,37 +26,14 @@ from ctkd.loss import (
     check_positive,
     check_weight,
 )
-from ctkd.losses.shared_kl import columns_outside, take_columns
+from ctkd.losses.gold_solver import GoldColumns, GoldSolver
+from ctkd.losses.shared_kl import columns_outside
 from ctkd.pair import Pair, check_sizes
+from ctkd.powers import Workspace
 from ctkd.registry import register
-from ctkd.row_pairs import map_row_pairs_to_parts
-from ctkd.rows import tempered
+from ctkd.row_pairs import solve_row_pairs
 
-__all__ = ["GOLD", "ranked_l1"]
-
-
-def ranked_l1(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    r"""Distance between two sets of probabilities, each in descending order.
-
-    .. math:: \sum_k |s_{(k)} - t_{(k)}|, \quad s_{(1)} \ge s_{(2)} \ge \dots
-
-    The narrower side is padded with zeros. The rows need not sum to 1, and may be empty.
-
-    Shape:
-        (N, V) and (N, W) give (N,).
-
-    Example:
-        >>> ranked_l1(torch.tensor([[0.1, 0.3]]).log(), torch.tensor([[0.2, 0.0, 0.0]]).log())
-        tensor([0.2000])
-    """
-    student, teacher = (
-        log_probs.sort(dim=-1, descending=True, stable=True).values.exp()
-        for log_probs in (student_log_probs, teacher_log_probs)
-    )
-    size = max(student.shape[-1], teacher.shape[-1])
-    student = F.pad(student, (0, size - student.shape[-1]))
-    teacher = F.pad(teacher, (0, size - teacher.shape[-1]))
-    return (student - teacher).abs().sum(-1)
+__all__ = ["GOLD"]
 
 
 @register("gold")
@@ -186,6 +161,9 @@ class GOLD(Loss):
         self.student_size = pair.student_size
         self.teacher_size = pair.teacher_size
         student_ids, teacher_ids = pair.shared_ids()
+        # Columns in ascending order are read and written faster.
+        order = student_ids.argsort()
+        student_ids, teacher_ids = student_ids[order], teacher_ids[order]
         for name, ids in (
             ("student_ids", student_ids),
             ("teacher_ids", teacher_ids),
@@ -236,47 +214,32 @@ class GOLD(Loss):
                 )
             log_scales = torch.stack([student_scale, teacher_scale], dim=-1).flatten(0, 1)
         both = chunks_on_both_sides(batch)
-        values, parts = map_row_pairs_to_parts(
+        workspace = Workspace()
+        values, parts = solve_row_pairs(
             batch.student.logits,
             batch.teacher.logits,
             pair_rows(batch, student_positions, teacher_positions, both),
-            self._terms,
+            GoldSolver(
+                GoldColumns(
+                    self.student_ids, self.teacher_ids, self.student_others, self.teacher_others
+                ),
+                self.beta,
+                self._weights,
+                self.student_temperature,
+                self.teacher_temperature,
+                workspace,
+            ),
             parts=2,
             per_pair=log_scales,
             teacher_temperature=self.teacher_temperature,
         )
+        workspace.release()
         count = self.units(batch)
         matched, unmatched = parts.view(*both.shape, 2).sum(1).unbind(-1)
         value = average({"gold": values.view(both.shape).sum(1)}, count).value
         return LossOutput(
             value, count, average({"matched": matched, "unmatched": unmatched}, count).parts
         )
-
-    def _terms(
-        self, student_logits: Tensor, teacher_logits: Tensor, log_scales: Tensor | None = None
-    ) -> Tensor:
-        """Both terms of pairs of rows, weighted, (N, 2)."""
-        student = tempered(student_logits, self.student_temperature, False).log_softmax(-1)
-        with torch.no_grad():
-            teacher = tempered(teacher_logits, self.teacher_temperature, False).log_softmax(-1)
-            if log_scales is not None:
-                teacher = teacher + log_scales[:, 1:]
-        if log_scales is not None:
-            student = student + log_scales[:, :1]
-        matched_weight, unmatched_weight = self._weights
-        matched = unmatched = student.new_zeros(student.shape[0])
-        if matched_weight:
-            matched = matched_weight * jsd(
-                take_columns(student, self.student_ids),
-                take_columns(teacher, self.teacher_ids),
-                beta=self.beta,
-            )
-        if unmatched_weight:
-            unmatched = unmatched_weight * ranked_l1(
-                take_columns(student, self.student_others),
-                take_columns(teacher, self.teacher_others),
-            )
-        return torch.stack([matched, unmatched], dim=-1)
 
     def extra_repr(self) -> str:
         return (

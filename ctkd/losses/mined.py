@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ctkd.batch import Batch
 from ctkd.chunks import PositionPairs, first_positions, one_to_one
+from ctkd.divergences import LOG_FLOOR
 from ctkd.loss import (
     Loss,
     LossOutput,
@@ -21,8 +24,9 @@ from ctkd.loss import (
     masked_sum,
 )
 from ctkd.pair import Pair, check_sizes
+from ctkd.powers import LOG_2, Workspace, powers_of_two
 from ctkd.registry import register
-from ctkd.row_pairs import map_row_pairs
+from ctkd.row_pairs import RowSolution, solve_row_pairs
 
 __all__ = ["MinED", "carried_kl", "first_occurrences", "first_sources"]
 
@@ -86,6 +90,53 @@ def carried_kl(
     student_log_probs = (student_logits / temperature).log_softmax(-1)
     terms = target_probs * (target_log_probs - student_log_probs)
     return terms.masked_fill(target_probs == 0, 0.0).sum(-1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Solver:
+    """`carried_kl` and its gradient, the difference of two softmaxes.
+
+    Attributes:
+        sources: Teacher column of each student column, (V,), any where there is none.
+        absent: Minus infinity in columns without a source and 0 in the others, (V,).
+        temperature: Divides the logits of both.
+        workspace: Where temporaries go.
+    """
+
+    sources: Tensor
+    absent: Tensor
+    temperature: float
+    workspace: Workspace
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        per_pair: Tensor | None,
+        with_gradient: bool,
+    ) -> RowSolution:
+        student_exponents, student_powers, carried, target_powers = (
+            self.workspace.rows(name, student_logits, student_logits.shape[1])
+            for name in ("student exponents", "student powers", "carried", "target powers")
+        )
+        index = self.sources.expand(teacher_logits.shape[0], -1)
+        torch.gather(teacher_logits, 1, index, out=carried).add_(self.absent)
+        target = powers_of_two(carried, self.temperature, exponents=carried, powers=target_powers)
+        student = powers_of_two(
+            student_logits, self.temperature, exponents=student_exponents, powers=student_powers
+        )
+        target_probs = target.powers.div_(target.total)
+        # The target is 0 there, and 0 times infinity would not be.
+        gap = target.exponents.clamp_min_(LOG_FLOOR).sub_(student.exponents).mul_(target_probs)
+        if gap.device.type != "cpu" or bool(student_logits.amin() == -torch.inf):
+            gap.masked_fill_(target_probs == 0, 0.0)
+        values = gap.sum(-1, keepdim=True) * LOG_2 + (student.log_total - target.log_total)
+        if not with_gradient:
+            return RowSolution(values)
+        gradient = student.powers.div_(student.total).sub_(target_probs)
+        if self.temperature != 1.0:
+            gradient.div_(self.temperature)
+        return RowSolution(values, gradient)
 
 
 @register("mined")
@@ -229,7 +280,11 @@ class MinED(Loss):
 
     def _top_k(self, batch: Batch, pairs: PositionPairs, paired: Tensor) -> Tensor:
         size = paired.shape[1]
-        teacher = batch.teacher.logits
+        width = batch.teacher.mask.shape[1]
+        asked = F.pad(torch.zeros_like(batch.teacher.mask), (0, 1))
+        asked = asked.scatter(1, pairs.teacher.masked_fill(~pairs.valid, width), True)
+        # Only these rows are used, and finding the largest entries takes a while.
+        teacher = batch.teacher.logits.masked(asked[:, :width])
         with torch.no_grad():
             teacher_ids = teacher.top_ids(min(self.k, teacher.shape[2]))
             log_probs = teacher.log_probs(teacher_ids, temperature=self.temperature)
@@ -248,18 +303,20 @@ class MinED(Loss):
         student = batch.student
         labels = student.token_ids.unsqueeze(-1)
         log_probs = student.logits.log_probs(labels, temperature=self.temperature).squeeze(-1)
-        fused = map_row_pairs(
+        absent = torch.zeros(
+            self.sources.shape, dtype=student.logits.dtype, device=self.sources.device
+        ).masked_fill_(self.sources < 0, -torch.inf)
+        workspace = Workspace()
+        fused, _ = solve_row_pairs(
             student.logits,
             batch.teacher.logits,
             pairs.rows(batch),
-            self._carried_kl,
+            _Solver(self.sources.clamp_min(0), absent, self.temperature, workspace),
             teacher_temperature=self.temperature,
-        ).view(pairs.valid.shape)
-        fused = pairs.at_student_positions(fused, paired.shape[1])
+        )
+        workspace.release()
+        fused = pairs.at_student_positions(fused.view(pairs.valid.shape), paired.shape[1])
         return torch.where(paired, fused, -log_probs)
-
-    def _carried_kl(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return carried_kl(student_logits, teacher_logits, self.sources, self.temperature)
 
     def extra_repr(self) -> str:
         return (

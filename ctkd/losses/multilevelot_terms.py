@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -127,8 +128,13 @@ class MultiLevelOTTerms(Loss):
         return batch.student.mask.sum()
 
     @torch.no_grad()
-    def match(self, batch: Batch) -> ColumnMatch:
-        """Choose the kept columns of every sequence (eqs. 9-12)."""
+    def match(self, batch: Batch, asked_next: Sequence[float] = ()) -> ColumnMatch:
+        """Choose the kept columns of every sequence (eqs. 9-12).
+
+        Args:
+            batch: The batch.
+            asked_next: Temperatures that the terms will ask for, so that one reading serves both.
+        """
         k = min(self.k, batch.student.logits.shape[2], batch.teacher.logits.shape[2])
         if self.matching == "greedy":
             return match_greedily(batch, k=k, temperature=self.temperature, pairing=self.pairing)
@@ -148,7 +154,7 @@ class MultiLevelOTTerms(Loss):
                 candidates=self.candidates,
                 pairing=self.pairing,
             )
-        return match_by_mass(batch, k=k, temperature=self.temperature)
+        return match_by_mass(batch, k=k, temperature=self.temperature, asked_next=asked_next)
 
     def weighted_terms(
         self,
@@ -163,10 +169,10 @@ class MultiLevelOTTerms(Loss):
         iterations: int = 20,
     ) -> LossOutput:
         """Weighted terms of the sequences; a term of weight 0 is not computed."""
-        match = self.match(batch)
         wanted = {"had": had_weight, "sl": sl_weight, "sd": sd_weight}
         temperatures = {"had": self.temperature, "sl": sl_temperature, "sd": sd_temperature}
         temperatures = {name: temperatures[name] for name, weight in wanted.items() if weight}
+        match = self.match(batch, sorted(set(temperatures.values())))
         student = _log_probs(batch.student.logits, match.student_ids, temperatures)
         with torch.no_grad():
             teacher = _log_probs(batch.teacher.logits, match.teacher_ids, temperatures)

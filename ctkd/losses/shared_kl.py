@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ctkd.batch import Batch
 from ctkd.chunks import chunk_pairs, chunks_on_both_sides
-from ctkd.divergences import jsd, kl, reverse_kl
+from ctkd.divergences import LOG_FLOOR, divergence_terms
 from ctkd.errors import SettingError
 from ctkd.loss import Loss, LossOutput, Paper, Weights, average, check_choice, check_positive
 from ctkd.pair import Pair, check_sizes
+from ctkd.powers import LOG_2, Powers, Workspace, powers_of_two
 from ctkd.registry import register
-from ctkd.row_pairs import map_row_pairs
-from ctkd.rows import tempered
+from ctkd.row_pairs import RowSolution, solve_row_pairs
 
-__all__ = ["SharedKL", "columns_outside", "shared_log_probs", "take_columns"]
+__all__ = [
+    "SharedKL",
+    "columns_outside",
+    "shared_log_probs",
+    "take_columns",
+]
 
-_DIVERGENCES = {"forward": kl, "reverse": reverse_kl, "jsd": jsd}
+# `jsd` with this weight of the teacher.
+_BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
 
-# The log of a sum of nothing but zeros has no gradient. This is as good as minus infinity.
-_LOWEST_LOGIT = -1e30
+# The log of a sum of nothing but zeros has no gradient. This is as good as minus infinity; being a
+# power of two, it is scaled without rounding, so that rows of nothing else are still even.
+_LOWEST_LOGIT = -(2.0**100)
+
+# Far below that: stands in columns that are no class, so that they take no part in a softmax.
+_NO_CLASS = -3e38
 
 
 def columns_outside(ids: Tensor, size: int) -> Tensor:
@@ -69,6 +82,153 @@ def shared_log_probs(logits: Tensor, shared: Tensor, others: Tensor | None) -> T
         rest = take_columns(logits, others).logsumexp(-1, keepdim=True)
         classes = torch.cat([classes, rest], dim=-1)
     return classes.log_softmax(-1)
+
+
+class _Columns(NamedTuple):
+    """Where the classes of both sides are; the student's order of columns is that of both.
+
+    Attributes:
+        sources: Teacher column of each student column, (V,), any where it is no shared token.
+        lowest: Least logit in each student column, (V,).
+        highest: Largest logit in each student column, (V,).
+        student_others: Columns of the class of the rest, if there is one.
+        teacher_others: The same on the other side.
+    """
+
+    sources: Tensor
+    lowest: Tensor
+    highest: Tensor
+    student_others: Tensor | None
+    teacher_others: Tensor | None
+
+
+class _Classes(NamedTuple):
+    """Probabilities of one side: of shared tokens in their columns, and of the rest.
+
+    Attributes:
+        exponents: (N, V), so that log p = ``LOG_2 * exponents + offset``.
+        offset: (N, 1) float64.
+        probs: (N, V), 0 in columns that are no class.
+        log_rest: (N, 1) float64.
+        rest: Powers of the columns of the rest.
+    """
+
+    exponents: Tensor
+    offset: Tensor
+    probs: Tensor
+    log_rest: Tensor | None
+    rest: Powers | None
+
+
+def _classes(
+    logits: Tensor,
+    others: Tensor | None,
+    columns: _Columns,
+    temperature: float,
+    room: tuple[Tensor, Tensor],
+) -> _Classes:
+    # One pass; a mask would take many times as long on a CPU.
+    logits = torch.clamp(logits, columns.lowest, columns.highest, out=room[0])
+    shared = powers_of_two(logits, temperature, exponents=logits, powers=room[1])
+    offset = -shared.log_total
+    log_rest = rest = None
+    if others is not None:
+        others = others.clamp_min_(_LOWEST_LOGIT)
+        rest = powers_of_two(others, temperature, exponents=others)
+        log_shared, log_rest = shared.log_normaliser, rest.log_normaliser
+        normaliser = torch.logaddexp(log_shared, log_rest)
+        # Low enough for `LOG_FLOOR` to have the last word, high enough not to swamp exponents.
+        offset += (log_shared - normaliser).clamp_min_(2 * LOG_FLOOR)
+        log_rest = (log_rest - normaliser).clamp_min_(LOG_FLOOR)
+    probs = shared.powers.mul_(offset.exp().to(logits.dtype))
+    floor = ((LOG_FLOOR - offset) / LOG_2).to(logits.dtype)
+    exponents = torch.maximum(shared.exponents, floor, out=shared.exponents)
+    return _Classes(exponents, offset, probs, log_rest, rest)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Solver:
+    """`jsd` between `shared_log_probs` of both sides, and its gradient."""
+
+    columns: _Columns
+    beta: float
+    temperature: float
+    workspace: Workspace
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        per_pair: Tensor | None,
+        with_gradient: bool,
+    ) -> RowSolution:
+        student, teacher = self._sides(student_logits, teacher_logits)
+        difference = (student.offset - teacher.offset).to(student_logits.dtype)
+        gap = student.exponents.sub_(teacher.exponents)
+        gap = torch.add(difference, gap, alpha=LOG_2, out=gap)
+        spare = None
+        if 0 < self.beta < 1:
+            spare = teacher.exponents, self._room("term", student_logits)
+        term, other_term = divergence_terms(
+            gap, student.probs, teacher.probs, self.beta, spare=spare
+        )
+        total = term.sum(-1, keepdim=True).double()
+        values = total + other_term.sum(-1, keepdim=True)
+        rest_change = None
+        if student.log_rest is not None and teacher.log_rest is not None:
+            rest_prob = student.log_rest.exp()
+            rest_term, other_term = divergence_terms(
+                student.log_rest - teacher.log_rest, rest_prob, teacher.log_rest.exp(), self.beta
+            )
+            total, values = total + rest_term, values + rest_term + other_term
+            rest_change = rest_term - rest_prob * total
+        if not with_gradient:
+            return RowSolution(values)
+        # The terms are derivatives with respect to log-probabilities, of which the sum is fixed.
+        gradient = term.addcmul_(student.probs, -total.to(term.dtype))
+        if rest_change is not None:
+            self._add_rest_(gradient, student, rest_change)
+        if self.temperature != 1.0:
+            gradient.div_(self.temperature)
+        # Where a logit was cut off it has no influence.
+        if gradient.device.type != "cpu" or bool(student_logits.amin() < _LOWEST_LOGIT):
+            gradient.masked_fill_(student_logits < _LOWEST_LOGIT, 0.0)
+        return RowSolution(values, gradient)
+
+    def _sides(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[_Classes, _Classes]:
+        columns = self.columns
+        carried = self._room("teacher", student_logits)
+        index = columns.sources.expand(teacher_logits.shape[0], -1)
+        torch.gather(teacher_logits, 1, index, out=carried)
+        student, teacher = (
+            _classes(
+                logits,
+                None if others is None else take_columns(raw, others),
+                columns,
+                self.temperature,
+                (room, self._room(f"{side} probs", student_logits)),
+            )
+            for side, logits, raw, others, room in (
+                (
+                    "student",
+                    student_logits,
+                    student_logits,
+                    columns.student_others,
+                    self._room("student", student_logits),
+                ),
+                ("teacher", carried, teacher_logits, columns.teacher_others, carried),
+            )
+        )
+        return student, teacher
+
+    def _add_rest_(self, gradient: Tensor, student: _Classes, change: Tensor) -> None:
+        if student.rest is not None and self.columns.student_others is not None:
+            share = (change / student.rest.total).to(gradient.dtype)
+            within = student.rest.powers.mul_(share)
+            gradient.scatter_(1, self.columns.student_others.expand_as(within), within)
+
+    def _room(self, name: str, block: Tensor) -> Tensor:
+        return self.workspace.rows(name, block, block.shape[1])
 
 
 @register("shared_kl")
@@ -154,6 +314,7 @@ class SharedKL(Loss):
     teacher_ids: Tensor
     student_others: Tensor
     teacher_others: Tensor
+    sources: Tensor
 
     def __init__(
         self,
@@ -165,7 +326,7 @@ class SharedKL(Loss):
     ) -> None:
         super().__init__()
         check_choice("rest", rest, ("renormalise", "class"))
-        check_choice("direction", direction, tuple(_DIVERGENCES))
+        check_choice("direction", direction, tuple(_BETAS))
         check_positive("temperature", temperature)
         self.rest = rest
         self.direction = direction
@@ -178,11 +339,14 @@ class SharedKL(Loss):
                 "shared_kl compares tokens that both vocabularies have, but these tokenizers share "
                 "none; use a loss that needs no shared tokens, such as uld or alm"
             )
+        sources = student_ids.new_zeros(pair.student_size)
+        sources[student_ids] = teacher_ids
         for name, ids in (
             ("student_ids", student_ids),
             ("teacher_ids", teacher_ids),
             ("student_others", columns_outside(student_ids, pair.student_size)),
             ("teacher_others", columns_outside(teacher_ids, pair.teacher_size)),
+            ("sources", sources),
         ):
             self.register_buffer(name, ids, persistent=False)
 
@@ -191,30 +355,35 @@ class SharedKL(Loss):
 
     def forward(self, batch: Batch) -> LossOutput:
         check_sizes(batch, self.student_size, self.teacher_size)
-        values = map_row_pairs(
+        columns = self._columns(batch.student.logits.dtype)
+        workspace = Workspace()
+        values, _ = solve_row_pairs(
             batch.student.logits,
             batch.teacher.logits,
             chunk_pairs(batch),
-            self._divergence,
+            _Solver(columns, _BETAS[self.direction], self.temperature, workspace),
             teacher_temperature=self.temperature,
         )
+        workspace.release()
         sums = values.view(batch.student.mask.shape[0], batch.num_chunks).sum(1)
         return average({"shared_kl": sums}, self.units(batch))
 
-    def _divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def _columns(self, dtype: torch.dtype) -> _Columns:
+        bounds = torch.full(
+            (2, self.student_size), _NO_CLASS, dtype=dtype, device=self.student_ids.device
+        )
+        bounds[0, self.student_ids] = _LOWEST_LOGIT
+        bounds[1, self.student_ids] = torch.inf
         one_class = (
             self.rest == "class" and self.student_others.numel() and self.teacher_others.numel()
         )
-        student_log_probs, teacher_log_probs = (
-            shared_log_probs(
-                tempered(logits, self.temperature, False), ids, others if one_class else None
-            )
-            for logits, ids, others in (
-                (student_logits, self.student_ids, self.student_others),
-                (teacher_logits, self.teacher_ids, self.teacher_others),
-            )
+        return _Columns(
+            self.sources,
+            bounds[0],
+            bounds[1],
+            self.student_others if one_class else None,
+            self.teacher_others if one_class else None,
         )
-        return _DIVERGENCES[self.direction](student_log_probs, teacher_log_probs)
 
     def extra_repr(self) -> str:
         return (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,8 +21,10 @@ from ctkd.loss import (
     check_positive,
     masked_sum,
 )
+from ctkd.powers import LOG_2, Workspace, powers_of_two
 from ctkd.registry import register
-from ctkd.row_pairs import map_row_pairs
+from ctkd.row_pairs import RowSolution, solve_row_pairs
+from ctkd.sorting import rank_rows, ranked_l1
 
 __all__ = ["ULD", "sorted_l1"]
 
@@ -35,7 +40,6 @@ def sorted_l1(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         (N, V) and (N, W) give (N,), each value in [0, 2].
 
     Example:
-        >>> import torch
         >>> sorted_l1(torch.tensor([[0.2, 0.8]]).log(), torch.tensor([[0.5, 0.5, 0.0]]).log())
         tensor([0.6000])
     """
@@ -47,6 +51,49 @@ def sorted_l1(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     student = F.pad(student, (0, size - student.shape[-1]))
     teacher = F.pad(teacher, (0, size - teacher.shape[-1]))
     return (student - teacher).abs().sum(-1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Solver:
+    r"""`sorted_l1` and its gradient.
+
+    With g the sign of the difference at the rank of each column, the gradient is
+    :math:`p_v (g_v - \sum_u g_u p_u) / \tau`.
+    """
+
+    student_temperature: float
+    teacher_temperature: float
+    workspace: Workspace
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        per_pair: Tensor | None,
+        with_gradient: bool,
+    ) -> RowSolution:
+        student, teacher = rank_rows(student_logits, teacher_logits, workspace=self.workspace)
+        room = self.workspace.rows("student", student_logits, student_logits.shape[1])
+        powers = powers_of_two(
+            student.values, self.student_temperature, exponents=room, powers=room
+        )
+        teacher_powers = powers_of_two(
+            teacher.values,
+            self.teacher_temperature,
+            exponents=teacher.values,
+            powers=teacher.values,
+        )
+        probs = room.div_(powers.total)
+        values, signs = ranked_l1(probs, teacher.values.div_(teacher_powers.total), self.workspace)
+        if not with_gradient:
+            return RowSolution(values)
+        mean_sign = probs.mul_(signs).sum(-1, keepdim=True)
+        scale = 1.0 / (self.student_temperature * LOG_2)
+        torch.add(powers.shift.neg(), student_logits, alpha=scale, out=room).exp2_()
+        spare = self.workspace.rows("spare", student_logits, student_logits.shape[1])
+        signs = student.to_columns(signs, out=spare).sub_(mean_sign)
+        gradient = room.mul_(signs).div_(powers.total * self.student_temperature)
+        return RowSolution(values, gradient)
 
 
 @register("uld")
@@ -144,22 +191,20 @@ class ULD(Loss):
     def forward(self, batch: Batch) -> LossOutput:
         pairs = pair_positions(batch, self.pairing)
         if self.top_k is None:
-            values = map_row_pairs(
+            workspace = Workspace()
+            distances, _ = solve_row_pairs(
                 batch.student.logits,
                 batch.teacher.logits,
                 pairs.rows(batch),
-                self._distance,
+                _Solver(self.student_temperature, self.teacher_temperature, workspace),
                 teacher_temperature=self.teacher_temperature,
                 spread_tail=True,
-            ).view(pairs.valid.shape)
+            )
+            workspace.release()
+            values = distances.view(pairs.valid.shape)
         else:
             values = self._top(batch, pairs, self.top_k)
         return average({"uld": masked_sum(values, pairs.valid)}, self.units(batch))
-
-    def _distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return sorted_l1(
-            student_logits / self.student_temperature, teacher_logits / self.teacher_temperature
-        )
 
     def _top(self, batch: Batch, pairs: PositionPairs, k: int) -> Tensor:
         student, teacher = batch.student.logits, batch.teacher.logits

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ctkd.batch import IGNORE_INDEX, Batch, Side
+from ctkd.dense_logits import DenseLogits
 from ctkd.errors import BatchError
-from ctkd.logits import DenseLogits
 from ctkd.testing import make_inputs
 
 # One row per layout: prompt and padding on the right, padding on the left, an answer with a hole

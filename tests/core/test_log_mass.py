@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from ctkd import rows as rows_module
+from ctkd.dense_logits import DenseLogits
 from ctkd.errors import BatchError
-from ctkd.logits import DenseLogits
 
 B, S, V, HEAD = 3, 5, 11, 13
 MASK = torch.arange(S) < torch.tensor([[5], [3], [0]])

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctkd import row_pairs
 from ctkd import rows as rows_module
+from ctkd.dense_logits import DenseLogits
 from ctkd.errors import BatchError
-from ctkd.logits import DenseLogits
+from ctkd.row_logits import RowLogits
 from ctkd.row_pairs import map_row_pairs
+from ctkd.row_sources import TensorRows
 from ctkd.rows import stable_top_ids
 
 B, S, V = 3, 5, 11
@@ -232,7 +233,7 @@ def test_without_gradients_none_are_computed(mode, monkeypatch):
     def refuse(*_):
         raise RuntimeError("a buffer for gradients was made")
 
-    monkeypatch.setattr(row_pairs, "_row_buffer", refuse)
+    monkeypatch.setattr(TensorRows, "row_buffer", refuse)
     tensor = randn(1, 2, V).requires_grad_()
     rows = torch.tensor([[0, 1], [1, 0]])
     with mode():
@@ -317,13 +318,13 @@ def test_nothing_is_read_where_there_are_no_positions():
 def test_only_scored_rows_are_read_on_the_cpu(reading):
     read = []
 
-    class Spy(DenseLogits):
-        def _read(self, batch_index, position):
-            read.extend(zip(batch_index.tolist(), position.tolist(), strict=True))
-            return super()._read(batch_index, position)
+    class Spy(TensorRows):
+        def blocks(self, rows):
+            read.extend((row // S, row % S) for row in rows.tolist())
+            return super().blocks(rows)
 
     _, plain, _ = build("plain")
-    Spy(plain.tensor, mask=plain.mask).column_mass()
+    RowLogits(Spy(plain.tensor), mask=plain.mask).column_mass()
     everything = list(itertools.product(range(B), range(S)))
     expected = everything if "padding" in reading else plain.mask.nonzero().tolist()
     assert sorted(read) == [tuple(pair) for pair in expected]
@@ -370,7 +371,7 @@ def test_ids_of_another_shape_are_refused(shape):
 
 def test_row_pairs_need_a_student_s_tensor_and_a_teacher_s_logits():
     dense, table, rows = DenseLogits(torch.zeros(1, 2, 5)), object(), torch.tensor([[0, 0]])
-    with pytest.raises(BatchError, match="needs the student's logits as a tensor, got object"):
+    with pytest.raises(BatchError, match="as a tensor or from its head, got object"):
         map_row_pairs(table, dense, rows, l1_to_scaled)
     for teacher in (table, dense.tensor):
         with pytest.raises(BatchError, match="needs the teacher's Logits, got (object|Tensor)"):

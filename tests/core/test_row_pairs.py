@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ctkd import rows as rows_module
-from ctkd.logits import DenseLogits
+from ctkd.dense_logits import DenseLogits
 from ctkd.row_pairs import map_row_pairs, map_row_pairs_to_parts
 
 B, S, T, V, W = 3, 5, 6, 11, 8

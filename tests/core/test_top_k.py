@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
+from ctkd.dense_logits import DenseLogits
 from ctkd.errors import BatchError, SettingError
-from ctkd.logits import DenseLogits
 from ctkd.row_pairs import map_row_pairs
 from ctkd.top_k_logits import TopK, TopKLogits
 
@@ -236,7 +236,7 @@ def test_ids_without_a_column_are_refused_where_they_are_scored(wrong):
 
 def test_as_a_student_it_is_refused():
     logits = TopKLogits(kept())
-    with pytest.raises(BatchError, match="needs the student's logits as a tensor, got TopKLogits"):
+    with pytest.raises(BatchError, match="as a tensor or from its head, got TopKLogits"):
         map_row_pairs(logits, logits, torch.tensor([[0, 0]]), lambda student, _: student.sum(-1))
 
 

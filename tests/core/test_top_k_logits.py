@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ctkd.logits import DenseLogits
+from ctkd.dense_logits import DenseLogits
 from ctkd.top_k_logits import TopK, TopKLogits
 from tests.spread_rows import spread_row, spread_rows
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import ctkd
+from ctkd.dense_logits import DenseLogits
 from ctkd.distill.encoded import EncodedSide
 from ctkd.distill.models import load_model
 from ctkd.distill.preparing import Forms, encode, load_examples, load_models
 from ctkd.distill.teacher_cache import TeacherCache, row_key
 from ctkd.errors import DataError, SettingError
-from ctkd.logits import DenseLogits
 from ctkd.top_k_logits import TopK
 from tests import tiny
 from tests.tiny_caches import CachePlace, save_teacher, write_ragged_rows

@@ -10,9 +10,9 @@ from torch import Tensor
 import ctkd
 from baselines import gold
 from ctkd import rows as rows_module
+from ctkd import sorting
 from ctkd.batch import Batch
 from ctkd.errors import BatchError, SettingError
-from ctkd.losses.gold import ranked_l1
 from ctkd.pair import PlaceholderPair
 from ctkd.testing import check_loss, make_pair
 from tests.ragged_batches import answer_rows, loss_and_gradient, ragged_inputs
@@ -213,11 +213,15 @@ def test_probabilities_that_underflow(merging, dtype, beta):
 
 def oracle_with_zeros(inputs: dict[str, Any], merging: str, beta: float):
     """float64 has room for products of probabilities of e^-120."""
+    return oracle_on(inputs, SOME, merging, beta)
+
+
+def oracle_on(inputs: dict[str, Any], pair: Tokens, merging: str, beta: float):
     wide = {
         name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
-    return oracle(wide, SOME, merging=merging, beta=beta)
+    return oracle(wide, pair, merging=merging, beta=beta)
 
 
 @by_merging
@@ -317,11 +321,18 @@ def test_a_pair_or_a_batch_that_does_not_fit():
         ctkd.get_loss("gold")
 
 
-def test_ranked_l1_of_nothing():
-    nothing, something = torch.zeros(2, 0), torch.tensor([[0.25], [0.5]]).log()
-    assert ranked_l1(nothing, nothing).tolist() == [0, 0]
-    assert ranked_l1(something, nothing).tolist() == [0.25, 0.5]
-    assert ranked_l1(nothing, something).tolist() == [0.25, 0.5]
+@by_merging
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_wide_rows_and_how_they_are_sorted(merging, beta, monkeypatch):
+    inputs = ragged_inputs(10, V=3000, W=2500, dtype=torch.float32)
+    pair = Tokens([*range(5, 1005, 2)], [*range(1500, 2000)], (3000, 2500))
+    loss = ctkd.get_loss("gold", pair=pair, merging=merging, beta=beta)
+    fast = loss_and_gradient(loss, inputs)
+    expected, _, expected_gradient = oracle_on(inputs, pair, merging, beta)
+    torch.testing.assert_close(fast[0].double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(fast[2].double(), expected_gradient, rtol=1e-3, atol=1e-8)
+    monkeypatch.setattr(sorting, "DEVICES_THAT_SORT_VALUES", set())
+    torch.testing.assert_close(loss_and_gradient(loss, inputs), fast, rtol=0, atol=0)
 
 
 def test_the_maps_are_not_part_of_the_state():

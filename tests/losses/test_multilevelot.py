@@ -242,9 +242,10 @@ def test_the_whole_is_the_sum_of_its_halves(matching, settings):
     torch.testing.assert_close(sum(half[2] for half in halves), gradient, rtol=1e-13, atol=1e-17)
     assert all(half[1] == count for half in halves)
     whole = loss(Batch.from_causal_lm(**inputs)).parts
-    assert {name: part.item() for name, part in whole.items()} == {
-        name: part.item() for name, part in parts.items()
-    }
+    # One exponential serves temperatures 1 and 2, so that asking for both may round otherwise.
+    assert {name: part.item() for name, part in whole.items()} == pytest.approx(
+        {name: part.item() for name, part in parts.items()}, rel=1e-15
+    )
 
 
 def test_parts_are_named_after_the_terms_and_a_weight_of_0_leaves_one_out():

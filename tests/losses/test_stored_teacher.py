@@ -8,8 +8,8 @@ from torch import Tensor
 
 import ctkd
 from ctkd.batch import Batch
+from ctkd.dense_logits import DenseLogits
 from ctkd.errors import BatchError
-from ctkd.logits import DenseLogits
 from ctkd.loss import LossOutput
 from ctkd.testing import make_inputs, make_pair
 from ctkd.testing_teacher import with_stored_teacher, with_teacher

@@ -8,6 +8,7 @@ from torch import Tensor
 import ctkd
 from baselines import uld
 from ctkd import rows as rows_module
+from ctkd import sorting
 from ctkd.batch import Batch
 from ctkd.losses.uld import sorted_l1
 from tests.golden_values import entries_of, gradient_norm, load, paper_case, released_case
@@ -217,3 +218,59 @@ def test_pairing_chunks_compares_rows_that_have_read_the_same_bytes(seed, settin
     close(value, expected.detach(), 1e-12)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-15)
     assert value != loss_and_gradient(ctkd.get_loss("uld", **settings), inputs)[0]
+
+
+def wide_inputs(rounding: float | None, dtype: torch.dtype = torch.float32) -> dict:
+    """Rows wide enough that signs are looked up by value, with columns that are ruled out."""
+    inputs = ragged_inputs(7, V=6000, W=5000, head=0, dtype=dtype)
+    for side, ruled_out in (("student", slice(3, 40)), ("teacher", slice(0, 9))):
+        logits = inputs[f"{side}_logits"]
+        if rounding is not None:
+            logits = (logits / rounding).round() * rounding
+        logits[..., ruled_out] = -torch.inf
+        inputs[f"{side}_logits"] = logits
+    return inputs
+
+
+@pytest.mark.parametrize("rounding", [None, 0.01, 1.0])
+@pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
+def test_the_closed_form_is_what_autograd_finds(rounding, settings):
+    inputs = wide_inputs(rounding)
+    leaf = inputs["student_logits"].requires_grad_()
+    student, teacher = (
+        [rows.double() for rows in answer_rows(inputs, side)] for side in ("student", "teacher")
+    )
+    expected = torch.zeros((), dtype=torch.float64)
+    for rows, others in zip(student, teacher, strict=True):
+        size = min(len(rows), len(others))
+        expected += sorted_l1(
+            rows[:size] / settings.get("student_temperature", 1.0),
+            others[:size] / settings.get("teacher_temperature", 1.0),
+        ).sum()
+    (expected_gradient,) = torch.autograd.grad(expected / 13, leaf)
+    value, count, gradient = loss_and_gradient(ctkd.get_loss("uld", **settings), inputs)
+    assert count == 13 and value.dtype == torch.float32
+    close(value, (expected / 13).detach(), 1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("rounding", [None, 0.01, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_rows_are_sorted_changes_nothing(rounding, dtype, monkeypatch):
+    inputs = wide_inputs(rounding, dtype)
+    for settings in SETTINGS[:2]:
+        loss = ctkd.get_loss("uld", **settings)
+        fast = loss_and_gradient(loss, inputs)
+        with monkeypatch.context() as patched:
+            patched.setattr(sorting, "DEVICES_THAT_SORT_VALUES", set())
+            slow = loss_and_gradient(loss, inputs)
+        torch.testing.assert_close(fast, slow, rtol=0, atol=0)
+
+
+def test_a_student_that_is_the_teacher_in_any_order_gets_no_gradient():
+    inputs = ragged_inputs(8, V=3000, W=3000, head=0, dtype=torch.float32)
+    inputs["teacher_logits"] = inputs["student_logits"].flip(-1)
+    for key in ("labels", "chunk_ids"):
+        inputs[f"teacher_{key}"] = inputs[f"student_{key}"]
+    value, _, gradient = loss_and_gradient(ctkd.get_loss("uld"), inputs)
+    assert value == 0 and not gradient.any()

@@ -1,0 +1,55 @@
+"""Whole rows of a teacher's logits, for `ctkd.row_pairs`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ctkd.logits import Logits
+from ctkd.row_logits import RowLogits
+from ctkd.rows import block_rows
+
+__all__ = ["RowsAhead", "TeacherRows"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherRows:
+    """Whole rows of a teacher, as the loss reads them."""
+
+    logits: Logits
+    temperature: float
+    spread_tail: bool
+
+    def read(self, positions: Tensor) -> Tensor:
+        """Raw logits of flattened positions, (n, W)."""
+        return self.logits.whole_rows(
+            positions // max(self.logits.shape[1], 1),
+            positions % max(self.logits.shape[1], 1),
+            temperature=self.temperature,
+            spread_tail=self.spread_tail,
+        )
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows `read` should be asked for at a time."""
+        if isinstance(self.logits, RowLogits):
+            return self.logits.source.rows_at_once
+        return block_rows(self.logits.shape[2], self.logits.device)
+
+
+class RowsAhead:
+    """Teacher rows in the order of a pass, as many at a time as are read at once."""
+
+    def __init__(self, teacher: TeacherRows, positions: Tensor) -> None:
+        self.teacher, self.positions = teacher, positions
+        self.start = self.stop = 0
+        self.rows: Tensor | None = None
+
+    def read(self, which: slice) -> Tensor:
+        """Rows of a part of the pass, (n, W)."""
+        if self.rows is None or which.start < self.start or which.stop > self.stop:
+            size = max(self.teacher.rows_at_once, which.stop - which.start)
+            self.start, self.stop = which.start, which.start + size
+            self.rows = self.teacher.read(self.positions[self.start : self.stop])
+        return self.rows[which.start - self.start : which.stop - self.start]
