@@ -7,15 +7,8 @@ Then the error of every loss, in value and in the student's gradient, as a funct
 Run with `python -m benchmarks.teacher_cache`.
 """
 
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,107 +18,33 @@ import torch
 from safetensors.torch import load_file
 from tabulate import tabulate
 from tqdm import tqdm
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 import ctkd
-from ctkd.distill.cache_writing import write_cache
+from benchmarks.measuring import RESULTS, append_row, environment, time_in_turn
+from benchmarks.steps import Prepared
 from ctkd.distill.collator import Collator, padding_id
-from ctkd.distill.config import TrainConfig
-from ctkd.distill.data import load_rows
 from ctkd.distill.encoded import EncodedPair
-from ctkd.distill.models import head_width, last_logits, load_tokenizer
-from ctkd.distill.preparing import Forms, Models, encode, load_examples, load_models
+from ctkd.distill.models import head_width, last_logits
+from ctkd.distill.preparing import Models
 from ctkd.distill.teacher_cache import TeacherCache
-from ctkd.distill.trainer import CrossTokenizerTrainer
 from ctkd.errors import CtkdError
 from ctkd.loss import Loss
 from ctkd.top_k_logits import TopK, TopKLogits
 
-RESULTS = Path(__file__).parent / "results" / "teacher_cache.jsonl"
-KINDS = ("live teacher", "cached teacher", "sft")
 
-
-def quiet(line: str) -> None:
-    """Say nothing."""
-
-
-def write_rows(path: Path, tokenizer: Any, rows: int, length: int, scored: int) -> None:
-    """Cut the embedded passages into texts of so many of the student's tokens."""
-    passages = dict.fromkeys(str(row["context"]) for row in load_rows("pocketqa"))
-    ids = tokenizer(" ".join(passages), add_special_tokens=False).input_ids
-    # The end of sequence is the last token.
-    texts = [ids[start : start + length - 1] for start in range(0, rows * length, length)]
-    with path.open("w", encoding="utf-8") as file:
-        for text in texts:
-            cut = len(text) + 1 - scored
-            row = {"prompt": tokenizer.decode(text[:cut]), "answer": tokenizer.decode(text[cut:])}
-            file.write(json.dumps(row) + "\n")
-
-
-def make_trainer(
-    kind: str, config: TrainConfig, models: Models, cache: TeacherCache, folder: str
-) -> CrossTokenizerTrainer:
-    """A trainer of the same student, by one of `KINDS`."""
-    distils, cached = kind != "sft", kind == "cached teacher"
-    student = models.student
-    pair = models.pair.narrowed(head_width(student), models.teacher_width)
-    return CrossTokenizerTrainer(
-        student,
-        TrainingArguments(
-            output_dir=folder, remove_unused_columns=False, report_to="none", disable_tqdm=True
-        ),
-        loss=config.make_loss(pair) if distils else None,
-        teacher=models.teacher if distils and not cached else None,
-        teacher_cache=cache if cached else None,
-        student_vocab_size=pair.student_size,
-        teacher_vocab_size=pair.teacher_size,
-        data_collator=Collator(
-            student_pad_id=padding_id(models.student_tokenizer),
-            teacher_pad_id=padding_id(models.teacher_tokenizer) if distils else None,
-            teacher_cache=cache if cached else None,
-        ),
-    )
-
-
-def step_of(
-    trainer: CrossTokenizerTrainer, optimizer: torch.optim.Optimizer
-) -> Callable[[list[EncodedPair]], None]:
-    """One whole optimizer step on some rows."""
-
-    def step(rows: list[EncodedPair]) -> None:
-        inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-        trainer.compute_loss(trainer.model, inputs).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def measure_steps(
-    config: TrainConfig,
-    models: Models,
-    cache: TeacherCache,
-    rows: list[EncodedPair],
-    repeats: int,
-) -> dict[str, float]:
+def measure_steps(prepared: Prepared, repeats: int) -> dict[str, float]:
     """Median seconds of a step of each kind; the kinds take turns, so load hits all alike."""
-    size = config.batch_size
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    alone = [[replace(row, teacher=None) for row in batch] for batch in batches]
-    optimizer = torch.optim.AdamW(models.student.parameters(), lr=1e-6)
+    optimizer = prepared.optimizer()
+    loss = prepared.config.loss
     with tempfile.TemporaryDirectory() as folder:
-        steps = {
-            kind: step_of(make_trainer(kind, config, models, cache, folder), optimizer)
-            for kind in KINDS
+        trainers = {
+            "live teacher": prepared.trainer(loss, folder, cached=False),
+            "cached teacher": prepared.trainer(loss, folder),
+            "sft": prepared.trainer("sft", folder),
         }
-        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for turn in tqdm(range(repeats + 1), desc="training steps", unit="turn"):
-            for kind, step in steps.items():
-                chosen = (alone if kind == "sft" else batches)[turn % len(batches)]
-                start = time.perf_counter()
-                step(chosen)
-                if turn:  # the first turn warms up
-                    seconds[kind].append(time.perf_counter() - start)
+        steps = {kind: prepared.step_of(one, optimizer) for kind, one in trainers.items()}
+        seconds = time_in_turn(steps, repeats, label="training steps")
     return {kind: statistics.median(found) for kind, found in seconds.items()}
 
 
@@ -207,6 +126,13 @@ def share_beyond(cache: TeacherCache) -> float:
 @click.option("--repeats", default=7, show_default=True, help="Timed steps of each kind.")
 @click.option("--k", "kept", multiple=True, type=int, help="Of the error table. [16 ... 1024]")
 @click.option("--note", default="", help="What to write into the result, such as the load.")
+@click.option(
+    "--results",
+    default=RESULTS,
+    show_default="benchmarks/results",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the row.",
+)
 @click.option("--skip-steps", is_flag=True, help="Print the error table alone.")
 def main(
     student: str,
@@ -218,42 +144,30 @@ def main(
     repeats: int,
     kept: tuple[int, ...],
     note: str,
+    results: Path,
     skip_steps: bool,
 ) -> None:
     """Print times, ratios and errors, and append them to benchmarks/results."""
-    load_before = os.getloadavg()[0]
     result: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(load_before, 2),
+        **environment("transformers"),
         "note": note,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("ctkd", "torch", "transformers")
-        },
         "student": student,
         "teacher": teacher,
         "rows": f"{batch_size} x {length}, {scored} scored",
     }
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "rows.jsonl")
-        config = TrainConfig(
-            loss=loss,
+        prepared = Prepared.make(
+            folder,
             student=student,
             teacher=teacher,
-            data=str(path),
-            eval_data=str(path),
-            task="text",
+            loss=loss,
             batch_size=batch_size,
+            length=length,
+            scored=scored,
         )
-        write_rows(path, load_tokenizer(student), 4 * batch_size, length, scored)
-        cache = write_cache(config, Path(folder, "cache"), texts="none", say=click.echo)
-        models = load_models(config, quiet)
-        examples, _ = load_examples(config, quiet)
-        rows = encode(config, models, examples, Forms.of(config, examples), "training", quiet).rows
-        result["share_beyond_256"] = round(share_beyond(cache), 5)
+        result["share_beyond_256"] = round(share_beyond(prepared.cache), 5)
         if not skip_steps:
-            seconds = measure_steps(config, models, cache, rows, repeats)
+            seconds = measure_steps(prepared, repeats)
             result["steps"] = {kind: round(value, 3) for kind, value in seconds.items()}
             cached = seconds["cached teacher"]
             result["cached_over_live"] = round(cached / seconds["live teacher"], 3)
@@ -266,13 +180,13 @@ def main(
                 )
             )
         errors = measure_errors(
-            models, rows[:4], list(kept) or [16, 32, 64, 128, 256, 512, 1024], ctkd.list_losses()
+            prepared.models,
+            prepared.rows[:4],
+            list(kept) or [16, 32, 64, 128, 256, 512, 1024],
+            ctkd.list_losses(),
         )
     click.echo(f"\n{errors_table(errors)}")
-    result["errors"] = errors
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
-    click.echo(f"\nappended to {RESULTS}")
+    append_row(results / "teacher_cache.jsonl", {**result, "errors": errors})
 
 
 def errors_table(errors: list[dict[str, Any]]) -> str:

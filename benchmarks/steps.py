@@ -1,0 +1,145 @@
+"""Whole training steps on packaged models, for the benchmarks that time them.
+
+A step is what a user's is: collate, forward, loss, backward, AdamW. All steps train one student, so
+that no model's place in memory favours one of them.
+"""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from transformers import TrainingArguments
+
+from ctkd.distill.cache_writing import write_cache
+from ctkd.distill.collator import Collator, padding_id
+from ctkd.distill.config import TrainConfig
+from ctkd.distill.data import load_rows
+from ctkd.distill.encoded import EncodedPair
+from ctkd.distill.models import head_width, load_tokenizer
+from ctkd.distill.preparing import Forms, Models, encode, load_examples, load_models
+from ctkd.distill.teacher_cache import TeacherCache
+from ctkd.distill.trainer import CrossTokenizerTrainer
+
+
+def quiet(line: str) -> None:
+    """Say nothing."""
+
+
+def write_rows(path: Path, tokenizer: Any, rows: int, length: int, scored: int) -> None:
+    """Cut the embedded passages into texts of so many of the student's tokens."""
+    passages = dict.fromkeys(str(row["context"]) for row in load_rows("pocketqa"))
+    ids = tokenizer(" ".join(passages), add_special_tokens=False).input_ids
+    # The end of sequence is the last token.
+    texts = [ids[start : start + length - 1] for start in range(0, rows * length, length)]
+    with path.open("w", encoding="utf-8") as file:
+        for text in texts:
+            cut = len(text) + 1 - scored
+            row = {"prompt": tokenizer.decode(text[:cut]), "answer": tokenizer.decode(text[cut:])}
+            file.write(json.dumps(row) + "\n")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Two models, encoded rows, and what the teacher says of them on disk."""
+
+    config: TrainConfig
+    models: Models
+    cache: TeacherCache
+    rows: list[EncodedPair]
+
+    @classmethod
+    def make(
+        cls,
+        folder: str,
+        *,
+        student: str,
+        teacher: str,
+        loss: str,
+        batch_size: int,
+        length: int,
+        scored: int,
+    ) -> "Prepared":
+        """Write rows for four batches, ask the teacher, load and encode."""
+        path = Path(folder, "rows.jsonl")
+        config = TrainConfig(
+            loss=loss,
+            student=student,
+            teacher=teacher,
+            data=str(path),
+            eval_data=str(path),
+            task="text",
+            batch_size=batch_size,
+        )
+        write_rows(path, load_tokenizer(student), 4 * batch_size, length, scored)
+        cache = write_cache(config, Path(folder, "cache"), texts="none", say=click.echo)
+        models = load_models(config, quiet)
+        examples, _ = load_examples(config, quiet)
+        rows = encode(config, models, examples, Forms.of(config, examples), "training", quiet).rows
+        return cls(config=config, models=models, cache=cache, rows=rows)
+
+    def trainer(
+        self,
+        loss: str,
+        folder: str,
+        *,
+        cached: bool = True,
+        whole_logits: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> CrossTokenizerTrainer:
+        """A trainer of the one student.
+
+        Args:
+            loss: A loss of the package, or "sft".
+            folder: What the trainer might write goes there.
+            cached: Read the teacher from disk; with "sft" there is none.
+            whole_logits: Compute all logits at once, also where the head allows otherwise.
+            options: Of the loss.
+        """
+        config = replace(self.config, loss=loss, loss_options=options or {})
+        student = self.models.student
+        pair = self.models.pair.narrowed(head_width(student), self.models.teacher_width)
+        distils = config.distils
+        cache = self.cache if distils and cached else None
+        return CrossTokenizerTrainer(
+            student,
+            TrainingArguments(
+                output_dir=folder, remove_unused_columns=False, report_to="none", disable_tqdm=True
+            ),
+            loss=config.make_loss(pair),
+            teacher=self.models.teacher if distils and not cached else None,
+            teacher_cache=cache,
+            student_vocab_size=pair.student_size,
+            teacher_vocab_size=pair.teacher_size,
+            data_collator=Collator(
+                student_pad_id=padding_id(self.models.student_tokenizer),
+                teacher_pad_id=padding_id(self.models.teacher_tokenizer) if distils else None,
+                teacher_cache=cache,
+            ),
+            whole_logits=whole_logits,
+        )
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over the student, with steps so small that it stays the same student."""
+        return torch.optim.AdamW(self.models.student.parameters(), lr=1e-6)
+
+    def step_of(
+        self, trainer: CrossTokenizerTrainer, optimizer: torch.optim.Optimizer
+    ) -> Callable[[], None]:
+        """One whole optimizer step on the next batch; every trainer's steps see the same ones."""
+        rows, size = self.rows, self.config.batch_size
+        if trainer.distillation_loss is None:
+            rows = [replace(row, teacher=None) for row in rows]
+        batches = itertools.cycle(rows[start : start + size] for start in range(0, len(rows), size))
+
+        def step() -> None:
+            inputs = trainer._prepare_inputs(trainer.data_collator(next(batches)))
+            trainer.compute_loss(trainer.model, inputs).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
