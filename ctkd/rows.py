@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ctkd import sorting
+from ctkd.block_sizes import block_elements
 from ctkd.errors import BatchError
 
 __all__ = [
@@ -28,9 +29,8 @@ __all__ = [
     "untempered_gradient",
 ]
 
-# Blocks stay in a CPU's cache; on a GPU they are large enough to fill it.
-BLOCK_ELEMENTS = {"cpu": 1 << 18}
-BLOCK_ELEMENTS_ELSEWHERE = 1 << 25
+# Logits to work on at a time by type of device, where it is not `block_elements`.
+BLOCK_ELEMENTS: dict[str, int] = {}
 
 # What a head computes at a time: enough rows for its product to be worthwhile.
 HEAD_BLOCK_ELEMENTS = {"cpu": 1 << 24}
@@ -77,13 +77,13 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def block_rows(vocabulary: int, device: torch.device) -> int:
     """Rows of so many columns to work on at a time."""
-    elements = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_ELSEWHERE)
+    elements = BLOCK_ELEMENTS.get(device.type) or block_elements(device)
     return max(1, elements // max(vocabulary, 1))
 
 
 def head_block_rows(vocabulary: int, device: torch.device) -> int:
     """Rows of so many columns that a head computes at a time."""
-    elements = HEAD_BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_ELSEWHERE)
+    elements = HEAD_BLOCK_ELEMENTS.get(device.type) or block_elements(device)
     return max(1, elements // max(vocabulary, 1))
 
 
