@@ -16,6 +16,7 @@ from ctkd.block_sizes import block_elements
 from ctkd.errors import BatchError
 
 __all__ = [
+    "add_at_columns_",
     "add_rows_",
     "block_rows",
     "check_ids",
@@ -94,6 +95,17 @@ def add_rows_(sums: Tensor, index: Tensor, rows: Tensor) -> None:
     else:
         # On CUDA index_add_ is atomic, so in no order; this sorts first.
         sums.index_put_((index,), rows, accumulate=True)
+
+
+def add_at_columns_(sums: Tensor, ids: Tensor, values: Tensor) -> None:
+    """Add (B, S, K) values to columns of (B, V) sums, always in one order: ties stay ties."""
+    ids, values = ids.flatten(1), values.flatten(1)
+    if sums.device.type == "cpu":
+        sums.scatter_add_(1, ids, values)
+    else:
+        # On CUDA scatter_add_ is atomic, so in no order; this sorts first.
+        batch_index = torch.arange(sums.shape[0], device=sums.device).unsqueeze(1).expand_as(ids)
+        sums.index_put_((batch_index, ids), values, accumulate=True)
 
 
 def softmax_statistics(

@@ -15,6 +15,7 @@ from ctkd.loss import check_positive
 from ctkd.row_logits import RowLogits
 from ctkd.rows import (
     STANDARD_DEVIATION_EPSILON,
+    add_at_columns_,
     check_ids,
     log_normalisers,
     stable_top_ids,
@@ -295,7 +296,7 @@ class TopKLogits(Logits):
         beyond = beyond.masked_fill(~is_known | left_out.unsqueeze(-1), 0.0)
         mass = share.masked_fill(left_out, 0.0).sum(1, keepdim=True)
         mass = mass.expand(-1, self.shape[2]).contiguous()
-        _add_at_columns_(mass, ids, beyond)
+        add_at_columns_(mass, ids, beyond)
         return mass
 
     @torch.no_grad()
@@ -313,7 +314,7 @@ class TopKLogits(Logits):
             target = targets[..., column : column + 1]
             beyond = (probs - target).abs() - (share - target).abs()
             beyond = beyond.masked_fill(~is_known | left_out, 0.0)
-            _add_at_columns_(distance[:, column], ids, beyond)
+            add_at_columns_(distance[:, column], ids, beyond)
         return distance
 
     @torch.no_grad()
@@ -390,14 +391,3 @@ class TopKLogits(Logits):
         is_known = torch.ones_like(ids, dtype=torch.bool)
         is_known[..., -1] = self._label_is_outside
         return ids, log_probs, is_known
-
-
-def _add_at_columns_(sums: Tensor, ids: Tensor, values: Tensor) -> None:
-    """Add (B, S, K) values to columns of (B, V) sums, always in one order: ties stay ties."""
-    ids, values = ids.flatten(1), values.flatten(1)
-    if sums.device.type == "cpu":
-        sums.scatter_add_(1, ids, values)
-    else:
-        # On CUDA scatter_add_ is atomic, so in no order; this sorts first.
-        batch_index = torch.arange(sums.shape[0], device=sums.device).unsqueeze(1).expand_as(ids)
-        sums.index_put_((batch_index, ids), values, accumulate=True)
