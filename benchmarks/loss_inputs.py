@@ -258,6 +258,7 @@ class Measured:
         if not self.loss and self.label != UNIT:
             try:
                 self.on(Inputs.make(TINY, sequences=1, tokens=2, dtype=dtype, stored=False))()
+            # Either is what torch raises where an operator has no kernel for a dtype.
             except (NotImplementedError, RuntimeError) as error:
                 return str(error).partition("\n")[0]
         return ""

@@ -23,7 +23,8 @@ from benchmarks.loss_inputs import (
     chosen,
 )
 from benchmarks.loss_speed import verdict
-from benchmarks.measuring import RESULTS, append_row, draw_bars, environment, peak_of
+from benchmarks.measuring import append_row, draw_bars, environment, peak_of
+from benchmarks.options import note_option, results_option
 
 PARTS = ("losses", "head")
 LOSS_BAR = 10.0
@@ -159,14 +160,8 @@ def head_table(case: dict[str, Any]) -> str:
 @click.option("--head-tokens", default=512, show_default=True, type=click.IntRange(min=1))
 @click.option("--hidden", default=896, show_default=True, type=click.IntRange(min=1))
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(min=1))
-@click.option("--note", default="", help="What to write into the result, such as the load.")
-@click.option(
-    "--results",
-    default=RESULTS,
-    show_default="benchmarks/results",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the rows and the pictures.",
-)
+@note_option
+@results_option
 def main(
     parts: tuple[str, ...],
     dtypes: tuple[str, ...],

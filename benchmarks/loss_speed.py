@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from tabulate import tabulate
 
 from benchmarks.loss_inputs import (
@@ -29,13 +28,13 @@ from benchmarks.loss_inputs import (
     chosen,
 )
 from benchmarks.measuring import (
-    RESULTS,
     append_row,
     draw_bars,
     environment,
     ratios_to,
     time_in_turn,
 )
+from benchmarks.options import note_option, results_option, threads_option
 from ctkd.distill.peak_memory import give_back_freed_memory
 
 
@@ -107,16 +106,10 @@ def table(lines: list[Measured], case: dict[str, Any]) -> str:
 @click.option("--sequences", default=4, show_default=True, type=click.IntRange(min=1))
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option("--repeats", default=7, show_default=True, type=click.IntRange(min=1))
-@click.option("--threads", type=click.IntRange(min=1), help="[torch's choice]")
+@threads_option
 @click.option("--keep-freed", is_flag=True, help="Leave freed memory to the C library.")
-@click.option("--note", default="", help="What to write into the result, such as the load.")
-@click.option(
-    "--results",
-    default=RESULTS,
-    show_default="benchmarks/results",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the row and the picture.",
-)
+@note_option
+@results_option
 def main(
     dtypes: tuple[str, ...],
     pairs: tuple[Vocabularies, ...],
@@ -124,14 +117,11 @@ def main(
     sequences: int,
     tokens: int,
     repeats: int,
-    threads: int | None,
     keep_freed: bool,
     note: str,
     results: Path,
 ) -> None:
     """Print the time of each loss as a ratio to cross-entropy, forward and backward."""
-    if threads is not None:
-        torch.set_num_threads(threads)
     lines = chosen(names)
     packages = ["trl"] if any(line.uses_trl for line in lines) else []
     result = {**environment(*packages), "note": note, "rows": f"{sequences} x {tokens}"}

@@ -18,7 +18,8 @@ from tabulate import tabulate
 
 from benchmarks.loss_inputs import DTYPES, VOCABULARIES, Inputs, Measured, Vocabularies, chosen
 from benchmarks.loss_speed import verdict
-from benchmarks.measuring import RESULTS, append_row, draw_lines, environment, time_in_turn
+from benchmarks.measuring import append_row, draw_lines, environment, time_in_turn
+from benchmarks.options import note_option, results_option, threads_option
 from ctkd.distill.peak_memory import give_back_freed_memory
 
 BAR = 1.10
@@ -117,15 +118,9 @@ def table(what: str, growths: dict[str, dict[int, float]]) -> str:
     help="Tokens where the vocabulary grows.",
 )
 @click.option("--repeats", default=7, show_default=True, type=click.IntRange(min=1))
-@click.option("--threads", type=click.IntRange(min=1), help="[torch's choice]")
-@click.option("--note", default="", help="What to write into the result, such as the load.")
-@click.option(
-    "--results",
-    default=RESULTS,
-    show_default="benchmarks/results",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the row and the picture.",
-)
+@threads_option
+@note_option
+@results_option
 def main(
     names: tuple[str, ...],
     dtype: str,
@@ -133,15 +128,12 @@ def main(
     columns: tuple[int, ...],
     columns_tokens: int,
     repeats: int,
-    threads: int | None,
     note: str,
     results: Path,
 ) -> None:
     """Print the time per token and column of each loss, relative to the smallest size."""
     if any(count % SEQUENCES for count in (*tokens, columns_tokens)):
         raise click.BadParameter(f"tokens are shared among {SEQUENCES} sequences; give multiples")
-    if threads is not None:
-        torch.set_num_threads(threads)
     lines = [line for line in chosen(names) if not line.refusal(DTYPES[dtype])]
     result = {**environment(), "note": note, "dtype": dtype, "repeats": repeats}
     asked = sizes_of(tuple(sorted({*tokens})), tuple(sorted({*columns})), columns_tokens)

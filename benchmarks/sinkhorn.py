@@ -24,7 +24,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from baselines import sinkhorn as oracle
-from benchmarks.measuring import RESULTS, append_row, draw_bars, environment, time_in_turn
+from benchmarks.measuring import append_row, draw_bars, environment, time_in_turn
+from benchmarks.options import note_option, results_option, threads_option
 from ctkd.sinkhorn import sinkhorn
 
 OURS, POT = "ctkd", "POT, one by one"
@@ -225,27 +226,18 @@ def table(case: dict[str, Any]) -> str:
     help="Below 0.02 the others underflow.",
 )
 @click.option("--repeats", default=15, show_default=True, type=click.IntRange(min=1))
-@click.option("--threads", type=click.IntRange(min=1), help="[torch's choice]")
-@click.option("--note", default="", help="What to write into the result, such as the load.")
-@click.option(
-    "--results",
-    default=RESULTS,
-    show_default="benchmarks/results",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the row and the picture.",
-)
+@threads_option
+@note_option
+@results_option
 def main(
     shapes: tuple[tuple[int, ...], ...],
     iterations: int,
     regularization: float,
     repeats: int,
-    threads: int | None,
     note: str,
     results: Path,
 ) -> None:
     """Print the time of transport, forward and backward, beside POT's loop and others."""
-    if threads is not None:
-        torch.set_num_threads(threads)
     result = {**environment("pot"), "note": note, "dtype": "float32", "iterations": iterations}
     cases = []
     for shape in shapes or SHAPES:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import ctkd
-from benchmarks.measuring import RESULTS, append_row, environment, time_in_turn
+from benchmarks.measuring import append_row, environment, time_in_turn
+from benchmarks.options import note_option, results_option
 from benchmarks.steps import Prepared
 from ctkd.distill.collator import Collator, padding_id
 from ctkd.distill.encoded import EncodedPair
@@ -125,14 +126,8 @@ def share_beyond(cache: TeacherCache) -> float:
 @click.option("--scored", default=64, show_default=True, help="Of them, tokens of the answer.")
 @click.option("--repeats", default=7, show_default=True, help="Timed steps of each kind.")
 @click.option("--k", "kept", multiple=True, type=int, help="Of the error table. [16 ... 1024]")
-@click.option("--note", default="", help="What to write into the result, such as the load.")
-@click.option(
-    "--results",
-    default=RESULTS,
-    show_default="benchmarks/results",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the row.",
-)
+@note_option
+@results_option
 @click.option("--skip-steps", is_flag=True, help="Print the error table alone.")
 def main(
     student: str,

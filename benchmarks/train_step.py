@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from tabulate import tabulate
 
 from benchmarks.loss_speed import verdict
-from benchmarks.measuring import RESULTS, append_row, draw_bars, environment, time_in_turn
+from benchmarks.measuring import append_row, draw_bars, environment, time_in_turn
+from benchmarks.options import note_option, results_option, threads_option
 from benchmarks.steps import Prepared
 
 BAR = 1.10
@@ -128,15 +128,9 @@ def table(kinds: list[Kind], seconds: dict[str, float]) -> str:
     help="Of the length, tokens of the answer.",
 )
 @click.option("--repeats", default=7, show_default=True, type=click.IntRange(min=1))
-@click.option("--threads", type=click.IntRange(min=1), help="[torch's choice]")
-@click.option("--note", default="", help="What to write into the result, such as the load.")
-@click.option(
-    "--results",
-    default=RESULTS,
-    show_default="benchmarks/results",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the row and the picture.",
-)
+@threads_option
+@note_option
+@results_option
 def main(
     student: str,
     teacher: str,
@@ -145,15 +139,12 @@ def main(
     length: int,
     scored: int,
     repeats: int,
-    threads: int | None,
     note: str,
     results: Path,
 ) -> None:
     """Print the time of a whole distilling step as a ratio to one with cross-entropy alone."""
     if scored >= length:
         raise click.BadParameter(f"{scored} scored tokens leave no prompt in {length}")
-    if threads is not None:
-        torch.set_num_threads(threads)
     kinds = kinds_of(losses)
     result = {**environment("transformers"), "note": note, "student": student, "teacher": teacher}
     with tempfile.TemporaryDirectory() as folder:

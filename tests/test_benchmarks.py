@@ -16,6 +16,8 @@ from benchmarks import (
     measuring,
     peak_process,
     scaling,
+    sinkhorn,
+    teacher_cache,
     train_step,
 )
 from tests.tiny_runs import Workplace
@@ -103,6 +105,37 @@ def test_wrong_options_are_told(command, words, told, tmp_path):
     result = run(command, *words, "--results", str(tmp_path))
     assert result.exit_code == 2 and told in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        loss_memory.main,
+        loss_speed.main,
+        scaling.main,
+        sinkhorn.main,
+        teacher_cache.main,
+        train_step.main,
+    ],
+)
+def test_results_that_cannot_be_kept_are_told_before_anything_is_measured(command, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    start = time.perf_counter()
+    result = run(command, "--results", str(file / "below"))
+    assert result.exit_code == 2 and "cannot be made (Not a directory)" in result.output
+    assert time.perf_counter() - start < 5.0
+    assert file.read_text() == "kept"
+
+
+def test_threads_are_set_and_told(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        words = ["--threads", str(before + 1), "--loss", "alm", "--dtype", "float32"]
+        finish(loss_speed.main, tmp_path, *SMALL, *words)
+        assert row_of(tmp_path / "loss_speed.jsonl")["threads"] == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_scaling(tmp_path):
