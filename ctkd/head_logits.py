@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ctkd.errors import BatchError
+from ctkd.head_rows import HeadRows
 from ctkd.loss import check_positive
 from ctkd.row_logits import RowLogits
-from ctkd.row_sources import HeadRows
 
 __all__ = ["HeadLogits"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.errors import BatchError
+from ctkd.powers import Workspace
 from ctkd.row_gradients import (
     AddGradient,
     Places,
@@ -67,10 +68,11 @@ class _PartRequest(Request):
     def adder(self, rows: Tensor, *, in_buffer: bool) -> AddGradient:
         partial = self.places.at(rows, self.partial).unsqueeze(-1)
         weights = self.places.at(rows, self.weights / self.temperature).unsqueeze(-1)
-        inside = self.columns.to(self.source.dtype)
+        inside, workspace = self.columns.to(self.source.dtype), Workspace()
 
         def add(which: slice, block: Tensor, gradient: Tensor) -> None:
-            within = torch.add(-partial[which], block, alpha=1.0 / self.temperature)
+            within = workspace.rows("within", block, block.shape[1])
+            torch.add(-partial[which], block, alpha=1.0 / self.temperature, out=within)
             # Columns outside may exceed those inside by any amount; they are multiplied by 0.
             within.clamp_(max=_NEVER_INSIDE).exp_().mul_(weights[which])
             gradient.addcmul_(within, inside)
@@ -78,9 +80,9 @@ class _PartRequest(Request):
         return add
 
 
-def _log_mass(probs: Tensor, inside: Tensor, block: Tensor, temperature: float) -> Tensor:
+def _log_mass_(probs: Tensor, inside: Tensor, block: Tensor, temperature: float) -> Tensor:
     # No matrix product: autocast would lower its precision.
-    mass = (probs * inside).sum(-1)
+    mass = probs.mul_(inside).sum(-1)
     if skips_padding(mass.device) and not bool((mass < _SMALL).any()):
         return mass.log()
     # Probabilities so small that their sum has lost digits.
@@ -103,11 +105,11 @@ class _LogMass(torch.autograd.Function):
         key = Softmax(temperature, False, logits.shape[2])
         table = logits.tables([key])[0][0]
         partial = torch.zeros(logits.mask.numel(), dtype=logits.dtype, device=logits.device)
-        inside = columns.to(logits.dtype)
+        inside, workspace = columns.to(logits.dtype), Workspace()
         for position, block in logits.blocks():
-            (found,), probs = softmax_statistics(block, [temperature], False)
+            (found,), probs = softmax_statistics(block, [temperature], False, workspace)
             table[logits.flat_rows[position]] = found
-            partial[position] = _log_mass(probs, inside, block, temperature) + found
+            partial[position] = _log_mass_(probs, inside, block, temperature) + found
         logits.filled_in([key])
         # Kept only so that PyTorch sees it if one of them is overwritten.
         ctx.save_for_backward(*logits.source.inputs)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ctkd.powers import Workspace
+
 __all__ = ["Logits"]
 
 
@@ -122,6 +124,7 @@ class Logits(ABC):
         *,
         temperature: float = 1.0,
         spread_tail: bool = False,
+        workspace: Workspace | None = None,
     ) -> Tensor:
         """Raw logits of chosen positions, up to a constant per row, (N, V), no gradient.
 
@@ -131,6 +134,7 @@ class Logits(ABC):
             temperature: What the caller will divide them by; others may be answered wrongly.
             spread_tail: Where only the largest entries are known, share what is left evenly among
                 the others, instead of refusing.
+            workspace: Where the rows may be put; they may be gone when more is put there.
         """
 
     def log_probs(

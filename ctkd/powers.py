@@ -91,15 +91,29 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def rows(self, name: str, like: Tensor, width: int) -> Tensor:
-        """Rows (N, ``width``) of the dtype and on the device of a block (N, any), not cleared."""
+    def rows(self, name: str, like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows (N, ``width``) on the device of a block (N, any), not cleared.
+
+        Args:
+            name: The same buffer is found again by it.
+            like: The block.
+            width: Columns.
+            dtype: Default that of the block.
+        """
+        dtype = dtype or like.dtype
         if like.device.type != "cpu":
-            return like.new_empty(like.shape[0], width)
+            return like.new_empty(like.shape[0], width, dtype=dtype)
         size = like.shape[0] * width
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype:
-            buffer = self._buffers[name] = like.new_empty(size)
+        if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
+            buffer = self._buffers[name] = like.new_empty(size, dtype=dtype)
         return buffer[:size].view(like.shape[0], width)
+
+    def converted(self, name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
+        """A block (N, V) in a dtype: itself, or in the buffer of that name."""
+        if block.dtype == dtype:
+            return block
+        return self.rows(name, block, block.shape[1], dtype).copy_(block)
 
     def release(self) -> None:
         """Let go of all buffers."""

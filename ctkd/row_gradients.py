@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ctkd.powers import Workspace
 from ctkd.row_sources import Anchored, RowSource
 from ctkd.rows import LOG2_E, skips_padding, tempered, untempered_gradient
 
@@ -235,12 +236,18 @@ class _SoftmaxAdder:
         for request in requests:
             groups.setdefault(request.softmax, []).append(request)
         # Falling temperatures, so that one half as large comes next.
-        self.terms = [
-            _SoftmaxTerm(softmax, groups[softmax], rows)
-            for softmax in sorted(
-                groups, key=lambda one: (one.standardise, -one.vocab_size, -one.temperature)
-            )
-        ]
+        order = sorted(groups, key=lambda one: (one.standardise, -one.vocab_size, -one.temperature))
+        self.terms: list[_Term] = []
+        while order:
+            softmax = order.pop(0)
+            of_first = _Asked.of(groups[softmax], rows)
+            if softmax.standardise:
+                self.terms.append(_StandardisedTerm(of_first))
+            elif order and _is_square_root(softmax, order[0]):
+                self.terms.append(_PlainTerm(of_first, _Asked.of(groups[order.pop(0)], rows)))
+            else:
+                self.terms.append(_PlainTerm(of_first))
+        self.workspace = Workspace()
 
     def __call__(
         self, which: slice, block: Tensor, gradient: Tensor, *, fresh: bool = False
@@ -248,81 +255,121 @@ class _SoftmaxAdder:
         """Add to a gradient, or put into a ``fresh`` one, which holds garbage."""
         if fresh and not self.terms:
             gradient.zero_()
-        index = 0
-        while index < len(self.terms):
-            term = self.terms[index]
-            after = self.terms[index + 1] if index + 1 < len(self.terms) else None
-            if after is not None and not term.is_square_root_of(after):
-                after = None
+        for term in self.terms:
+            width = term.width
             if fresh:
-                gradient[:, term.width :] = 0.0
-            target = gradient[:, : term.width]
-            out = target if fresh else torch.empty_like(target)
-            term.put_probs(which, block[:, : term.width], out, squared=after)
+                gradient[:, width:] = 0.0
+            target = gradient[:, :width]
+            out = target if fresh else self.workspace.rows("probs", target, width)
+            term.put_probs(which, block[:, :width], out, self.workspace)
             if not fresh:
                 target += out
-            for one in (term,) if after is None else (term, after):
-                one.scatter_(which, target)
+            term.scatter_(which, target)
             fresh = False
-            index += 1 if after is None else 2
 
 
-class _SoftmaxTerm:
-    """All requests about one softmax, in the order of the rows of a pass."""
+def _is_square_root(softmax: Softmax, other: Softmax) -> bool:
+    """Whether probabilities of one, squared, are those of the other but for a factor."""
+    return (
+        not softmax.standardise
+        and not other.standardise
+        and softmax.vocab_size == other.vocab_size
+        and softmax.temperature == 2.0 * other.temperature
+    )
 
-    def __init__(self, softmax: Softmax, requests: list[SoftmaxRequest], rows: Tensor) -> None:
-        self.softmax = softmax
-        self.width = softmax.vocab_size
-        self.log_normaliser = requests[0].log_normalisers[rows].unsqueeze(-1)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """All requests about one softmax, in the order of the rows of a pass.
+
+    Args:
+        softmax: Which one.
+        log_normaliser: (R, 1), nan for rows that only others asked about.
+        total: (R, 1).
+        ids: (R, K).
+        weights: (R, K).
+    """
+
+    softmax: Softmax
+    log_normaliser: Tensor
+    total: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, requests: Sequence[SoftmaxRequest], rows: Tensor) -> _Asked:
         totals = [request.places.at(rows, request.total) for request in requests]
-        self.total = torch.stack(totals).sum(0).unsqueeze(-1)
-        self.chosen = [
-            (request.places.at(rows, request.ids), request.places.at(rows, request.weights))
-            for request in requests
-            if request.ids.shape[1]
-        ]
-
-    def is_square_root_of(self, other: _SoftmaxTerm) -> bool:
-        """Whether probabilities here, squared, are those of the other but for a factor."""
-        return (
-            not self.softmax.standardise
-            and not other.softmax.standardise
-            and self.width == other.width
-            and self.softmax.temperature == 2.0 * other.softmax.temperature
+        return cls(
+            requests[0].softmax,
+            requests[0].log_normalisers[rows].unsqueeze(-1),
+            torch.stack(totals).sum(0).unsqueeze(-1),
+            torch.cat([request.places.at(rows, request.ids) for request in requests], -1),
+            torch.cat([request.places.at(rows, request.weights) for request in requests], -1),
         )
 
-    def put_probs(
-        self, which: slice, block: Tensor, out: Tensor, *, squared: _SoftmaxTerm | None
-    ) -> None:
-        """Put ``-total * probs / temperature`` into a place, of two softmaxes if they share it."""
-        temperature = self.softmax.temperature
-        normaliser, total = self.log_normaliser[which], self.total[which]
-        if self.softmax.standardise:
-            scaled = tempered(block, temperature, True)
-            normaliser = normaliser.masked_fill(normaliser.isnan(), torch.inf)
-            probs = scaled.sub_(normaliser).exp_().mul_(-total)
-            for ids, weights in self.chosen:
-                probs.scatter_add_(1, ids[which], weights[which])
-            out.copy_(untempered_gradient(block, probs, temperature, True))
-            return
-        # Rows that others asked about have no normaliser here, and weigh nothing.
-        missing = normaliser.isnan()
-        if squared is None:
-            normaliser = normaliser.masked_fill(missing, torch.inf)
-            torch.add(normaliser * -LOG2_E, block, alpha=LOG2_E / temperature, out=out)
-            out.exp2_().mul_(total / -temperature)
-            return
-        other = squared.log_normaliser[which]
-        normaliser = torch.where(missing, other / 2.0, normaliser)
-        normaliser = normaliser.masked_fill(normaliser.isnan(), torch.inf)
-        ratio = (2.0 * normaliser - other).exp_().masked_fill_(other.isnan(), 0.0)
-        torch.add(normaliser * -LOG2_E, block, alpha=LOG2_E / temperature, out=out).exp2_()
-        weight = out * (squared.total[which] * ratio / -squared.softmax.temperature)
-        out.mul_(weight.add_(total / -temperature))
+
+class _Term(ABC):
+    """Part of a gradient: what is computed for all rows of a pass is computed once."""
+
+    width: int
+    ids: Tensor
+    weights: Tensor
+
+    @abstractmethod
+    def put_probs(self, which: slice, block: Tensor, out: Tensor, workspace: Workspace) -> None:
+        """Put ``-total * probs / temperature`` of a block into a place."""
 
     def scatter_(self, which: slice, gradient: Tensor) -> None:
         """Add what the chosen entries weigh."""
-        if self.softmax.standardise:
+        if self.ids.shape[1]:
+            gradient.scatter_add_(1, self.ids[which], self.weights[which])
+
+
+class _PlainTerm(_Term):
+    """A softmax, and perhaps the one at half its temperature, which needs no exponential."""
+
+    def __init__(self, asked: _Asked, half: _Asked | None = None) -> None:
+        temperature, normaliser = asked.softmax.temperature, asked.log_normaliser
+        self.width = asked.softmax.vocab_size
+        self.factor = asked.total / -temperature
+        self.ids, self.weights = asked.ids, asked.weights / temperature
+        self.factor_of_half: Tensor | None = None
+        if half is not None:
+            other, half_temperature = half.log_normaliser, half.softmax.temperature
+            normaliser = torch.where(normaliser.isnan(), other / 2.0, normaliser)
+            # Rows that others asked about have no normaliser here, and weigh nothing.
+            known = normaliser.masked_fill(normaliser.isnan(), torch.inf)
+            ratio = (2.0 * known - other).exp_().masked_fill_(other.isnan(), 0.0)
+            self.factor_of_half = half.total * ratio / -half_temperature
+            self.ids = torch.cat([self.ids, half.ids], -1)
+            self.weights = torch.cat([self.weights, half.weights / half_temperature], -1)
+        self.shift = normaliser.masked_fill(normaliser.isnan(), torch.inf) * -LOG2_E
+        self.scale = LOG2_E / temperature
+
+    def put_probs(self, which: slice, block: Tensor, out: Tensor, workspace: Workspace) -> None:
+        torch.add(self.shift[which], block, alpha=self.scale, out=out).exp2_()
+        if self.factor_of_half is None:
+            out.mul_(self.factor[which])
             return
-        for ids, weights in self.chosen:
-            gradient.scatter_add_(1, ids[which], weights[which] / self.softmax.temperature)
+        spare = workspace.rows("spare", out, out.shape[1])
+        torch.mul(out, self.factor_of_half[which], out=spare)
+        out.mul_(spare.add_(self.factor[which]))
+
+
+class _StandardisedTerm(_Term):
+    """A softmax of logits that are divided by their own deviation first."""
+
+    def __init__(self, asked: _Asked) -> None:
+        normaliser = asked.log_normaliser
+        self.asked = asked
+        self.width = asked.softmax.vocab_size
+        self.normaliser = normaliser.masked_fill(normaliser.isnan(), torch.inf)
+        # They are part of what is carried back through the deviation.
+        self.ids, self.weights = asked.ids[:, :0], asked.weights[:, :0]
+
+    def put_probs(self, which: slice, block: Tensor, out: Tensor, workspace: Workspace) -> None:
+        temperature, asked = self.asked.softmax.temperature, self.asked
+        scaled = tempered(block, temperature, True)
+        probs = scaled.sub_(self.normaliser[which]).exp_().mul_(-asked.total[which])
+        probs.scatter_add_(1, asked.ids[which], asked.weights[which])
+        out.copy_(untempered_gradient(block, probs, temperature, True))

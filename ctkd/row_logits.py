@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ctkd.errors import BatchError
 from ctkd.logits import Logits
+from ctkd.powers import Workspace
 from ctkd.row_gradients import (
     Places,
     Request,
@@ -150,12 +151,14 @@ class RowLogits(Logits):
             rows, _ = torch.unique(
                 torch.cat([missing[index] for index in wanted]), return_inverse=True
             )
-        for which, block in self.source.blocks(rows):
-            block = block[:, : self.shape[2]]
-            found = log_normalisers(block, [temperatures[index] for index in wanted], standardise)
-            for index, one in zip(wanted, found, strict=True):
-                before = tables[index][rows[which]]
-                tables[index][rows[which]] = torch.where(before.isnan(), one, before)
+        asked, workspace = [temperatures[index] for index in wanted], Workspace()
+        found = [
+            log_normalisers(block[:, : self.shape[2]], asked, standardise, workspace)
+            for _, block in self.source.blocks(rows)
+        ]
+        for index, parts in zip(wanted, zip(*found, strict=True), strict=True):
+            before = tables[index][rows]
+            tables[index][rows] = torch.where(before.isnan(), torch.cat(parts), before)
         self.filled_in(keys)
         return tables
 
@@ -198,8 +201,9 @@ class RowLogits(Logits):
         temperatures = [temperature, *(one for one in asked_next if one != temperature)]
         keys = [Softmax(one, standardise, vocabulary) for one in temperatures]
         tables, _ = self.tables(keys)
+        workspace = Workspace()
         for position, block in self.blocks():
-            found, probs = softmax_statistics(block, temperatures, standardise)
+            found, probs = softmax_statistics(block, temperatures, standardise, workspace)
             for table, one in zip(tables, found, strict=True):
                 table[self.flat_rows[position]] = one
             if mask is not None or not skips_padding(self.device):
@@ -219,12 +223,14 @@ class RowLogits(Logits):
         targets = targets.flatten(0, 1).to(self.dtype)
         key = Softmax(temperature, False, vocabulary)
         (table,), _ = self.tables([key])
+        workspace = Workspace()
         for position, block in self.blocks():
-            (normaliser,), probs = softmax_statistics(block, [temperature], False)
+            (normaliser,), probs = softmax_statistics(block, [temperature], False, workspace)
             table[self.flat_rows[position]] = normaliser
             left_out = ~selected[position].unsqueeze(-1)
             for column in range(kept):
-                gap = (probs - targets[position, column : column + 1]).abs_()
+                gap = workspace.rows("gap", probs, vocabulary)
+                torch.sub(probs, targets[position, column : column + 1], out=gap).abs_()
                 gap.masked_fill_(left_out, 0.0)
                 add_rows_(distance[:, column], position // max(positions, 1), gap)
         self.filled_in([key])
@@ -238,9 +244,10 @@ class RowLogits(Logits):
         *,
         temperature: float = 1.0,
         spread_tail: bool = False,
+        workspace: Workspace | None = None,
     ) -> Tensor:
         rows = self.flat_rows[batch_index * self.shape[1] + position]
-        return self.source.read(rows)[:, : self.shape[2]]
+        return self.source.read(rows, workspace)[:, : self.shape[2]]
 
 
 # What a view does not share with others of the same source.

@@ -12,10 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from ctkd.errors import BatchError
 from ctkd.logits import Logits
+from ctkd.powers import Workspace
 from ctkd.row_gradients import AddGradient, Places, Request, anchored, file_requests
 from ctkd.row_logits import RowLogits
 from ctkd.row_sources import RowSource
-from ctkd.rows import block_rows, skips_padding
+from ctkd.rows import block_rows, place_of_rows, skips_padding
 from ctkd.teacher_rows import RowsAhead, TeacherRows
 
 __all__ = [
@@ -234,10 +235,12 @@ class _Pairs:
             ),
             1,
         )
+        workspace, teacher_workspace = Workspace(), Workspace()
         for start in range(0, pairs.shape[0], chunk):
             some = pairs[start : start + chunk]
-            student = self.student.source.read(places.rows[some])[:, : self.student.shape[2]]
-            teacher = self.teacher.read(self.rows[some, 1].clamp_min(0))
+            student = self.student.source.read(places.rows[some], workspace)
+            student = student[:, : self.student.shape[2]]
+            teacher = self.teacher.read(self.rows[some, 1].clamp_min(0), teacher_workspace)
             for inner in range(0, some.shape[0], self.block_size):
                 which = slice(inner, inner + self.block_size)
                 yield some[which], student[which], teacher[which]
@@ -361,8 +364,10 @@ def _solve(
         if values is not None:
             values[pair] = solution.values.masked_fill(left_out, 0.0).to(values.dtype)
         if buffer is not None and solution.student_gradient is not None:
-            gradient = solution.student_gradient.to(buffer.dtype)
-            buffer[places.rows[pair], : gradient.shape[1]] = gradient
+            gradient, place = solution.student_gradient, place_of_rows(places.rows[pair])
+            if not isinstance(place, slice):
+                gradient = gradient.to(buffer.dtype)
+            buffer[place, : gradient.shape[1]] = gradient
         if per_pair_gradient is not None and solution.per_pair_gradient is not None:
             gradient = solution.per_pair_gradient.masked_fill(left_out, 0.0)
             per_pair_gradient[pair] = gradient.to(per_pair_gradient.dtype)

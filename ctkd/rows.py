@@ -14,6 +14,7 @@ from torch import Tensor
 from ctkd import sorting
 from ctkd.block_sizes import block_elements
 from ctkd.errors import BatchError
+from ctkd.powers import Workspace
 
 __all__ = [
     "add_at_columns_",
@@ -22,6 +23,7 @@ __all__ = [
     "check_ids",
     "head_block_rows",
     "log_normalisers",
+    "place_of_rows",
     "skips_padding",
     "softmax_statistics",
     "stable_top_ids",
@@ -88,6 +90,15 @@ def head_block_rows(vocabulary: int, device: torch.device) -> int:
     return max(1, elements // max(vocabulary, 1))
 
 
+def place_of_rows(rows: Tensor) -> slice | Tensor:
+    """Rows to index with: as a slice where they follow each other and may be looked at."""
+    if not skips_padding(rows.device) or not rows.shape[0]:
+        return rows
+    found = rows.tolist()
+    run = range(found[0], found[0] + len(found))
+    return slice(run.start, run.stop) if found == list(run) else rows
+
+
 def add_rows_(sums: Tensor, index: Tensor, rows: Tensor) -> None:
     """Add each row to the indexed row of the sums, in one order for all columns: ties stay ties."""
     if sums.device.type == "cpu":
@@ -109,33 +120,36 @@ def add_at_columns_(sums: Tensor, ids: Tensor, values: Tensor) -> None:
 
 
 def softmax_statistics(
-    block: Tensor, temperatures: Sequence[float], standardise: bool
+    block: Tensor, temperatures: Sequence[float], standardise: bool, workspace: Workspace
 ) -> tuple[list[Tensor], Tensor]:
-    """Log-normalisers (n,) at all temperatures, and probabilities (n, V) at the first."""
+    """Log-normalisers (n,) at all temperatures, and probabilities (n, V) at the first.
+
+    The probabilities lie in the workspace, as ``"weights"``.
+    """
     first, *others = temperatures
-    found, weights = _exponentials(block, [*others, first], standardise)
+    found, weights = _exponentials(block, [*others, first], standardise, workspace)
     total, normaliser = found.pop()
     return [normaliser, *(one for _, one in found)], weights.div_(total)
 
 
 def log_normalisers(
-    block: Tensor, temperatures: Sequence[float], standardise: bool
+    block: Tensor, temperatures: Sequence[float], standardise: bool, workspace: Workspace
 ) -> list[Tensor]:
     """Log of the softmax denominator of each row, (n,) at each temperature."""
     # Falling, so that one half as large comes next.
     order = sorted(temperatures, reverse=True)
-    found, _ = _exponentials(block, order, standardise)
+    found, _ = _exponentials(block, order, standardise, workspace)
     answers = {one: normaliser for one, (_, normaliser) in zip(order, found, strict=True)}
     return [answers[one] for one in temperatures]
 
 
 def _exponentials(
-    block: Tensor, temperatures: Sequence[float], standardise: bool
+    block: Tensor, temperatures: Sequence[float], standardise: bool, workspace: Workspace
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Sums (n, 1) and log-normalisers (n,) one by one, and what was summed up last, (n, V)."""
     row = tempered(block, 1.0, True) if standardise else block
     largest = row.amax(-1, keepdim=True)
-    found, weights, before = [], torch.empty_like(row), 0.0
+    found, weights, before = [], workspace.rows("weights", row, row.shape[1]), 0.0
     for temperature in temperatures:
         if before == 2.0 * temperature:
             weights.square_()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ctkd.logits import Logits
+from ctkd.powers import Workspace
 from ctkd.row_logits import RowLogits
 from ctkd.rows import block_rows
 
@@ -21,13 +22,14 @@ class TeacherRows:
     temperature: float
     spread_tail: bool
 
-    def read(self, positions: Tensor) -> Tensor:
-        """Raw logits of flattened positions, (n, W)."""
+    def read(self, positions: Tensor, workspace: Workspace) -> Tensor:
+        """Raw logits of flattened positions, (n, W), until more is read into the workspace."""
         return self.logits.whole_rows(
             positions // max(self.logits.shape[1], 1),
             positions % max(self.logits.shape[1], 1),
             temperature=self.temperature,
             spread_tail=self.spread_tail,
+            workspace=workspace,
         )
 
     @property
@@ -45,11 +47,12 @@ class RowsAhead:
         self.teacher, self.positions = teacher, positions
         self.start = self.stop = 0
         self.rows: Tensor | None = None
+        self.workspace = Workspace()
 
     def read(self, which: slice) -> Tensor:
         """Rows of a part of the pass, (n, W)."""
         if self.rows is None or which.start < self.start or which.stop > self.stop:
             size = max(self.teacher.rows_at_once, which.stop - which.start)
             self.start, self.stop = which.start, which.start + size
-            self.rows = self.teacher.read(self.positions[self.start : self.stop])
+            self.rows = self.teacher.read(self.positions[self.start : self.stop], self.workspace)
         return self.rows[which.start - self.start : which.stop - self.start]

@@ -10,6 +10,7 @@ from torch import Tensor
 from ctkd.batch import Batch
 from ctkd.dense_logits import DenseLogits
 from ctkd.logits import Logits
+from ctkd.powers import Workspace
 from ctkd.top_k_logits import TopK, TopKLogits
 
 __all__ = ["OverheardLogits", "with_stored_teacher", "with_teacher"]
@@ -85,9 +86,12 @@ class OverheardLogits(DenseLogits):
         *,
         temperature: float = 1.0,
         spread_tail: bool = False,
+        workspace: Workspace | None = None,
     ) -> Tensor:
         self.temperatures.add(temperature)
-        return super().whole_rows(batch_index, position, temperature=temperature)
+        return super().whole_rows(
+            batch_index, position, temperature=temperature, workspace=workspace
+        )
 
 
 def with_teacher(batch: Batch, logits: Logits) -> Batch:

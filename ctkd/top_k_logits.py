@@ -12,6 +12,7 @@ from torch import Tensor
 from ctkd.errors import BatchError, SettingError
 from ctkd.logits import Logits
 from ctkd.loss import check_positive
+from ctkd.powers import Workspace
 from ctkd.row_logits import RowLogits
 from ctkd.rows import (
     STANDARD_DEVIATION_EPSILON,
@@ -130,6 +131,7 @@ class TopK:
             temperatures=tuple(float(temperature) for temperature in temperatures),
             vocab_size=vocabulary,
         )
+        workspace = Workspace()
         for position, block in logits.blocks():
             place = (position // front[1], position % front[1])
             ids = stable_top_ids(block, k)
@@ -143,7 +145,7 @@ class TopK:
                 rest = row.scatter(1, ids, -torch.inf).scatter_(1, label, -torch.inf)
                 for index, temperature in enumerate(kept.temperatures):
                     # One by one, as a live teacher is asked: in ties rounding would decide.
-                    (normaliser,) = log_normalisers(block, [temperature], standardise)
+                    (normaliser,) = log_normalisers(block, [temperature], standardise, workspace)
                     where = (*place, scale, index)
                     kept.log_normalisers[where] = normaliser
                     kept.log_rests[where] = (rest / temperature).logsumexp(-1) - normaliser
@@ -325,11 +327,12 @@ class TopKLogits(Logits):
         *,
         temperature: float = 1.0,
         spread_tail: bool = False,
+        workspace: Workspace | None = None,
     ) -> Tensor:
         self._check_whole(spread_tail)
         _, normaliser, share = self._row(temperature, False)
         rest = ((share + normaliser) * temperature)[batch_index, position].unsqueeze(-1)
-        rows = rest.repeat(1, self.shape[2])
+        rows = (workspace or Workspace()).rows("rows", rest, self.shape[2]).copy_(rest)
         label_ids = self.kept.label_ids[batch_index, position].unsqueeze(-1)
         label_values = self.kept.label_values[batch_index, position].unsqueeze(-1)
         rows.scatter_(1, label_ids, label_values)

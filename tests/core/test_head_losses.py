@@ -98,6 +98,29 @@ def test_narrow_dtypes(name, settings, dtype):
 
 
 @forms("rows", "top_k", "observed")
+@pytest.mark.parametrize("reading", ["one_block", "small_blocks", "padding_too_in_small_blocks"])
+def test_narrow_tensors_are_read_as_the_same_numbers_in_float32(
+    name, settings, reading, monkeypatch
+):
+    """Blocks are widened one after another in the same place."""
+    read_by(monkeypatch, reading)
+    loss, found = build(name, settings), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = ragged_inputs(2)
+        for side in ("student", "teacher"):
+            inputs[f"{side}_logits"] = inputs[f"{side}_logits"].detach().bfloat16().to(dtype)
+        leaf = inputs["student_logits"].requires_grad_()
+        value = loss(Batch.from_causal_lm(**inputs)).value
+        value.backward()
+        assert leaf.grad.dtype == dtype
+        found[dtype] = value, leaf.grad.float()
+    (value, gradient), (expected, wanted) = found.values()
+    assert value == expected and wanted.abs().max() > 1e-4
+    # A gradient is rounded once when it is known, and once when it has its weight.
+    torch.testing.assert_close(gradient, wanted, rtol=2**-7, atol=1e-9)
+
+
+@forms("rows", "top_k", "observed")
 def test_on_the_meta_device(name, settings):
     if str(settings.get("matching")).startswith("assignment"):
         pytest.skip("scipy needs numbers")

@@ -12,9 +12,10 @@ from ctkd import HeadLogits
 from ctkd import rows as rows_module
 from ctkd.batch import Batch, Side
 from ctkd.dense_logits import DenseLogits
+from ctkd.head_rows import HeadRows
 from ctkd.row_logits import RowLogits
 from ctkd.row_pairs import map_row_pairs, map_row_pairs_to_parts
-from ctkd.row_sources import HeadRows, TensorRows
+from ctkd.row_sources import TensorRows
 from tests.losses.test_stored_teacher import build, forms
 from tests.ragged_batches import ragged_inputs
 

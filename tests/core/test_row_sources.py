@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from ctkd import rows as rows_module
-from ctkd.row_sources import HeadRows, RowSource, TensorRows
+from ctkd.head_rows import HeadRows
+from ctkd.powers import Workspace
+from ctkd.row_sources import RowSource, TensorRows
 
 B, L, H, V = 2, 4, 3, 5
 READINGS = ("one_block", "small_blocks", "padding_too", "padding_too_in_small_blocks")
@@ -142,6 +144,26 @@ def test_narrow_rows_are_widened():
         assert source.pick(torch.tensor([1]), torch.tensor([[2]])).item() == tensor[0, 1, 2].item()
 
 
+def test_blocks_are_widened_in_one_place(monkeypatch):
+    monkeypatch.setattr(rows_module, "BLOCK_ELEMENTS", {"cpu": 2 * V})
+    tensor, numbers = randn(B, L, V).bfloat16(), torch.tensor([0, 1, 5, 3, 2])
+    for source in (TensorRows(tensor), TensorRows(tensor.transpose(0, 1))):
+        found = [(block.data_ptr(), block.clone()) for _, block in source.blocks(numbers)]
+        assert len({place for place, _ in found}) == 1
+        read = source.read(numbers)
+        assert torch.equal(torch.cat([block for _, block in found]), read)
+        assert torch.equal(read, source.tensor.flatten(0, 1)[numbers].float())
+
+
+def test_rows_that_are_read_stay_until_their_workspace_is_used_again():
+    source, workspace = TensorRows(randn(B, L, V).bfloat16()), Workspace()
+    first, other = source.read(torch.tensor([0]), workspace), source.read(torch.tensor([1]))
+    kept = first.clone()
+    assert torch.equal(first, kept) and first.data_ptr() != other.data_ptr()
+    assert source.read(torch.tensor([1]), workspace).data_ptr() == first.data_ptr()
+    assert torch.equal(first, other)
+
+
 def rows_to_visit(reading: str) -> list[Tensor]:
     """Rows of a backward pass; on the CPU there are only real ones."""
     numbers = [torch.tensor(rows, dtype=torch.int64) for rows in ROWS.values()]
@@ -186,7 +208,9 @@ def check_a_tensor_s_gradient(source: TensorRows, numbers: Tensor, buffered: boo
 def test_memory_of_a_tensor_s_gradient_is_cleared(monkeypatch, reading):
     """A fresh gradient may hold anything."""
     monkeypatch.setattr(
-        Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan"))
+        Tensor,
+        "new_empty",
+        lambda self, *shape, dtype=None: self.new_full(shape, float("nan"), dtype=dtype),
     )
     source, numbers = TensorRows(randn(B, L, V)), torch.tensor([1, 2, 6])
     (gradient,) = source.carry_back(numbers, lambda _, block, out: out.copy_(block))

@@ -223,3 +223,13 @@ def test_a_workspace_keeps_apart_names_and_dtypes():
     assert workspace.rows("first", like, 3).data_ptr() == first.data_ptr()
     assert workspace.rows("first", like.double(), 3).dtype == torch.float64
     assert workspace.rows("second", torch.zeros(9, 1), 3).shape == (9, 3)
+    assert workspace.rows("second", like, 3, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_workspace_converts_what_has_another_dtype():
+    workspace, block = Workspace(), torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16)
+    assert workspace.converted("rows", block, torch.bfloat16) is block
+    found = workspace.converted("rows", block, torch.float32)
+    assert found.dtype == torch.float32 and found.tolist() == [[1.5, -2.0]]
+    assert workspace.converted("rows", block + 1, torch.float32).data_ptr() == found.data_ptr()
+    assert found.tolist() == [[2.5, -1.0]]
