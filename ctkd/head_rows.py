@@ -80,7 +80,7 @@ class HeadRows(RowSource):
         bias = self._bias_at(ids)
         return self._finished(raw, None if bias is None else bias.unsqueeze(1)).to(self.dtype)
 
-    def row_buffer(self) -> None:
+    def row_buffer(self, rows: Tensor) -> None:
         return None
 
     def carry_back(

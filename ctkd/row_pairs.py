@@ -317,7 +317,7 @@ class _RowPairs(torch.autograd.Function):
         ctx.pairs, ctx.requests, ctx.places = pairs, requests, pairs.places()
         ctx.question = object()
         wanted = grad_enabled and any(ctx.needs_input_grad[4:])
-        ctx.buffer = pairs.student.source.row_buffer() if wanted else None
+        ctx.buffer = pairs.student.source.row_buffer(ctx.places.rows) if wanted else None
         ctx.per_pair_gradient = torch.zeros_like(per_pair) if wanted else None
         values = torch.zeros(
             (pairs.rows.shape[0], parts), dtype=pairs.student.dtype, device=pairs.rows.device
@@ -332,9 +332,11 @@ class _RowPairs(torch.autograd.Function):
         *_, per_pair = ctx.saved_tensors
         pairs: _Pairs = ctx.pairs
         buffer, ctx.buffer = ctx.buffer, None
-        if buffer is None and (buffer := pairs.student.source.row_buffer()) is not None:
+        if buffer is None:
             # A second backward pass through a retained graph: the first one used the buffer up.
-            _solve(pairs, ctx.places, per_pair, None, buffer, None)
+            buffer = pairs.student.source.row_buffer(ctx.places.rows)
+            if buffer is not None:
+                _solve(pairs, ctx.places, per_pair, None, buffer, None)
         incoming = incoming.masked_fill(~pairs.valid, 0.0)
         request = _PairRequest(pairs.student.source, ctx.places, pairs, per_pair, incoming, buffer)
         anchor_gradient = file_requests(ctx.requests, ctx.question, [request])
@@ -363,11 +365,14 @@ def _solve(
         # What was read for a pair that is left out may be garbage.
         if values is not None:
             values[pair] = solution.values.masked_fill(left_out, 0.0).to(values.dtype)
-        if buffer is not None and solution.student_gradient is not None:
+        if buffer is not None:
             gradient, place = solution.student_gradient, place_of_rows(places.rows[pair])
+            if gradient is None:
+                gradient = student_block[:, :0]
             if not isinstance(place, slice):
                 gradient = gradient.to(buffer.dtype)
             buffer[place, : gradient.shape[1]] = gradient
+            buffer[place, gradient.shape[1] :] = 0.0
         if per_pair_gradient is not None and solution.per_pair_gradient is not None:
             gradient = solution.per_pair_gradient.masked_fill(left_out, 0.0)
             per_pair_gradient[pair] = gradient.to(per_pair_gradient.dtype)

@@ -136,8 +136,12 @@ class RowSource(ABC):
         """The same entries of several rows, (G, N) and (G, K) give (G, N, K)."""
 
     @abstractmethod
-    def row_buffer(self) -> Tensor | None:
-        """Room for a gradient of all rows, and one more; None where it would be large."""
+    def row_buffer(self, rows: Tensor) -> Tensor | None:
+        """Room for a gradient of all rows, and one more; None where it would be large.
+
+        Args:
+            rows: (N,) int64, what the caller fills in; all others are 0.
+        """
 
     @abstractmethod
     def carry_back(
@@ -193,22 +197,19 @@ class TensorRows(RowSource):
             *rows.shape, ids.shape[1]
         )
 
-    def row_buffer(self) -> Tensor:
-        return self.tensor.new_zeros(self.num_rows + 1, self.shape[2])
+    def row_buffer(self, rows: Tensor) -> Tensor:
+        buffer = self.tensor.new_empty(self.num_rows + 1, self.shape[2])
+        others = torch.ones(len(buffer), dtype=torch.bool, device=rows.device)
+        others = others.index_fill(0, rows, False)
+        if skips_padding(self.device):
+            # Torch would look at every entry if it were given the mask.
+            return buffer.index_fill_(0, others.nonzero().squeeze(-1), 0.0)
+        return buffer.masked_fill_(others.unsqueeze(-1), 0.0)
 
     def carry_back(
         self, rows: Tensor, fill: FillGradient, buffer: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        gradient = buffer
-        if gradient is None:
-            gradient = self.tensor.new_empty(self.num_rows + 1, self.shape[2])
-            others = torch.ones(len(gradient), dtype=torch.bool, device=rows.device)
-            others = others.index_fill(0, rows, False)
-            if skips_padding(self.device):
-                # Torch would look at every entry if it were given the mask.
-                gradient.index_fill_(0, others.nonzero().squeeze(-1), 0.0)
-            else:
-                gradient.masked_fill_(others.unsqueeze(-1), 0.0)
+        gradient = self.row_buffer(rows) if buffer is None else buffer
         workspace = Workspace()
         for which, block in self.blocks(rows):
             place = place_of_rows(rows[which])

@@ -1,9 +1,14 @@
-"""Rows in descending order, and signs of ranks carried back to their columns.
+r"""What asks for rows in descending order: the distance between ranks, and the largest entries.
 
 On a CPU torch sorts values together with their columns, which takes twenty times as long as
-numpy takes to sort values alone. Here only values are sorted. Columns are looked at again once it
-is known which signs the ranks have: between two ranks where they change, all columns have one sign,
-so a value alone says it, and only the columns next to a change need an order.
+numpy takes to sort values alone, and even that is more than is needed. The distance between ranked
+rows is that between the counts of entries above each threshold,
+
+.. math:: \sum_k |s_{(k)} - t_{(k)}| = \int |N_s(x) - N_t(x)| \, dx,
+
+and an entry is added or subtracted by the sign of that difference where it stands. Counting entries
+by classes of nearby values says the sign for whole classes, except for the few in which it changes;
+only their entries are sorted.
 
 Ties go to the lower column, on every device and in every dtype.
 """
@@ -14,16 +19,17 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ctkd.powers import Workspace
 
-__all__ = ["DEVICES_THAT_SORT_VALUES", "Ranked", "rank_rows", "ranked_l1", "top_ids_of_rows"]
+__all__ = ["DEVICES_THAT_SORT_VALUES", "ranked_l1", "top_ids_of_rows"]
 
 # Elsewhere torch sorts fast, and nothing may be read from the device.
 DEVICES_THAT_SORT_VALUES = {"cpu"}
@@ -31,134 +37,53 @@ DEVICES_THAT_SORT_VALUES = {"cpu"}
 _Floats = npt.NDArray[np.floating[Any]]
 _Ints = npt.NDArray[np.signedinteger[Any]]
 
-# A float32 is looked up by its upper half, which leaves both zeros and what is next to them in
-# one class, the middle one.
-_CLASSES = 2**16 - 1
-_MIDDLE = _CLASSES // 2
-_MIXED = 2
+# A float32 is classed by its upper bits: sign, exponent and six of the mantissa.
+_DROPPED_BITS = 17
+# From 0 up to, but without, 2.
+_CLASSES = 0x40000000 >> _DROPPED_BITS
 
-# Where signs change more often than this, sorting all columns is faster than looking them up.
-_RANKS_PER_CHANGE = 128
-
-
-class Ranked(NamedTuple):
-    """Rows in descending order.
-
-    Attributes:
-        values: (N, V), descending.
-        rows: (N, V), as they were.
-        columns: (N, V) int64, the column at each rank; None where only values were sorted.
-    """
-
-    values: Tensor
-    rows: Tensor
-    columns: Tensor | None
-
-    def to_columns(self, at_ranks: Tensor, out: Tensor | None = None) -> Tensor:
-        """Carry signs from ranks to the columns that hold them, fast where they seldom change.
-
-        Shape:
-            (N, V), and so is the answer.
-
-        Args:
-            at_ranks: -1, 0 or 1 for every rank of every row, in the dtype of the rows.
-            out: Takes the answer.
-
-        Example:
-            >>> rows = torch.tensor([[1.0, 3.0, 2.0, 3.0]])
-            >>> rank_rows(rows)[0].to_columns(torch.tensor([[1.0, -1.0, -1.0, 0.0]]))
-            tensor([[ 0.,  1., -1., -1.]])
-        """
-        if out is None:
-            out = torch.empty_like(at_ranks)
-        if self.columns is not None:
-            return out.scatter_(1, self.columns, at_ranks)
-        arrays = [one.detach().numpy() for one in (self.rows, self.values, at_ranks, out)]
-        _run(
-            [
-                functools.partial(_carry_to_columns, *row_arrays)
-                for row_arrays in zip(*arrays, strict=True)
-            ]
-        )
-        return out
-
-
-def rank_rows(*blocks: Tensor, workspace: Workspace | None = None) -> tuple[Ranked, ...]:
-    """Sort the rows of some blocks, all at once.
-
-    Shape:
-        Blocks (N, V), each with its own V.
-
-    Args:
-        blocks: float32 or float64.
-        workspace: Where to put sorted values, as ``"sorted 0"``, ``"sorted 1"`` and so on.
-
-    Example:
-        >>> rank_rows(torch.tensor([[1.0, 3.0, 2.0]]))[0].values
-        tensor([[3., 2., 1.]])
-    """
-    if not all(_sorts_values(block) for block in blocks):
-        return tuple(
-            Ranked(found.values, block, found.indices)
-            for block in blocks
-            for found in (block.sort(dim=-1, descending=True, stable=True),)
-        )
-    ranked = tuple(
-        Ranked(
-            torch.empty_like(block, memory_format=torch.contiguous_format)
-            if workspace is None
-            else workspace.rows(f"sorted {index}", block, block.shape[1]),
-            block,
-            None,
-        )
-        for index, block in enumerate(blocks)
-    )
-    _run(
-        [
-            functools.partial(_sort_descending, row, sorted_row)
-            for one in ranked
-            for row, sorted_row in zip(one.rows.detach().numpy(), one.values.numpy(), strict=True)
-        ]
-    )
-    return ranked
+# Where more entries than one in so many are in classes of both signs, all are sorted.
+_ENTRIES_PER_MIXED = 8
 
 
 def ranked_l1(
     student_probs: Tensor,
     teacher_probs: Tensor,
     workspace: Workspace | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Distance between rows that each stand in descending order, and its derivative.
+    r"""Distance between the sorted rows of two blocks, and its derivative.
 
     .. math:: \sum_k |s_{(k)} - t_{(k)}|, \quad s_{(1)} \ge s_{(2)} \ge \dots
 
     The narrower side is padded with zeros. The rows need not sum to 1, and may be empty.
 
     Shape:
-        (N, V) and (N, W) give (N, 1), and the derivative with respect to the first: the sign of
-        every difference, (N, V), 0 where there is none.
+        (N, V) and (N, W) give (N, 1) float64, and the derivative with respect to the first, (N, V):
+        for each column the sign of the difference at its rank, 0 where there is none.
 
     Args:
-        student_probs: In descending order.
-        teacher_probs: In descending order.
-        workspace: Where to put the signs and what leads to them, as ``"gap"`` and ``"spare"``.
+        student_probs: At least 0, in any order. A row with nan gives nan.
+        teacher_probs: At least 0, in any order.
+        workspace: Where temporaries go, as ``"spare"``.
+        out: Takes the derivative.
 
     Example:
-        >>> ranked_l1(torch.tensor([[0.3, 0.1]]), torch.tensor([[0.2, 0.1, 0.1]]))
-        (tensor([[0.2000]]), tensor([[1., 0.]]))
+        >>> ranked_l1(torch.tensor([[0.1, 0.3]]), torch.tensor([[0.1, 0.2, 0.1]]))
+        (tensor([[0.2000]], dtype=torch.float64), tensor([[0., 1.]]))
     """
-    if workspace is None:
-        workspace = Workspace()
-    width, other_width = student_probs.shape[1], teacher_probs.shape[1]
-    gap = workspace.rows("gap", student_probs, max(width, other_width))
-    shared = min(width, other_width)
-    torch.sub(student_probs[:, :shared], teacher_probs[:, :shared], out=gap[:, :shared])
-    if width > shared:
-        gap[:, shared:] = student_probs[:, shared:]
-    elif other_width > shared:
-        torch.neg(teacher_probs[:, shared:], out=gap[:, shared:])
-    spare = torch.abs(gap, out=workspace.rows("spare", gap, gap.shape[1]))
-    return spare.sum(-1, keepdim=True), gap[:, :width].sign_()
+    if out is None:
+        out = torch.empty_like(student_probs, memory_format=torch.contiguous_format)
+    if not (_is_classed(student_probs) and _is_classed(teacher_probs)):
+        return _ranked_l1_by_sorting(student_probs, teacher_probs, out), out
+    workspace = workspace or Workspace()
+    of_teacher = workspace.rows("spare", teacher_probs, teacher_probs.shape[1])
+    arrays = [one.detach().numpy() for one in (student_probs, teacher_probs, out, of_teacher)]
+    _run([functools.partial(_put_signs, *row_arrays) for row_arrays in zip(*arrays, strict=True)])
+    value = of_teacher.mul_(teacher_probs).sum(-1, keepdim=True, dtype=torch.float64)
+    spare = workspace.rows("spare", student_probs, student_probs.shape[1])
+    torch.mul(out, student_probs, out=spare)
+    return value.add_(spare.sum(-1, keepdim=True, dtype=torch.float64)), out
 
 
 def top_ids_of_rows(values: Tensor, k: int) -> Tensor:
@@ -183,8 +108,23 @@ def top_ids_of_rows(values: Tensor, k: int) -> Tensor:
     return ids
 
 
-def _sorts_values(block: Tensor) -> bool:
-    return block.device.type in DEVICES_THAT_SORT_VALUES and block.dtype == torch.float32
+def _is_classed(block: Tensor) -> bool:
+    return (
+        block.device.type in DEVICES_THAT_SORT_VALUES
+        and block.dtype == torch.float32
+        and block.stride(-1) == 1
+    )
+
+
+def _ranked_l1_by_sorting(student_probs: Tensor, teacher_probs: Tensor, out: Tensor) -> Tensor:
+    student, teacher = (
+        one.sort(dim=-1, descending=True, stable=True) for one in (student_probs, teacher_probs)
+    )
+    width, other_width = student_probs.shape[1], teacher_probs.shape[1]
+    gap = F.pad(student.values, (0, max(other_width - width, 0)))
+    gap[:, :other_width] -= teacher.values
+    out.scatter_(1, student.indices, gap[:, :width].sign())
+    return gap.abs_().sum(-1, keepdim=True, dtype=torch.float64)
 
 
 @functools.cache
@@ -207,55 +147,74 @@ def _run(tasks: Sequence[Callable[[], None]]) -> None:
         one.result()
 
 
-def _sort_descending(row: _Floats, out: _Floats) -> None:
-    np.negative(row, out=out)
-    out.sort()
-    np.negative(out, out=out)
+def _put_signs(row: _Floats, other: _Floats, signs: _Floats, other_signs: _Floats) -> None:
+    """Put the sign of the difference at each entry's rank, its own value minus the other's."""
+    classes, other_classes = _classes(row), _classes(other)
+    counts, other_counts = (
+        np.bincount(one, minlength=_CLASSES) for one in (classes, other_classes)
+    )
+    if max(counts.size, other_counts.size) > _CLASSES:
+        _put_signs_by_order(row, other, signs, other_signs)
+        return
+    # How many more entries there are above each class.
+    above = row.size - other.size - np.cumsum(counts - other_counts)
+    is_larger, is_smaller = above >= other_counts, above + counts <= 0
+    table = np.subtract(is_larger, is_smaller, dtype=np.float32)
+    table.take(classes, out=signs, mode="clip")
+    np.negative(table).take(other_classes, out=other_signs, mode="clip")
+    is_mixed = ~(is_larger | is_smaller)
+    if is_mixed.any():
+        columns, other_columns = np.flatnonzero(signs == 0), np.flatnonzero(other_signs == 0)
+        mixed = columns.size + other_columns.size
+        if mixed * _ENTRIES_PER_MIXED > row.size + other.size:
+            _put_signs_by_order(row, other, signs, other_signs)
+            return
+        columns = columns[_descending_order(row[columns])]
+        other_columns = other_columns[_descending_order(other[other_columns])]
+        values, other_values = row[columns], other[other_columns]
+        # The same of entries that are in no mixed class.
+        ahead = np.cumsum(np.where(is_mixed, 0, counts - other_counts))
+        ahead = ahead[-1] - ahead
+        signs[columns] = _signs_of_mixed(values, other_values, ahead[classes[columns]])
+        other_ahead = -ahead[other_classes[other_columns]]
+        other_signs[other_columns] = _signs_of_mixed(other_values, values, other_ahead)
+    if counts[0]:
+        # Nothing is less than a 0, not even what pads the narrower side.
+        zeros = np.flatnonzero(row == 0)
+        signs[zeros] = np.minimum(signs[zeros], 0.0)
 
 
 def _classes(values: _Floats) -> _Ints:
-    """The class of each value by its upper half, 0 for the largest values."""
-    upper = values.view(np.int32) >> 16
-    return _MIDDLE - np.where(upper < 0, (upper ^ 0x7FFF) + 1, upper)
+    """The class of each value, rising; beyond the last one for what is not in [0, 2)."""
+    return np.right_shift(values.view(np.uint32), _DROPPED_BITS, dtype=np.intp)
 
 
-def _carry_to_columns(row: _Floats, ranked: _Floats, at_ranks: _Floats, out: _Floats) -> None:
-    """`Ranked.to_columns` for a row of float32.
+def _signs_of_mixed(values: _Floats, others: _Floats, ahead: _Ints) -> _Floats:
+    """Signs of values minus what the other side has at their ranks.
 
-    A class of values that are next to each other goes by one sign, unless signs change within it.
-    The columns of such mixed classes are sorted: they take up whole ranges of ranks.
+    Args:
+        values: All entries in mixed classes, descending.
+        others: The same of the other side.
+        ahead: For each value, how many more entries in no mixed class stand above it than the
+            other side has there.
     """
-    if not row.size:
-        return
+    rising, ranks = others[::-1], np.arange(values.size) + ahead
+    at_least, more = (
+        others.size - np.searchsorted(rising, values, side=side) for side in ("left", "right")
+    )
+    return np.subtract(at_least <= ranks, more > ranks, dtype=np.float32)
+
+
+def _put_signs_by_order(row: _Floats, other: _Floats, signs: _Floats, other_signs: _Floats) -> None:
+    order, other_order = _descending_order(row), _descending_order(other)
+    gap = np.zeros(max(row.size, other.size), dtype=row.dtype)
+    with np.errstate(invalid="ignore"):
+        gap[: row.size] = row[order]
+        gap[: other.size] -= other[other_order]
     # Nothing is known of a row without a total, on either side.
-    if np.isnan(ranked[-1]) or np.isnan(at_ranks[0]):
-        out.fill(np.nan)
-        return
-    changes = np.flatnonzero(at_ranks[1:] != at_ranks[:-1])
-    if changes.size > row.size // _RANKS_PER_CHANGE:
-        out[_descending_order(row)] = at_ranks
-        return
-    last, first = _classes(ranked[changes]), _classes(ranked[changes + 1])
-    signs = at_ranks[np.append(changes, -1)].astype(np.int8)
-    of_classes = np.repeat(signs, np.diff(first, prepend=0, append=_CLASSES))
-    is_mixed = last == first
-    of_classes[first[is_mixed]] = _MIXED
-    # By upper halves read as unsigned integers: from 0 upwards, then from -0 downwards.
-    table = np.concatenate([of_classes[_MIDDLE::-1], of_classes[_MIDDLE:]])
-    found = table.take(np.right_shift(row.view(np.uint32), 16, dtype=np.intp), mode="clip")
-    out[:] = found
-    if is_mixed.any():
-        columns = np.flatnonzero(found == _MIXED)
-        columns = columns[_descending_order(row[columns])]
-        out[columns] = at_ranks[_ranks_of_whole_classes(row[columns], ranked)]
-
-
-def _ranks_of_whole_classes(values: _Floats, ranked: _Floats) -> _Ints:
-    """Ranks of values that are all those of their classes, in descending order."""
-    firsts = np.flatnonzero(np.diff(_classes(values), prepend=-1))
-    larger = ranked.size - np.searchsorted(ranked[::-1], values[firsts], side="right")
-    counts = np.diff(firsts, append=values.size)
-    return np.arange(values.size) + np.repeat(larger - firsts, counts)
+    found = np.full_like(gap, np.nan) if np.isnan(gap).any() else np.sign(gap)
+    signs[order] = found[: row.size]
+    other_signs[other_order] = -found[: other.size]
 
 
 def _descending_order(values: _Floats) -> _Ints:

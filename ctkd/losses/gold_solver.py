@@ -11,7 +11,7 @@ from torch import Tensor
 from ctkd.divergences import LOG_FLOOR, divergence_terms
 from ctkd.powers import LOG_2, Powers, Workspace, powers_of_two
 from ctkd.row_pairs import RowSolution
-from ctkd.sorting import rank_rows, ranked_l1
+from ctkd.sorting import ranked_l1
 
 __all__ = ["GoldColumns", "GoldSolver"]
 
@@ -156,20 +156,17 @@ class GoldSolver:
     ) -> Tensor:
         columns, teacher_columns = self.columns.student_others, self.columns.teacher_others
         width, teacher_width = columns.shape[0], teacher_columns.shape[0]
-        logits = student.take(columns, self._room("second", change, width))
-        ranked, teacher_ranked = rank_rows(
-            logits,
-            teacher.take(teacher_columns, self._room("third", change, teacher_width)),
-            workspace=self.workspace,
+        probs, teacher_probs = (
+            rows.probs_of(rows.take(ids, room), room)
+            for rows, ids, room in (
+                (student, columns, self._room("first", change, width)),
+                (teacher, teacher_columns, self._room("second", change, teacher_width)),
+            )
         )
-        value, signs = ranked_l1(
-            student.probs_of(ranked.values, self._room("first", change, width)),
-            teacher.probs_of(teacher_ranked.values, teacher_ranked.values),
-            self.workspace,
-        )
+        room = self._room("third", change, width)
+        value, signs = ranked_l1(probs, teacher_probs, self.workspace, out=room)
         if with_gradient:
-            at_columns = ranked.to_columns(signs, out=self._room("first", change, width))
-            part = student.probs_of(logits, logits).mul_(at_columns).mul_(self.weights[1])
+            part = signs.mul_(probs).mul_(self.weights[1])
             change.scatter_(1, columns.expand_as(part), part)
         return value * self.weights[1]
 

@@ -21,10 +21,11 @@ from ctkd.loss import (
     check_positive,
     masked_sum,
 )
-from ctkd.powers import LOG_2, Workspace, powers_of_two
+from ctkd.powers import Workspace
 from ctkd.registry import register
 from ctkd.row_pairs import RowSolution, solve_row_pairs
-from ctkd.sorting import rank_rows, ranked_l1
+from ctkd.rows import LOG2_E
+from ctkd.sorting import ranked_l1
 
 __all__ = ["ULD", "sorted_l1"]
 
@@ -72,28 +73,23 @@ class _Solver:
         per_pair: Tensor | None,
         with_gradient: bool,
     ) -> RowSolution:
-        student, teacher = rank_rows(student_logits, teacher_logits, workspace=self.workspace)
-        room = self.workspace.rows("student", student_logits, student_logits.shape[1])
-        powers = powers_of_two(
-            student.values, self.student_temperature, exponents=room, powers=room
-        )
-        teacher_powers = powers_of_two(
-            teacher.values,
-            self.teacher_temperature,
-            exponents=teacher.values,
-            powers=teacher.values,
-        )
-        probs = room.div_(powers.total)
-        values, signs = ranked_l1(probs, teacher.values.div_(teacher_powers.total), self.workspace)
+        probs = self._probs("student", student_logits, self.student_temperature)
+        teacher_probs = self._probs("teacher", teacher_logits, self.teacher_temperature)
+        room = self.workspace.rows("signs", student_logits, student_logits.shape[1])
+        values, signs = ranked_l1(probs, teacher_probs, self.workspace, out=room)
         if not with_gradient:
             return RowSolution(values)
-        mean_sign = probs.mul_(signs).sum(-1, keepdim=True)
-        scale = 1.0 / (self.student_temperature * LOG_2)
-        torch.add(powers.shift.neg(), student_logits, alpha=scale, out=room).exp2_()
-        spare = self.workspace.rows("spare", student_logits, student_logits.shape[1])
-        signs = student.to_columns(signs, out=spare).sub_(mean_sign)
-        gradient = room.mul_(signs).div_(powers.total * self.student_temperature)
-        return RowSolution(values, gradient)
+        signed = signs.mul_(probs)
+        mean_sign = signed.sum(-1, keepdim=True)
+        gradient = signed.addcmul_(probs, mean_sign, value=-1.0)
+        return RowSolution(values, gradient.div_(self.student_temperature))
+
+    def _probs(self, name: str, logits: Tensor, temperature: float) -> Tensor:
+        room = self.workspace.rows(name, logits, logits.shape[1])
+        scale = LOG2_E / temperature
+        torch.add(logits.amax(-1, keepdim=True) * -scale, logits, alpha=scale, out=room).exp2_()
+        # The same in any order of the columns, so that a teacher's equal stays equal.
+        return room.div_(room.sum(-1, keepdim=True, dtype=torch.float64).to(room.dtype))
 
 
 @register("uld")

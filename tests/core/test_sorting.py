@@ -1,4 +1,4 @@
-"""Sorting without columns, held against torch's stable sort with them."""
+"""Distances between ranks, and largest entries, held against torch's stable sort."""
 
 import os
 from collections.abc import Iterator
@@ -7,13 +7,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ctkd import sorting
 from ctkd.powers import Workspace
-from ctkd.sorting import rank_rows, ranked_l1, top_ids_of_rows
+from ctkd.sorting import ranked_l1, top_ids_of_rows
 
 INFINITY = float("inf")
 SPECIAL = [0.0, -0.0, 1e-43, -1e-43, 1e-38, -1e-38, INFINITY, -INFINITY, 1.0, 1.0 + 2**-20]
@@ -36,15 +37,30 @@ def rows_of(kind: str, width: int, seed: int, count: int = 2) -> Tensor:
     return 1.0 + 1e-4 * rows if kind == "narrow" else rows
 
 
-def signs_of(width: int, changes: int, seed: int, count: int = 2) -> Tensor:
-    """Signs of ranks that change at most so often."""
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.empty(count, width)
-    for row in signs:
-        cuts = torch.randint(width + 1, (changes,), generator=generator).sort().values.tolist()
-        for start, stop in zip([0, *cuts], [*cuts, width], strict=True):
-            row[start:stop] = float(torch.randint(-1, 2, (), generator=generator))
-    return signs
+def probs_of(kind: str, width: int, seed: int, count: int = 2) -> Tensor:
+    """float32 rows from 0 to 2 with no, some or nothing but ties."""
+    if kind == "special":
+        return rows_of(kind, width, seed, count).abs().clamp_max(1.0)
+    rows = rows_of(kind, width, seed, count).softmax(-1)
+    return rows.bfloat16().float() if kind == "bfloat16" else rows
+
+
+def by_stable_sort(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance and derivative, from sorted float64 rows padded to one width."""
+    size = max(student.shape[1], teacher.shape[1])
+    (values, columns), (others, _) = (stable(one.double()) for one in (student, teacher))
+    padded = [F.pad(one, (0, size - one.shape[1])) for one in (values, others)]
+    gap = padded[0] - padded[1]
+    signs = torch.empty_like(values).scatter_(1, columns, gap[:, : values.shape[1]].sign())
+    return gap.abs().sum(-1, keepdim=True), signs
+
+
+def check(student: Tensor, teacher: Tensor) -> None:
+    value, signs = ranked_l1(student, teacher)
+    expected, right = by_stable_sort(student, teacher)
+    assert value.shape == (len(student), 1) and signs.dtype == student.dtype
+    assert torch.equal(signs.double(), right)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=2e-7)
 
 
 def stable(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,53 +68,80 @@ def stable(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def changes_allowed(ranks_per_change: int) -> Iterator[None]:
-    """Which of the two ways from ranks to columns a row takes depends on this."""
+def mixed_allowed(entries_per_mixed: int) -> Iterator[None]:
+    """Whether entries of mixed classes are sorted alone or with all others depends on this."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sorting, "_RANKS_PER_CHANGE", ranks_per_change)
+        patch.setattr(sorting, "_ENTRIES_PER_MIXED", entries_per_mixed)
         yield
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
-    width=st.integers(1, 600),
-    changes=st.integers(0, 40),
-    ranks_per_change=st.sampled_from([1, 4, 10**9]),
+    other_kind=st.sampled_from([*KINDS, "nearly the same", "the same", "permuted"]),
+    widths=st.tuples(st.integers(0, 600), st.integers(0, 600)),
+    entries_per_mixed=st.sampled_from([1, 8, 10**9]),
     seed=st.integers(0, 10**6),
 )
-def test_signs_find_the_columns_of_a_stable_sort(kind, width, changes, ranks_per_change, seed):
-    rows = rows_of(kind, width, seed)
-    signs = signs_of(width, changes, seed)
-    values, columns = stable(rows)
-    with changes_allowed(ranks_per_change):
-        (ranked,) = rank_rows(rows)
-        assert ranked.columns is None
-        assert torch.equal(ranked.values, values)
-        found = ranked.to_columns(signs)
-    assert torch.equal(found, torch.empty_like(signs).scatter_(1, columns, signs))
+def test_ranked_l1_is_that_of_a_stable_sort(kind, other_kind, widths, entries_per_mixed, seed):
+    student = probs_of(kind, widths[0], seed)
+    if other_kind in KINDS:
+        teacher = probs_of(other_kind, widths[1], seed + 1)
+    else:
+        teacher = student[:, torch.randperm(widths[0])] if other_kind == "permuted" else student
+        if other_kind == "nearly the same":
+            noise = torch.rand(student.shape, generator=torch.Generator().manual_seed(seed))
+            teacher = student * (1.0 + 0.1 * (noise - 0.5))
+            teacher = F.pad(teacher, (0, widths[1] % 7), value=1e-6)
+    with mixed_allowed(entries_per_mixed):
+        check(student, teacher)
 
 
 @pytest.mark.parametrize("kind", ["smooth", "bfloat16"])
-@pytest.mark.parametrize("changes", [0, 1, 30, 5000])
-def test_a_vocabulary(kind, changes):
-    rows = rows_of(kind, 50_257, 1)
-    signs = signs_of(50_257, changes, 2)
-    expected = torch.empty_like(signs).scatter_(1, stable(rows)[1], signs)
-    assert torch.equal(rank_rows(rows)[0].to_columns(signs), expected)
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 0.3])
+def test_a_vocabulary(kind, spread):
+    student = probs_of(kind, 50_257, 1)
+    noise = 1.0 + spread * torch.randn(2, 32_000, generator=torch.Generator().manual_seed(2))
+    check(student, (student[:, :32_000] * noise).abs())
+
+
+def test_all_three_ways_are_taken(monkeypatch):
+    """Whole classes alone, some entries sorted, all entries sorted."""
+    calls = []
+    for name in ("_signs_of_mixed", "_put_signs_by_order"):
+        function = getattr(sorting, name)
+        monkeypatch.setattr(
+            sorting,
+            name,
+            lambda *args, name=name, function=function: calls.append(name) or function(*args),
+        )
+    student = torch.cat([torch.linspace(0.1, 0.2, 300), torch.full((50,), 0.01)])[None]
+    check(student, student * 0.25)
+    assert not calls
+    # Most of it above, a few entries around each other.
+    check(student, torch.cat([student[:, :-4] * 0.25, student[:, -4:] * 1.001], -1))
+    check(torch.tensor([[0.5] * 40 + [0.1, 0.2]]), torch.tensor([[0.4] * 40 + [0.1001, 0.1002]]))
+    assert set(calls) == {"_signs_of_mixed"}
+    calls.clear()
+    check(student, student * 1.0001)
+    assert calls == ["_put_signs_by_order"]
 
 
 def test_the_tie_rule_is_what_is_tested():
-    # Columns of one value that straddle a change: the lower ones hold the ranks before it.
-    rows = torch.tensor([[2.0, 1.0, -0.0, 0.0, -0.0, 0.0, -1.0]])
-    signs = torch.tensor([[1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0]])
-    for ranks_per_change in (1, 10**9):
-        with changes_allowed(ranks_per_change):
-            assert rank_rows(rows)[0].to_columns(signs).tolist() == signs.tolist()
-    signs = signs.flip(-1)
-    for ranks_per_change in (1, 10**9):
-        with changes_allowed(ranks_per_change):
-            assert rank_rows(rows)[0].to_columns(signs).tolist() == signs.tolist()
+    # Of entries of one value that straddle a change of sign, the lower columns stand first.
+    student, teacher = torch.tensor([[0.2, 0.1, 0.2, 0.2]]), torch.tensor([[0.1, 0.3, 0.2, 0.1]])
+    for entries_per_mixed in (1, 10**9):
+        with mixed_allowed(entries_per_mixed):
+            assert ranked_l1(student, teacher)[1].tolist() == [[-1.0, 0.0, 0.0, 1.0]]
+
+
+def test_rows_that_are_no_probabilities():
+    """Two and more is beyond the classes."""
+    student, teacher = (1e3 * probs_of("smooth", width, 3) for width in (90, 70))
+    value, signs = ranked_l1(student, teacher)
+    expected, right = by_stable_sort(student, teacher)
+    assert torch.equal(signs.double(), right)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
 
 
 @settings(max_examples=300, deadline=None)
@@ -122,75 +165,76 @@ def test_top_ids_of_a_vocabulary(kind):
         assert torch.equal(top_ids_of_rows(rows, k), stable(rows)[1][:, :k])
 
 
-def test_rows_with_nan_cost_nobody_else_anything():
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_rows_with_nan_cost_nobody_else_anything(side):
+    probs = {"student": probs_of("smooth", 3000, 4), "teacher": probs_of("smooth", 2000, 5)}
+    expected, right = by_stable_sort(**probs)
+    probs[side][0] = torch.nan
+    value, signs = ranked_l1(probs["student"], probs["teacher"])
+    assert value[0].isnan() and signs[0].isnan().all()
+    assert torch.equal(signs[1].double(), right[1])
+    torch.testing.assert_close(value[1].double(), expected[1])
     rows = rows_of("smooth", 3000, 4)
     rows[0, 7] = torch.nan
-    signs = signs_of(3000, 3, 4)
-    (ranked,) = rank_rows(rows)
-    found, ids = ranked.to_columns(signs), top_ids_of_rows(rows, 5)
-    assert found[0].isnan().all()
-    expected = torch.empty(3000).scatter_(0, stable(rows)[1][1], signs[1])
-    assert torch.equal(found[1], expected)
+    ids = top_ids_of_rows(rows, 5)
     assert len(set(ids[0].tolist())) == 5 and 0 <= ids.min() and ids.max() < 3000
     assert torch.equal(ids[1], stable(rows)[1][1, :5])
-    signs[1] = torch.nan
-    assert ranked.to_columns(signs).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_function_chooses_and_the_choice_changes_nothing(dtype, monkeypatch):
-    rows, others = (rows_of("ties", width, 5).to(dtype) for width in (400, 700))
-    signs = signs_of(400, 4, 5).to(dtype)
-    fast = rank_rows(rows, others)
-    assert (fast[0].columns is None) == (dtype == torch.float32)
+    student, teacher = (probs_of("ties", width, 5).to(dtype) for width in (400, 700))
+    fast = ranked_l1(student, teacher)
+    by_torch = []
+    function = sorting._ranked_l1_by_sorting
+    monkeypatch.setattr(
+        sorting, "_ranked_l1_by_sorting", lambda *args: by_torch.append(0) or function(*args)
+    )
+    ranked_l1(student, teacher)
+    assert bool(by_torch) == (dtype == torch.float64)
     monkeypatch.setattr(sorting, "DEVICES_THAT_SORT_VALUES", set())
-    slow = rank_rows(rows, others)
-    assert all(one.columns is not None for one in slow)
-    for one, other in zip(fast, slow, strict=True):
-        assert torch.equal(one.values, other.values)
-    assert torch.equal(fast[0].to_columns(signs), slow[0].to_columns(signs))
+    slow = ranked_l1(student, teacher)
+    torch.testing.assert_close(fast[0], slow[0])
+    assert torch.equal(fast[1], slow[1])
 
 
 def test_on_a_device_without_data():
-    rows = torch.empty(3, 40, device="meta")
-    (ranked,) = rank_rows(rows, workspace=Workspace())
-    assert ranked.to_columns(rows).shape == (3, 40)
+    value, signs = ranked_l1(torch.empty(3, 40, device="meta"), torch.empty(3, 9, device="meta"))
+    assert value.shape == (3, 1) and signs.shape == (3, 40)
 
 
 def test_inputs_stay_and_rooms_are_used_again():
-    rows, workspace = rows_of("smooth", 300, 6), Workspace()
-    before = rows.clone()
-    (ranked,) = rank_rows(rows, workspace=workspace)
-    out = torch.empty_like(rows)
-    assert ranked.to_columns(signs_of(300, 3, 6), out=out) is out
-    top_ids_of_rows(rows, 9)
-    assert torch.equal(rows, before)
-    (again,) = rank_rows(rows[:1] + 1.0, workspace=workspace)
-    assert again.values.data_ptr() == ranked.values.data_ptr()
+    student, teacher = probs_of("smooth", 300, 6), probs_of("smooth", 200, 7)
+    before, workspace = (student.clone(), teacher.clone()), Workspace()
+    out = torch.empty_like(student)
+    _, signs = ranked_l1(student, teacher, workspace, out=out)
+    assert signs is out
+    spare = workspace.rows("spare", student, 300).data_ptr()
+    ranked_l1(student[:1], teacher[:1], workspace)
+    assert workspace.rows("spare", student, 300).data_ptr() == spare
+    top_ids_of_rows(student, 9)
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
 
 
 def test_columns_may_be_a_part_of_wider_rows():
-    wide = rows_of("ties", 500, 7)
-    rows, signs = wide[:, :450], signs_of(450, 3, 7)
-    assert torch.equal(rank_rows(rows)[0].values, stable(rows)[0])
-    expected = torch.empty_like(signs).scatter_(1, stable(rows)[1], signs)
-    assert torch.equal(rank_rows(rows)[0].to_columns(signs), expected)
-    assert torch.equal(top_ids_of_rows(rows, 9), stable(rows)[1][:, :9])
+    wide, other = probs_of("ties", 500, 7), probs_of("smooth", 900, 8)
+    check(wide[:, :450], other[:, ::2])
+    check(other[:, ::2], wide[:, :450])
+    assert torch.equal(top_ids_of_rows(wide[:, :450], 9), stable(wide[:, :450])[1][:, :9])
 
 
 def test_threads_change_nothing():
-    rows, signs = rows_of("ties", 3000, 8, count=9), signs_of(3000, 3, 8, count=9)
+    student, teacher = probs_of("ties", 3000, 8, count=9), probs_of("ties", 2000, 9, count=9)
+    expected = ranked_l1(student, teacher)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        (ranked,) = rank_rows(rows)
-        found, ids = ranked.to_columns(signs), top_ids_of_rows(rows, 40)
+        found, ids = ranked_l1(student, teacher), top_ids_of_rows(student, 40)
     finally:
         torch.set_num_threads(threads)
-    values, columns = stable(rows)
-    assert torch.equal(ranked.values, values)
-    assert torch.equal(found, torch.empty_like(signs).scatter_(1, columns, signs))
-    assert torch.equal(ids, columns[:, :40])
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0])
+    assert torch.equal(ids, stable(student)[1][:, :40])
 
 
 def test_what_a_thread_runs_into_is_raised():
@@ -213,7 +257,7 @@ def test_a_process_has_threads_of_its_own():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("widths", [(5, 5), (7, 3), (3, 7), (0, 4), (4, 0), (0, 0)])
-def test_ranked_l1(dtype, widths):
+def test_ranked_l1_by_hand(dtype, widths):
     generator = torch.Generator().manual_seed(9)
     student, teacher = (
         torch.rand(6, width, generator=generator, dtype=dtype).sort(descending=True).values
@@ -227,6 +271,6 @@ def test_ranked_l1(dtype, widths):
     for row in range(6):
         gaps = np.zeros(max(widths))
         gaps[: widths[0]] += student[row].numpy()
-        gaps[: widths[1]] -= teacher[row].numpy()
+        gaps[: widths[1]] -= np.sort(teacher[row].numpy())[::-1]
         assert distance[row].item() == pytest.approx(np.abs(gaps).sum(), rel=1e-6, abs=0)
         assert signs[row].tolist() == np.sign(gaps[: widths[0]]).tolist()
