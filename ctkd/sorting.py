@@ -19,7 +19,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ DEVICES_THAT_SORT_VALUES = {"cpu"}
 
 _Floats = npt.NDArray[np.floating[Any]]
 _Ints = npt.NDArray[np.signedinteger[Any]]
+_Answer = TypeVar("_Answer")
+_Tasks = Sequence[Callable[[], _Answer]]
 
 # A float32 is classed by its upper bits: sign, exponent and six of the mantissa.
 _DROPPED_BITS = 17
@@ -79,7 +81,12 @@ def ranked_l1(
     workspace = workspace or Workspace()
     of_teacher = workspace.rows("spare", teacher_probs, teacher_probs.shape[1])
     arrays = [one.detach().numpy() for one in (student_probs, teacher_probs, out, of_teacher)]
-    _run([functools.partial(_put_signs, *row_arrays) for row_arrays in zip(*arrays, strict=True)])
+    if len(out) < torch.get_num_threads():
+        for row_arrays in zip(*arrays, strict=True):
+            _put_signs(_run, *row_arrays)
+    else:
+        rows = zip(*arrays, strict=True)
+        _run([functools.partial(_put_signs, _in_turn, *row_arrays) for row_arrays in rows])
     value = of_teacher.mul_(teacher_probs).sum(-1, keepdim=True, dtype=torch.float64)
     spare = workspace.rows("spare", student_probs, student_probs.shape[1])
     torch.mul(out, student_probs, out=spare)
@@ -133,25 +140,39 @@ def _pool(_process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="ctkd-sorting")
 
 
-def _run(tasks: Sequence[Callable[[], None]]) -> None:
-    """Run tasks over as many threads as torch uses; numpy holds no lock while it sorts."""
+def _in_turn(tasks: _Tasks[_Answer]) -> list[_Answer]:
+    return [task() for task in tasks]
+
+
+def _run(tasks: _Tasks[_Answer]) -> list[_Answer]:
+    """Run tasks over as many threads as torch uses; numpy holds no lock in long loops."""
     threads = min(torch.get_num_threads(), len(tasks))
     if threads <= 1:
-        for task in tasks:
-            task()
-        return
+        return _in_turn(tasks)
     pool = _pool(os.getpid(), torch.get_num_threads() - 1)
     started = [pool.submit(task) for task in tasks[1:]]
-    tasks[0]()
-    for one in started:
-        one.result()
+    first = tasks[0]()
+    return [first, *(one.result() for one in started)]
 
 
-def _put_signs(row: _Floats, other: _Floats, signs: _Floats, other_signs: _Floats) -> None:
-    """Put the sign of the difference at each entry's rank, its own value minus the other's."""
-    classes, other_classes = _classes(row), _classes(other)
-    counts, other_counts = (
-        np.bincount(one, minlength=_CLASSES) for one in (classes, other_classes)
+def _put_signs(
+    run: Callable[[_Tasks[Any]], list[Any]],
+    row: _Floats,
+    other: _Floats,
+    signs: _Floats,
+    other_signs: _Floats,
+) -> None:
+    """Put the sign of the difference at each entry's rank, its own value minus the other's.
+
+    Args:
+        run: How to run tasks, one for each side.
+        row: One side's values.
+        other: The other side's.
+        signs: Takes the signs of the one side.
+        other_signs: Takes those of the other.
+    """
+    (classes, counts), (other_classes, other_counts) = run(
+        [functools.partial(_classes_and_counts, one) for one in (row, other)]
     )
     if max(counts.size, other_counts.size) > _CLASSES:
         _put_signs_by_order(row, other, signs, other_signs)
@@ -160,8 +181,15 @@ def _put_signs(row: _Floats, other: _Floats, signs: _Floats, other_signs: _Float
     above = row.size - other.size - np.cumsum(counts - other_counts)
     is_larger, is_smaller = above >= other_counts, above + counts <= 0
     table = np.subtract(is_larger, is_smaller, dtype=np.float32)
-    table.take(classes, out=signs, mode="clip")
-    np.negative(table).take(other_classes, out=other_signs, mode="clip")
+    run(
+        [
+            functools.partial(one.take, those, out=place, mode="clip")
+            for one, those, place in (
+                (table, classes, signs),
+                (np.negative(table), other_classes, other_signs),
+            )
+        ]
+    )
     is_mixed = ~(is_larger | is_smaller)
     if is_mixed.any():
         columns, other_columns = np.flatnonzero(signs == 0), np.flatnonzero(other_signs == 0)
@@ -184,9 +212,13 @@ def _put_signs(row: _Floats, other: _Floats, signs: _Floats, other_signs: _Float
         signs[zeros] = np.minimum(signs[zeros], 0.0)
 
 
-def _classes(values: _Floats) -> _Ints:
-    """The class of each value, rising; beyond the last one for what is not in [0, 2)."""
-    return np.right_shift(values.view(np.uint32), _DROPPED_BITS, dtype=np.intp)
+def _classes_and_counts(values: _Floats) -> tuple[_Ints, _Ints]:
+    """The class of each value, and how many there are of each class.
+
+    Classes rise with the values; what is not in [0, 2) is beyond the last one.
+    """
+    classes = np.right_shift(values.view(np.uint32), _DROPPED_BITS, dtype=np.intp)
+    return classes, np.bincount(classes, minlength=_CLASSES)
 
 
 def _signs_of_mixed(values: _Floats, others: _Floats, ahead: _Ints) -> _Floats:
