@@ -142,7 +142,26 @@ def without_places(value: Any) -> Any:
     return value
 
 
-def keep(outcome: Outcome, name: str, published: list[PublishedTable]) -> Path:
+def limits_of(config: CompareConfig, longest_context: int, longest_answer: int) -> list[str]:
+    """What the tables of a comparison do and do not show, in sentences."""
+    steps, rows = config.common["max_steps"], config.common["batch_size"]
+    return [
+        f"All methods start from one student, see the same rows in the same order for {steps} "
+        f"steps of {rows} rows, and are measured alike; settings were chosen on a development "
+        "split cut off the training stories, and the test rows were looked at once.",
+        f"Rows are those with a passage under {longest_context} characters and a first answer "
+        f"under {longest_answer}: the easier part of the data. Nothing is said about longer ones.",
+        "One teacher, one student, one learning rate schedule: another pair of models, or training "
+        "until nothing changes any more, may order the methods differently.",
+        "Seeds change the order of the rows and nothing else, so the spread over seeds says "
+        "little about other students or other data.",
+        "Two values were tried of one setting of each method; each may have a better one.",
+        "Seconds per step were taken on a machine that did other work at times: they are no "
+        "comparison of costs. `benchmarks/train_step.py` makes that.",
+    ]
+
+
+def keep(outcome: Outcome, name: str, published: list[PublishedTable], limits: list[str]) -> Path:
     """Keep the tables of a comparison, without the data's texts, as a page and a line of JSON."""
     comparison, analysis = outcome.comparison, outcome.analysis
     comparison = dataclasses.replace(comparison, settings=without_places(comparison.settings))
@@ -155,6 +174,8 @@ def keep(outcome: Outcome, name: str, published: list[PublishedTable]) -> Path:
         f"{analysis.heading}. {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}.",
         "\n".join(f"- {sentence}" for sentence in analysis.sentences()),
+        "## What this shows, and what it does not",
+        "\n".join(f"- {sentence}" for sentence in limits),
     ]
     for table in found:
         if table is not None:
@@ -243,7 +264,8 @@ def main(
     click.echo(f"report: {outcome.report_path}")
     if name is not None:
         tables_of_papers = [read_published(path) for path in config.published]
-        click.echo(f"kept: {keep(outcome, name, tables_of_papers)}")
+        limits = limits_of(config, longest_context, longest_answer)
+        click.echo(f"kept: {keep(outcome, name, tables_of_papers, limits)}")
 
 
 if __name__ == "__main__":
