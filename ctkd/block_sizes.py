@@ -13,7 +13,7 @@ import torch
 
 from ctkd.errors import SettingError
 
-__all__ = ["VARIABLE", "block_elements"]
+__all__ = ["VARIABLE", "block_elements", "least_rows"]
 
 VARIABLE = "CTKD_BLOCK_ELEMENTS"
 
@@ -25,19 +25,35 @@ _PART_OF_MEMORY = 512
 
 
 def block_elements(device: torch.device) -> int:
-    """Float32 numbers in a block: one block fills the second cache of a CPU's core.
+    """Float32 numbers in a block.
+
+    One block fills the second caches of as many of a CPU's cores as torch has threads, which share
+    it: with less to do between two meetings, threads wait for each other.
 
     Raises:
         SettingError: If the environment variable is no whole number above 0.
 
     Example:
-        >>> 1 << 16 <= block_elements(torch.device("cpu")) <= 1 << 18
+        >>> 1 << 16 <= block_elements(torch.device("cpu")) <= 1 << 21
         True
     """
     given = os.environ.get(VARIABLE)
     if given is not None:
         return _checked(given)
-    return _found(device.type, device.index)
+    found = _found(device.type, device.index)
+    return min(found * torch.get_num_threads(), 1 << 21) if device.type == "cpu" else found
+
+
+def least_rows(device: torch.device) -> int:
+    """Rows in a block, however wide they are: two for each thread of a CPU that works on it.
+
+    Example:
+        >>> least_rows(torch.device("meta"))
+        1
+    """
+    if device.type != "cpu" or VARIABLE in os.environ:
+        return 1
+    return 2 * torch.get_num_threads()
 
 
 def _checked(given: str) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ctkd import sorting
-from ctkd.block_sizes import block_elements
+from ctkd.block_sizes import block_elements, least_rows
 from ctkd.errors import BatchError
 from ctkd.powers import Workspace
 
@@ -80,8 +80,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def block_rows(vocabulary: int, device: torch.device) -> int:
     """Rows of so many columns to work on at a time."""
-    elements = BLOCK_ELEMENTS.get(device.type) or block_elements(device)
-    return max(1, elements // max(vocabulary, 1))
+    if device.type in BLOCK_ELEMENTS:
+        return max(1, BLOCK_ELEMENTS[device.type] // max(vocabulary, 1))
+    return max(least_rows(device), block_elements(device) // max(vocabulary, 1))
 
 
 def head_block_rows(vocabulary: int, device: torch.device) -> int:

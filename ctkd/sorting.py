@@ -61,36 +61,35 @@ def ranked_l1(
     The narrower side is padded with zeros. The rows need not sum to 1, and may be empty.
 
     Shape:
-        (N, V) and (N, W) give (N, 1) float64, and the derivative with respect to the first, (N, V):
-        for each column the sign of the difference at its rank, 0 where there is none.
+        (N, V) and (N, W) give (N, 1) float64, and the derivative with respect to log s, (N, V):
+        each entry times the sign of the difference at its rank, 0 where there is none.
 
     Args:
         student_probs: At least 0, in any order. A row with nan gives nan.
         teacher_probs: At least 0, in any order.
-        workspace: Where temporaries go, as ``"spare"``.
+        workspace: Where the teacher's signs are put, as ``"teacher signs"``.
         out: Takes the derivative.
 
     Example:
         >>> ranked_l1(torch.tensor([[0.1, 0.3]]), torch.tensor([[0.1, 0.2, 0.1]]))
-        (tensor([[0.2000]], dtype=torch.float64), tensor([[0., 1.]]))
+        (tensor([[0.2000]], dtype=torch.float64), tensor([[0.0000, 0.3000]]))
     """
     if out is None:
         out = torch.empty_like(student_probs, memory_format=torch.contiguous_format)
     if not (_is_classed(student_probs) and _is_classed(teacher_probs)):
         return _ranked_l1_by_sorting(student_probs, teacher_probs, out), out
     workspace = workspace or Workspace()
-    of_teacher = workspace.rows("spare", teacher_probs, teacher_probs.shape[1])
+    of_teacher = workspace.rows("teacher signs", teacher_probs, teacher_probs.shape[1])
     arrays = [one.detach().numpy() for one in (student_probs, teacher_probs, out, of_teacher)]
+    rows = zip(*arrays, strict=True)
     if len(out) < torch.get_num_threads():
-        for row_arrays in zip(*arrays, strict=True):
-            _put_signs(_run, *row_arrays)
+        rests = [_put_signs(_run, *row_arrays) for row_arrays in rows]
     else:
-        rows = zip(*arrays, strict=True)
-        _run([functools.partial(_put_signs, _in_turn, *row_arrays) for row_arrays in rows])
-    value = of_teacher.mul_(teacher_probs).sum(-1, keepdim=True, dtype=torch.float64)
-    spare = workspace.rows("spare", student_probs, student_probs.shape[1])
-    torch.mul(out, student_probs, out=spare)
-    return value.add_(spare.sum(-1, keepdim=True, dtype=torch.float64)), out
+        rests = _run([functools.partial(_put_signs, _in_turn, *row_arrays) for row_arrays in rows])
+    values = torch.tensor(rests, dtype=torch.float64).unsqueeze(-1)
+    for signs, probs in ((of_teacher, teacher_probs), (out, student_probs)):
+        values += signs.mul_(probs).sum(-1, keepdim=True, dtype=torch.float64)
+    return values, out
 
 
 def top_ids_of_rows(values: Tensor, k: int) -> Tensor:
@@ -130,7 +129,7 @@ def _ranked_l1_by_sorting(student_probs: Tensor, teacher_probs: Tensor, out: Ten
     width, other_width = student_probs.shape[1], teacher_probs.shape[1]
     gap = F.pad(student.values, (0, max(other_width - width, 0)))
     gap[:, :other_width] -= teacher.values
-    out.scatter_(1, student.indices, gap[:, :width].sign())
+    out.scatter_(1, student.indices, gap[:, :width].sign().mul_(student.values))
     return gap.abs_().sum(-1, keepdim=True, dtype=torch.float64)
 
 
@@ -161,7 +160,7 @@ def _put_signs(
     other: _Floats,
     signs: _Floats,
     other_signs: _Floats,
-) -> None:
+) -> float:
     """Put the sign of the difference at each entry's rank, its own value minus the other's.
 
     Args:
@@ -169,14 +168,16 @@ def _put_signs(
         row: One side's values.
         other: The other side's.
         signs: Takes the signs of the one side.
-        other_signs: Takes those of the other.
+        other_signs: Takes those of the other; 0 for entries that are part of the answer.
+
+    Returns:
+        Sum of signs times entries, over those of the other side that have none in their place.
     """
     (classes, counts), (other_classes, other_counts) = run(
         [functools.partial(_classes_and_counts, one) for one in (row, other)]
     )
     if max(counts.size, other_counts.size) > _CLASSES:
-        _put_signs_by_order(row, other, signs, other_signs)
-        return
+        return _put_signs_by_order(row, other, signs, other_signs)
     # How many more entries there are above each class.
     above = row.size - other.size - np.cumsum(counts - other_counts)
     is_larger, is_smaller = above >= other_counts, above + counts <= 0
@@ -190,26 +191,20 @@ def _put_signs(
             )
         ]
     )
+    rest = 0.0
     is_mixed = ~(is_larger | is_smaller)
     if is_mixed.any():
-        columns, other_columns = np.flatnonzero(signs == 0), np.flatnonzero(other_signs == 0)
-        mixed = columns.size + other_columns.size
-        if mixed * _ENTRIES_PER_MIXED > row.size + other.size:
-            _put_signs_by_order(row, other, signs, other_signs)
-            return
+        columns = np.flatnonzero(signs == 0)
+        if columns.size * _ENTRIES_PER_MIXED > row.size:
+            return _put_signs_by_order(row, other, signs, other_signs)
         columns = columns[_descending_order(row[columns])]
-        other_columns = other_columns[_descending_order(other[other_columns])]
-        values, other_values = row[columns], other[other_columns]
+        values, others = row[columns], _descending(other[other_signs == 0])
         # The same of entries that are in no mixed class.
         ahead = np.cumsum(np.where(is_mixed, 0, counts - other_counts))
         ahead = ahead[-1] - ahead
-        signs[columns] = _signs_of_mixed(values, other_values, ahead[classes[columns]])
-        other_ahead = -ahead[other_classes[other_columns]]
-        other_signs[other_columns] = _signs_of_mixed(other_values, values, other_ahead)
-    if counts[0]:
-        # Nothing is less than a 0, not even what pads the narrower side.
-        zeros = np.flatnonzero(row == 0)
-        signs[zeros] = np.minimum(signs[zeros], 0.0)
+        signs[columns] = _signs_of_mixed(values, others, ahead)
+        rest = float((_signs_of_mixed(others, values, -ahead) * others).sum(dtype=np.float64))
+    return rest
 
 
 def _classes_and_counts(values: _Floats) -> tuple[_Ints, _Ints]:
@@ -217,8 +212,12 @@ def _classes_and_counts(values: _Floats) -> tuple[_Ints, _Ints]:
 
     Classes rise with the values; what is not in [0, 2) is beyond the last one.
     """
-    classes = np.right_shift(values.view(np.uint32), _DROPPED_BITS, dtype=np.intp)
+    classes = _classes(values)
     return classes, np.bincount(classes, minlength=_CLASSES)
+
+
+def _classes(values: _Floats) -> _Ints:
+    return np.right_shift(values.view(np.uint32), _DROPPED_BITS, dtype=np.intp)
 
 
 def _signs_of_mixed(values: _Floats, others: _Floats, ahead: _Ints) -> _Floats:
@@ -227,26 +226,45 @@ def _signs_of_mixed(values: _Floats, others: _Floats, ahead: _Ints) -> _Floats:
     Args:
         values: All entries in mixed classes, descending.
         others: The same of the other side.
-        ahead: For each value, how many more entries in no mixed class stand above it than the
+        ahead: For each class, how many more entries in no mixed class stand above it than the
             other side has there.
     """
-    rising, ranks = others[::-1], np.arange(values.size) + ahead
+    # The tail of a stored teacher's row is thousands of equal values.
+    firsts = np.flatnonzero(np.diff(values, prepend=np.inf))
+    counts, rising = np.diff(firsts, append=values.size), others[::-1]
     at_least, more = (
-        others.size - np.searchsorted(rising, values, side=side) for side in ("left", "right")
+        others.size - np.searchsorted(rising, values[firsts], side=side)
+        for side in ("left", "right")
     )
-    return np.subtract(at_least <= ranks, more > ranks, dtype=np.float32)
+    ahead = ahead[_classes(values[firsts])]
+    # Of ranks among the values alone.
+    larger_from, smaller_until = np.repeat([at_least - ahead, more - ahead], counts, axis=1)
+    ranks = np.arange(values.size)
+    signs: _Floats = np.subtract(larger_from <= ranks, smaller_until > ranks, dtype=np.float32)
+    return signs
 
 
-def _put_signs_by_order(row: _Floats, other: _Floats, signs: _Floats, other_signs: _Floats) -> None:
-    order, other_order = _descending_order(row), _descending_order(other)
+def _put_signs_by_order(
+    row: _Floats, other: _Floats, signs: _Floats, other_signs: _Floats
+) -> float:
+    """Do what `_put_signs` does by sorting everything."""
+    order, others = _descending_order(row), _descending(other)
     gap = np.zeros(max(row.size, other.size), dtype=row.dtype)
     with np.errstate(invalid="ignore"):
         gap[: row.size] = row[order]
-        gap[: other.size] -= other[other_order]
+        gap[: other.size] -= others
     # Nothing is known of a row without a total, on either side.
     found = np.full_like(gap, np.nan) if np.isnan(gap).any() else np.sign(gap)
     signs[order] = found[: row.size]
-    other_signs[other_order] = -found[: other.size]
+    other_signs.fill(0.0)
+    return -float((found[: other.size] * others).sum(dtype=np.float64))
+
+
+def _descending(values: _Floats) -> _Floats:
+    found = np.negative(values)
+    found.sort()
+    np.negative(found, out=found)
+    return found
 
 
 def _descending_order(values: _Floats) -> _Ints:

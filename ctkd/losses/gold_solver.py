@@ -164,9 +164,9 @@ class GoldSolver:
             )
         )
         room = self._room("third", change, width)
-        value, signs = ranked_l1(probs, teacher_probs, self.workspace, out=room)
+        value, part = ranked_l1(probs, teacher_probs, self.workspace, out=room)
         if with_gradient:
-            part = signs.mul_(probs).mul_(self.weights[1])
+            part.mul_(self.weights[1])
             change.scatter_(1, columns.expand_as(part), part)
         return value * self.weights[1]
 

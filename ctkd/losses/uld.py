@@ -75,11 +75,10 @@ class _Solver:
     ) -> RowSolution:
         probs = self._probs("student", student_logits, self.student_temperature)
         teacher_probs = self._probs("teacher", teacher_logits, self.teacher_temperature)
-        room = self.workspace.rows("signs", student_logits, student_logits.shape[1])
-        values, signs = ranked_l1(probs, teacher_probs, self.workspace, out=room)
+        room = self.workspace.rows("signed", student_logits, student_logits.shape[1])
+        values, signed = ranked_l1(probs, teacher_probs, self.workspace, out=room)
         if not with_gradient:
             return RowSolution(values)
-        signed = signs.mul_(probs)
         mean_sign = signed.sum(-1, keepdim=True)
         gradient = signed.addcmul_(probs, mean_sign, value=-1.0)
         return RowSolution(values, gradient.div_(self.student_temperature))

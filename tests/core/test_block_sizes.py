@@ -15,6 +15,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.delenv(VARIABLE, raising=False)
     block_sizes._found.cache_clear()
     yield
@@ -39,6 +40,17 @@ def test_a_cpu_s_second_cache(tmp_path, monkeypatch, size, elements):
     (tmp_path / "index3").mkdir()
     monkeypatch.setattr(block_sizes, "_CACHES", tmp_path)
     assert block_elements(CPU) == elements
+
+
+@pytest.mark.parametrize(("threads", "elements"), [(1, 1 << 17), (3, 3 << 17), (64, 1 << 21)])
+def test_threads_share_a_block(tmp_path, monkeypatch, threads, elements):
+    write_cache(tmp_path, 0, "2", "512K")
+    monkeypatch.setattr(block_sizes, "_CACHES", tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert block_elements(CPU) == elements
+    assert block_rows(4096, CPU) == elements >> 12
+    # Wide rows: two for each thread.
+    assert block_rows(1 << 20, CPU) == 2 * threads
 
 
 @pytest.mark.parametrize(

@@ -51,15 +51,15 @@ def by_stable_sort(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     (values, columns), (others, _) = (stable(one.double()) for one in (student, teacher))
     padded = [F.pad(one, (0, size - one.shape[1])) for one in (values, others)]
     gap = padded[0] - padded[1]
-    signs = torch.empty_like(values).scatter_(1, columns, gap[:, : values.shape[1]].sign())
-    return gap.abs().sum(-1, keepdim=True), signs
+    signed = gap[:, : values.shape[1]].sign() * values
+    return gap.abs().sum(-1, keepdim=True), torch.empty_like(values).scatter_(1, columns, signed)
 
 
 def check(student: Tensor, teacher: Tensor) -> None:
-    value, signs = ranked_l1(student, teacher)
+    value, signed = ranked_l1(student, teacher)
     expected, right = by_stable_sort(student, teacher)
-    assert value.shape == (len(student), 1) and signs.dtype == student.dtype
-    assert torch.equal(signs.double(), right)
+    assert value.shape == (len(student), 1) and signed.dtype == student.dtype
+    assert torch.equal(signed.double(), right)
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=2e-7)
 
 
@@ -115,7 +115,7 @@ def test_all_three_ways_are_taken(monkeypatch):
             name,
             lambda *args, name=name, function=function: calls.append(name) or function(*args),
         )
-    student = torch.cat([torch.linspace(0.1, 0.2, 300), torch.full((50,), 0.01)])[None]
+    student = torch.cat([torch.linspace(0.1, 0.2, 300), torch.full((20,), 0.01)])[None]
     check(student, student * 0.25)
     assert not calls
     # Most of it above, a few entries around each other.
@@ -127,20 +127,33 @@ def test_all_three_ways_are_taken(monkeypatch):
     assert calls == ["_put_signs_by_order"]
 
 
+def test_a_tail_spread_evenly():
+    """A stored teacher's row, of which few entries differ."""
+    student = probs_of("smooth", 6000, 11)
+    for k in (0, 5, 256):
+        teacher = probs_of("smooth", 5000, 12)
+        ids = teacher.topk(k).indices
+        rest = (1.0 - teacher.gather(1, ids).sum(-1, keepdim=True)) / (5000 - k)
+        teacher = rest.expand_as(teacher).clone().scatter_(1, ids, teacher.gather(1, ids))
+        check(student, teacher)
+        check(teacher, student)
+
+
 def test_the_tie_rule_is_what_is_tested():
     # Of entries of one value that straddle a change of sign, the lower columns stand first.
     student, teacher = torch.tensor([[0.2, 0.1, 0.2, 0.2]]), torch.tensor([[0.1, 0.3, 0.2, 0.1]])
     for entries_per_mixed in (1, 10**9):
         with mixed_allowed(entries_per_mixed):
-            assert ranked_l1(student, teacher)[1].tolist() == [[-1.0, 0.0, 0.0, 1.0]]
+            signed = ranked_l1(student, teacher)[1]
+            assert torch.equal(signed, torch.tensor([[-0.2, 0.0, 0.0, 0.2]]))
 
 
 def test_rows_that_are_no_probabilities():
     """Two and more is beyond the classes."""
     student, teacher = (1e3 * probs_of("smooth", width, 3) for width in (90, 70))
-    value, signs = ranked_l1(student, teacher)
+    value, signed = ranked_l1(student, teacher)
     expected, right = by_stable_sort(student, teacher)
-    assert torch.equal(signs.double(), right)
+    assert torch.equal(signed.double(), right)
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
 
 
@@ -170,9 +183,9 @@ def test_rows_with_nan_cost_nobody_else_anything(side):
     probs = {"student": probs_of("smooth", 3000, 4), "teacher": probs_of("smooth", 2000, 5)}
     expected, right = by_stable_sort(**probs)
     probs[side][0] = torch.nan
-    value, signs = ranked_l1(probs["student"], probs["teacher"])
-    assert value[0].isnan() and signs[0].isnan().all()
-    assert torch.equal(signs[1].double(), right[1])
+    value, signed = ranked_l1(probs["student"], probs["teacher"])
+    assert value[0].isnan() and signed[0].isnan().all()
+    assert torch.equal(signed[1].double(), right[1])
     torch.testing.assert_close(value[1].double(), expected[1])
     rows = rows_of("smooth", 3000, 4)
     rows[0, 7] = torch.nan
@@ -199,19 +212,19 @@ def test_one_function_chooses_and_the_choice_changes_nothing(dtype, monkeypatch)
 
 
 def test_on_a_device_without_data():
-    value, signs = ranked_l1(torch.empty(3, 40, device="meta"), torch.empty(3, 9, device="meta"))
-    assert value.shape == (3, 1) and signs.shape == (3, 40)
+    value, signed = ranked_l1(torch.empty(3, 40, device="meta"), torch.empty(3, 9, device="meta"))
+    assert value.shape == (3, 1) and signed.shape == (3, 40)
 
 
 def test_inputs_stay_and_rooms_are_used_again():
     student, teacher = probs_of("smooth", 300, 6), probs_of("smooth", 200, 7)
     before, workspace = (student.clone(), teacher.clone()), Workspace()
     out = torch.empty_like(student)
-    _, signs = ranked_l1(student, teacher, workspace, out=out)
-    assert signs is out
-    spare = workspace.rows("spare", student, 300).data_ptr()
+    _, signed = ranked_l1(student, teacher, workspace, out=out)
+    assert signed is out
+    place = workspace.rows("teacher signs", teacher, 200).data_ptr()
     ranked_l1(student[:1], teacher[:1], workspace)
-    assert workspace.rows("spare", student, 300).data_ptr() == spare
+    assert workspace.rows("teacher signs", teacher, 200).data_ptr() == place
     top_ids_of_rows(student, 9)
     assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
 
@@ -268,11 +281,12 @@ def test_ranked_l1_by_hand(dtype, widths):
     # Two entries alike in every row that has them.
     if min(widths) > 1:
         teacher[:, 1] = student[:, 1]
-    distance, signs = ranked_l1(student, teacher)
-    assert distance.shape == (6, 1) and signs.shape == student.shape
+    distance, signed = ranked_l1(student, teacher)
+    assert distance.shape == (6, 1) and signed.shape == student.shape
     for row in range(6):
         gaps = np.zeros(max(widths))
         gaps[: widths[0]] += student[row].numpy()
         gaps[: widths[1]] -= np.sort(teacher[row].numpy())[::-1]
         assert distance[row].item() == pytest.approx(np.abs(gaps).sum(), rel=1e-6, abs=0)
-        assert signs[row].tolist() == np.sign(gaps[: widths[0]]).tolist()
+        expected = np.sign(gaps[: widths[0]]) * student[row].numpy()
+        assert signed[row].tolist() == expected.tolist()
