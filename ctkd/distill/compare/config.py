@@ -20,12 +20,15 @@ from ctkd.distill.config import SFT, TrainConfig
 from ctkd.errors import CtkdError, SettingError
 from ctkd.loss import check_count
 
-__all__ = ["DEFAULT_LOSSES", "SAVE_STEPS", "CompareConfig"]
+__all__ = ["DEFAULT_LOSSES", "DEMONSTRATION_STEPS", "SAVE_STEPS", "CompareConfig"]
 
 DEFAULT_LOSSES = ("sft", "uld", "mined", "multilevelot")
 
 SAVE_STEPS = 20
 """Steps between checkpoints, unless they are given: the most that a kill makes repeated."""
+
+DEMONSTRATION_STEPS = 40
+"""Steps on the embedded data, unless a length is given: two cores are done in 20 minutes."""
 
 # What a comparison sets itself, and where to say it instead.
 _NOT_SHARED = {
@@ -58,6 +61,7 @@ class CompareConfig:
         common: Settings of `TrainConfig` that all runs share. Of ``eval_data`` come the test
             split, and of ``eval_limit`` the most examples of each split that are answered. Without
             ``save_steps`` it is `SAVE_STEPS`: a run that was killed repeats at most so many steps.
+            Without data of your own, ``max_steps`` and ``epochs``, `DEMONSTRATION_STEPS` are taken.
         dev_data: Data to choose settings on; used with a sweep only.
         dev_fraction: Without ``dev_data``, the share of the training data that a sweep cuts off
             for that, by group.
@@ -219,7 +223,10 @@ class CompareConfig:
 
     @property
     def _shared(self) -> dict[str, Any]:
-        return {"save_steps": SAVE_STEPS, **self.common}
+        shared = {"save_steps": SAVE_STEPS, **self.common}
+        if not {"data", "max_steps", "epochs"} & shared.keys():
+            shared["max_steps"] = DEMONSTRATION_STEPS
+        return shared
 
     def _check_types(self) -> None:
         for name in ("losses", "published"):

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from ctkd.distill.compare.config import SAVE_STEPS, CompareConfig
+from ctkd.distill.compare.config import DEMONSTRATION_STEPS, SAVE_STEPS, CompareConfig
 from ctkd.distill.compare.methods import Method, parse_method, parse_sweep
 from ctkd.distill.config import TrainConfig
 from ctkd.errors import SettingError
@@ -248,3 +248,14 @@ def test_a_file_that_says_something_else_is_refused(settings, said):
     with pytest.raises(SettingError) as caught:
         CompareConfig.from_mapping(settings, source="file.yaml")
     assert said in str(caught.value)
+
+
+def test_the_demonstration_is_shorter_than_a_pass():
+    def steps_of(**common) -> int | None:
+        config = CompareConfig(losses=("sft",), common=common)
+        return config.train_config(config.methods[0], {}, 0).max_steps
+
+    assert steps_of() == steps_of(learning_rate=1e-4) == DEMONSTRATION_STEPS
+    assert steps_of(max_steps=7) == 7
+    for given in ({"data": "rows.jsonl"}, {"epochs": 1.0}):
+        assert steps_of(**given) == TrainConfig().max_steps
