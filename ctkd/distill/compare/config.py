@@ -28,7 +28,7 @@ SAVE_STEPS = 20
 """Steps between checkpoints, unless they are given: the most that a kill makes repeated."""
 
 DEMONSTRATION_STEPS = 40
-"""Steps on the embedded data, unless a length is given: two cores are done in 20 minutes."""
+"""Most steps on the embedded data, unless a length is given: two cores are done in 20 minutes."""
 
 # What a comparison sets itself, and where to say it instead.
 _NOT_SHARED = {
@@ -61,7 +61,8 @@ class CompareConfig:
         common: Settings of `TrainConfig` that all runs share. Of ``eval_data`` come the test
             split, and of ``eval_limit`` the most examples of each split that are answered. Without
             ``save_steps`` it is `SAVE_STEPS`: a run that was killed repeats at most so many steps.
-            Without data of your own, ``max_steps`` and ``epochs``, `DEMONSTRATION_STEPS` are taken.
+            Without data of your own, ``max_steps`` and ``epochs``, a run ends after a pass or
+            `DEMONSTRATION_STEPS`.
         dev_data: Data to choose settings on; used with a sweep only.
         dev_fraction: Without ``dev_data``, the share of the training data that a sweep cuts off
             for that, by group.
@@ -222,11 +223,14 @@ class CompareConfig:
         return TrainConfig(**{**self._shared, **method.training(varied), "seed": seed, **places})
 
     @property
+    def most_steps(self) -> int | None:
+        """Bound on the steps of a run that nobody has given a length."""
+        is_demonstration = not {"data", "max_steps", "epochs"} & self.common.keys()
+        return DEMONSTRATION_STEPS if is_demonstration else None
+
+    @property
     def _shared(self) -> dict[str, Any]:
-        shared = {"save_steps": SAVE_STEPS, **self.common}
-        if not {"data", "max_steps", "epochs"} & shared.keys():
-            shared["max_steps"] = DEMONSTRATION_STEPS
-        return shared
+        return {"save_steps": SAVE_STEPS, **self.common}
 
     def _check_types(self) -> None:
         for name in ("losses", "published"):

@@ -106,7 +106,7 @@ class Plan:
         self.splits = splits
         self.fingerprints = dict(fingerprints)
         self.cache, self.texts = cache, texts
-        self.steps = _steps(config.base, len(splits.train.examples))
+        self.steps = _steps(config, len(splits.train.examples))
         self._trainings: dict[str, Training] = {}
 
     def trials(self) -> list[Job]:
@@ -267,9 +267,11 @@ def _effective(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _steps(base: TrainConfig, rows: int) -> int:
+def _steps(config: CompareConfig, rows: int) -> int:
     """Optimizer steps of every run, also of one that leaves rows out."""
+    base = config.base
     if base.max_steps is not None:
         return base.max_steps
     batches = math.ceil(rows / base.batch_size)
-    return math.ceil(math.ceil(batches / base.grad_accumulation) * base.epochs)
+    steps = math.ceil(math.ceil(batches / base.grad_accumulation) * base.epochs)
+    return steps if config.most_steps is None else min(steps, config.most_steps)

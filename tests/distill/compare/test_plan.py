@@ -237,3 +237,9 @@ def test_the_metric_decides_then_cross_entropy_then_the_order(trials, best):
 def test_there_is_nothing_to_choose_from_without_trials():
     with pytest.raises(SettingError):
         best_trial([], "f1")
+
+
+def test_the_demonstration_is_shorter_than_a_pass(monkeypatch):
+    monkeypatch.setattr("ctkd.distill.compare.config.DEMONSTRATION_STEPS", 2)
+    assert plan().steps == 2
+    assert plan(common={"epochs": 1.0}).steps == 3
