@@ -155,9 +155,9 @@ def limits_of(config: CompareConfig, longest_context: int, longest_answer: int) 
         "until nothing changes any more, may order the methods differently.",
         "Seeds change the order of the rows and nothing else, so the spread over seeds says "
         "little about other students or other data.",
-        "Two values were tried of one setting of each method; each may have a better one.",
-        "Seconds per step were taken on a machine that did other work at times: they are no "
-        "comparison of costs. `benchmarks/train_step.py` makes that.",
+        "Few values were tried of few settings; each method may have a better one.",
+        "Seconds per step hold for what else the machine did at the time: they are no comparison "
+        "of costs. `benchmarks/train_step.py` makes that.",
     ]
 
 
