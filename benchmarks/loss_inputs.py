@@ -88,7 +88,7 @@ class SharingPair(TinyPair):
 def peaked_logits(
     sequences: int, tokens: int, columns: int, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
-    """Logits of which a few in each row stand far above the others. Nothing else is allocated."""
+    """Logits of which a few in each row stand far above the others."""
     logits = torch.empty(sequences, tokens, columns, dtype=dtype)
     logits.normal_(0.0, 3.0, generator=generator)
     peaks = min(8, columns)

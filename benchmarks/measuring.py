@@ -21,6 +21,8 @@ import click
 import torch
 from tqdm import tqdm
 
+from ctkd.distill.peak_memory import PeakMemory
+
 RESULTS = Path(__file__).with_name("results")
 _ROOT = Path(__file__).parents[1]
 _MAPPED_FROM = 128 * 1024
@@ -91,14 +93,19 @@ def ratios_to(seconds: Mapping[str, Sequence[float]], unit: str) -> dict[str, fl
     return {name: statistics.median(found) / of_unit for name, found in seconds.items()}
 
 
-def print_peak() -> None:
-    """Print the most memory that this process has held; the last thing a measured process does."""
-    kept = Path("/proc/self/status")
-    if not kept.exists():
-        raise click.ClickException("the peak of a process is kept by Linux alone")
-    # A PeakMemory would count from its own creation on.
-    (line,) = (line for line in kept.read_text().splitlines() if line.startswith("VmHWM:"))
-    print(f"{_PEAK}{int(line.split()[1]) * 1024}")
+def print_peak(peak: PeakMemory) -> None:
+    """Print the most memory that this process has held; the last thing a measured process does.
+
+    Args:
+        peak: Begun where what is to be measured began.
+    """
+    held = peak.read()
+    if held is None:
+        raise click.ClickException(
+            "the peak of a process is kept by Linux alone, which must let it write to "
+            "/proc/self/clear_refs"
+        )
+    print(f"{_PEAK}{held}")
 
 
 def peak_of(arguments: Sequence[str], repeats: int = 5) -> int:

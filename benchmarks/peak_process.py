@@ -23,7 +23,7 @@ from benchmarks.loss_inputs import (
     all_measured,
 )
 from benchmarks.measuring import print_peak
-from ctkd.distill.peak_memory import give_back_freed_memory
+from ctkd.distill.peak_memory import PeakMemory, give_back_freed_memory
 
 
 def warm_up(lines: list[Measured], dtype: torch.dtype, *, trl: bool) -> None:
@@ -118,12 +118,14 @@ def main(
         heads = Heads(vocabularies, *size, hidden, DTYPES[dtype])
         leaf, run = heads.weights[0], _on_heads(heads, line)
     give_back_freed_memory()
+    # From here on: torch draws narrow floats by way of wide ones.
+    peak = PeakMemory(leaf.device)
     if hold:
         # What is not written to is not resident.
         leaf.grad = torch.ones_like(leaf)
     else:
         run()
-    print_peak()
+    print_peak(peak)
 
 
 def _on_heads(heads: Heads, line: Measured) -> Callable[[], None]:

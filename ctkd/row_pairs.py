@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ctkd.block_sizes import least_rows
 from ctkd.errors import BatchError
 from ctkd.logits import Logits
 from ctkd.powers import Workspace
@@ -205,7 +206,9 @@ class _Pairs:
     @property
     def block_size(self) -> int:
         columns = max(self.student.shape[2], self.teacher.logits.shape[2])
-        return block_rows(columns, self.rows.device)
+        rows, for_all_threads = block_rows(columns, self.rows.device), least_rows(self.rows.device)
+        # Sorting gives whole rows to threads; one row over would keep a single one busy.
+        return rows if rows < for_all_threads else rows // for_all_threads * for_all_threads
 
     @property
     def valid(self) -> Tensor:

@@ -237,9 +237,15 @@ def test_ratios_are_of_medians():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="kept by Linux alone")
 def test_the_peak_of_a_process():
-    script = "from benchmarks.measuring import print_peak\nx = bytearray({})\ndel x\nprint_peak()"
+    script = (
+        "import torch\nfrom benchmarks.measuring import PeakMemory, print_peak\n"
+        "x = bytearray({} << 20)\ndel x\npeak = PeakMemory(torch.device('cpu'))\n"
+        "x = bytearray({} << 20)\ndel x\nprint_peak(peak)"
+    )
+    # What was there before and is gone does not count.
     low, high = (
-        measuring.peak_of(["-c", script.format(size)], repeats=1) for size in (1, 64 << 20)
+        measuring.peak_of(["-c", script.format(before, size)], repeats=1)
+        for before, size in ((256, 0), (0, 64))
     )
     assert 60 << 20 < high - low < 68 << 20
     with pytest.raises(Exception, match=r"ended with 3\n.*no"):

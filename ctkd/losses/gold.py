@@ -129,10 +129,8 @@ class GOLD(Loss):
     needs = frozenset({"chunks", "pair"})
     default_weights = Weights(ce=0.0, kd=1.0)
 
-    student_ids: Tensor
-    teacher_ids: Tensor
-    student_others: Tensor
-    teacher_others: Tensor
+    student_columns: Tensor
+    teacher_columns: Tensor
 
     def __init__(
         self,
@@ -164,21 +162,20 @@ class GOLD(Loss):
         # Columns in ascending order are read and written faster.
         order = student_ids.argsort()
         student_ids, teacher_ids = student_ids[order], teacher_ids[order]
-        for name, ids in (
-            ("student_ids", student_ids),
-            ("teacher_ids", teacher_ids),
-            ("student_others", columns_outside(student_ids, pair.student_size)),
-            ("teacher_others", columns_outside(teacher_ids, pair.teacher_size)),
+        self.shared = student_ids.shape[0]
+        for name, ids, size in (
+            ("student_columns", student_ids, pair.student_size),
+            ("teacher_columns", teacher_ids, pair.teacher_size),
         ):
-            self.register_buffer(name, ids, persistent=False)
+            columns = torch.cat([ids, columns_outside(ids, size)])
+            self.register_buffer(name, columns, persistent=False)
         self._weights = self._checked_weights()
 
     def _checked_weights(self) -> tuple[float, float]:
         """w_m and w_u."""
         matched, unmatched = self.matched_weight, self.unmatched_weight
-        shared = self.teacher_ids.shape[0]
         if matched is None and unmatched is None:
-            share = shared / self.teacher_size
+            share = self.shared / self.teacher_size
             return share, 1.0 - share
         if matched is None or unmatched is None:
             raise SettingError(
@@ -189,7 +186,7 @@ class GOLD(Loss):
         check_weight("unmatched_weight", unmatched)
         if matched == 0 and unmatched == 0:
             raise SettingError("matched_weight or unmatched_weight must be above 0, got 0 and 0")
-        if shared == 0 and unmatched == 0:
+        if self.shared == 0 and unmatched == 0:
             raise SettingError(
                 "these tokenizers share no token, so unmatched_weight must be above 0, got 0"
             )
@@ -220,9 +217,7 @@ class GOLD(Loss):
             batch.teacher.logits,
             pair_rows(batch, student_positions, teacher_positions, both),
             GoldSolver(
-                GoldColumns(
-                    self.student_ids, self.teacher_ids, self.student_others, self.teacher_others
-                ),
+                GoldColumns(self.student_columns, self.teacher_columns, self.shared),
                 self.beta,
                 self._weights,
                 self.student_temperature,
@@ -246,7 +241,7 @@ class GOLD(Loss):
             f"beta={self.beta}, student_temperature={self.student_temperature}, "
             f"teacher_temperature={self.teacher_temperature}, merging={self.merging!r}, "
             f"matched_weight={self.matched_weight}, unmatched_weight={self.unmatched_weight}, "
-            f"shared={self.student_ids.shape[0]}"
+            f"shared={self.shared}"
         )
 
 

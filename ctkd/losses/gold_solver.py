@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ctkd.divergences import LOG_FLOOR, divergence_terms
-from ctkd.powers import LOG_2, Powers, Workspace, powers_of_two
+from ctkd.powers import LOG_2, Workspace, powers_of_two
 from ctkd.row_pairs import RowSolution
 from ctkd.sorting import ranked_l1
 
@@ -17,53 +17,47 @@ __all__ = ["GoldColumns", "GoldSolver"]
 
 
 class GoldColumns(NamedTuple):
-    """M on both sides, in one order, and the columns outside it."""
+    """All columns of both sides: first those in M, in one order, then the others.
+
+    Attributes:
+        student: (V,).
+        teacher: (W,).
+        shared: How many are in M.
+    """
 
     student: Tensor
     teacher: Tensor
-    student_others: Tensor
-    teacher_others: Tensor
+    shared: int
 
 
 class _Rows(NamedTuple):
-    """Rows of one side: log v is ``LOG_2 * exponent + offset``.
+    """Rows of one side with their columns rearranged; log v is ``LOG_2 * exponents + offset``.
 
     Attributes:
-        logits: (N, V).
-        powers: Of all columns.
-        exponent_scale: What a logit is multiplied by.
+        exponents: (N, V).
+        probs: (N, V), p.
         offset: (N, 1) float64, with the log scale of the pair.
-        factor: (N, 1), v is this times a power.
     """
 
-    logits: Tensor
-    powers: Powers
-    exponent_scale: float
+    exponents: Tensor
+    probs: Tensor
     offset: Tensor
-    factor: Tensor
 
     @classmethod
     def of(
-        cls, logits: Tensor, temperature: float, log_scale: Tensor | None, room: Tensor
+        cls,
+        logits: Tensor,
+        columns: Tensor,
+        temperature: float,
+        log_scale: Tensor | None,
+        rooms: tuple[Tensor, Tensor],
     ) -> _Rows:
-        powers = powers_of_two(logits, temperature, exponents=room, powers=room)
+        exponents, probs = rooms
+        torch.gather(logits, 1, columns.expand_as(exponents), out=exponents)
+        powers = powers_of_two(exponents, temperature, exponents=exponents, powers=probs)
+        probs.mul_(powers.total.reciprocal())
         offset = -powers.log_total
-        if log_scale is not None:
-            offset = offset + log_scale
-        factor = offset.exp().to(logits.dtype)
-        return cls(logits, powers, 1.0 / (temperature * LOG_2), offset, factor)
-
-    def take(self, columns: Tensor, room: Tensor) -> Tensor:
-        """Logits of some columns, (N, M)."""
-        return torch.gather(self.logits, 1, columns.expand_as(room), out=room)
-
-    def exponents_of(self, logits: Tensor, room: Tensor) -> Tensor:
-        shift = self.powers.shift.neg()
-        return torch.add(shift, logits, alpha=self.exponent_scale, out=room)
-
-    def probs_of(self, logits: Tensor, room: Tensor) -> Tensor:
-        """The v of some logits of these rows."""
-        return self.exponents_of(logits, room).exp2_().mul_(self.factor)
+        return cls(exponents, probs, offset if log_scale is None else offset + log_scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,82 +87,72 @@ class GoldSolver:
         student_scale = teacher_scale = None
         if per_pair is not None:
             student_scale, teacher_scale = per_pair[:, :1], per_pair[:, 1:]
+        rooms = (
+            self._room("exponents", student_logits, width),
+            self._room("probs", student_logits, width),
+        )
+        # The gradient is put where the teacher has been.
+        room = self._room("teacher", student_logits, max(2 * teacher_width, width))
+        teacher_rooms = room[:, :teacher_width], room[:, teacher_width : 2 * teacher_width]
         student = _Rows.of(
-            student_logits,
-            self.student_temperature,
-            student_scale,
-            self._room("student", student_logits, width),
+            student_logits, self.columns.student, self.student_temperature, student_scale, rooms
         )
         teacher = _Rows.of(
             teacher_logits,
+            self.columns.teacher,
             self.teacher_temperature,
             teacher_scale,
-            # Only their sum is of use, and the room is free again.
-            self._room("first", student_logits, teacher_width),
+            teacher_rooms,
         )
-        change = self._room("change", student_logits, width).zero_()
-        matched = unmatched = student.factor.new_zeros(student.factor.shape)
+        probs, teacher_probs = student.probs, teacher.probs
+        if student_scale is not None and teacher_scale is not None:
+            scale, teacher_scale = (one.exp() for one in (student_scale, teacher_scale))
+            probs = torch.mul(probs, scale, out=self._room("scaled", probs, width))
+            teacher_probs = teacher_probs.mul_(teacher_scale)
+        change, shared = student.exponents, self.columns.shared
+        matched = unmatched = probs.new_zeros((probs.shape[0], 1))
         if self.weights[0]:
-            matched = self._matched(student, teacher, change)
+            matched = self._matched(student, teacher, probs[:, :shared], teacher_probs[:, :shared])
+        else:
+            change[:, :shared] = 0.0
         if self.weights[1]:
-            unmatched = self._unmatched(student, teacher, change, with_gradient)
+            value, part = ranked_l1(
+                probs[:, shared:], teacher_probs[:, shared:], self.workspace, out=change[:, shared:]
+            )
+            part.mul_(self.weights[1])
+            unmatched = value * self.weights[1]
+        else:
+            change[:, shared:] = 0.0
         values = torch.cat([matched, unmatched], dim=-1)
         if not with_gradient:
             return RowSolution(values)
         total = change.sum(-1, keepdim=True)
-        gradient = change.addcmul_(student.powers.powers, total / -student.powers.total)
+        change.addcmul_(student.probs, total.neg())
         if self.student_temperature != 1.0:
-            gradient.div_(self.student_temperature)
+            change.div_(self.student_temperature)
+        gradient = room[:, :width].scatter_(1, self.columns.student.expand_as(change), change)
         if per_pair is None:
             return RowSolution(values, gradient)
         return RowSolution(values, gradient, torch.cat([total, torch.zeros_like(total)], dim=-1))
 
-    def _matched(self, student: _Rows, teacher: _Rows, change: Tensor) -> Tensor:
-        columns = self.columns.student
-        first, second, third, fourth, fifth = (
-            self._room(name, change, columns.shape[0])
-            for name in ("first", "second", "third", "fourth", "fifth")
-        )
-        exponents, teacher_exponents = (
-            rows.exponents_of(rows.take(ids, room), room)
-            for rows, ids, room in (
-                (student, columns, second),
-                (teacher, self.columns.teacher, third),
-            )
-        )
-        probs = torch.exp2(exponents, out=first).mul_(student.factor)
-        teacher_probs = torch.exp2(teacher_exponents, out=fourth).mul_(teacher.factor)
+    def _matched(
+        self, student: _Rows, teacher: _Rows, probs: Tensor, teacher_probs: Tensor
+    ) -> Tensor:
+        """Value of the shared columns; their derivative is put in place of their exponents."""
+        shared = self.columns.shared
+        exponents, teacher_exponents = (rows.exponents[:, :shared] for rows in (student, teacher))
         for rows, of_rows in ((student, exponents), (teacher, teacher_exponents)):
             floor = ((LOG_FLOOR - rows.offset) / LOG_2).to(of_rows.dtype)
             torch.maximum(of_rows, floor, out=of_rows)
         difference = (student.offset - teacher.offset).to(exponents.dtype)
-        gap = exponents.sub_(teacher_exponents)
+        gap = torch.sub(exponents, teacher_exponents, out=exponents)
         gap = torch.add(difference, gap, alpha=LOG_2, out=gap)
-        term, teacher_term = divergence_terms(
-            gap, probs, teacher_probs, self.beta, spare=(third, fifth)
-        )
+        # `ranked_l1` comes later, and finds the same memory again.
+        spare = self._room("teacher signs", gap, shared), teacher_exponents
+        term, teacher_term = divergence_terms(gap, probs, teacher_probs, self.beta, spare=spare)
         value = teacher_term.add_(term).sum(-1, keepdim=True)
-        change.scatter_(1, columns.expand_as(term), term.mul_(self.weights[0]))
+        torch.mul(term, self.weights[0], out=exponents)
         return value * self.weights[0]
-
-    def _unmatched(
-        self, student: _Rows, teacher: _Rows, change: Tensor, with_gradient: bool
-    ) -> Tensor:
-        columns, teacher_columns = self.columns.student_others, self.columns.teacher_others
-        width, teacher_width = columns.shape[0], teacher_columns.shape[0]
-        probs, teacher_probs = (
-            rows.probs_of(rows.take(ids, room), room)
-            for rows, ids, room in (
-                (student, columns, self._room("first", change, width)),
-                (teacher, teacher_columns, self._room("second", change, teacher_width)),
-            )
-        )
-        room = self._room("third", change, width)
-        value, part = ranked_l1(probs, teacher_probs, self.workspace, out=room)
-        if with_gradient:
-            part.mul_(self.weights[1])
-            change.scatter_(1, columns.expand_as(part), part)
-        return value * self.weights[1]
 
     def _room(self, name: str, like: Tensor, width: int) -> Tensor:
         return self.workspace.rows(name, like, width)

@@ -5,8 +5,14 @@ import torch
 from torch import Tensor
 
 from ctkd import rows as rows_module
+from ctkd.block_sizes import VARIABLE
 from ctkd.dense_logits import DenseLogits
-from ctkd.row_pairs import map_row_pairs, map_row_pairs_to_parts
+from ctkd.row_pairs import (
+    RowSolution,
+    map_row_pairs,
+    map_row_pairs_to_parts,
+    solve_row_pairs,
+)
 
 B, S, T, V, W = 3, 5, 6, 11, 8
 # Flattened positions; the student's first row is used, and one pair lacks each side.
@@ -23,6 +29,31 @@ def reading(request, monkeypatch) -> str:
     if "padding" in request.param:
         monkeypatch.setattr(rows_module, "DEVICES_THAT_SKIP_PADDING", set())
     return request.param
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_thread_has_as_many_rows(reading, threads, monkeypatch):
+    if "small" in reading:
+        pytest.skip("as many rows as the test says")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    asked = []
+
+    def solver(student: Tensor, teacher: Tensor, *_) -> RowSolution:
+        asked.append(len(student))
+        return RowSolution(student.sum(-1, keepdim=True))
+
+    columns = 3001
+    monkeypatch.setenv(VARIABLE, str(7 * columns))
+    rows = torch.arange(20).unsqueeze(-1).expand(-1, 2)
+    sides = [DenseLogits(torch.zeros(1, 20, columns)) for _ in range(2)]
+    solve_row_pairs(*sides, rows, solver)
+    # A size that was asked for is kept.
+    assert asked == [7, 7, 6]
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(rows_module, "block_elements", lambda _: (4 * threads + 1) * columns)
+    asked.clear()
+    solve_row_pairs(*sides, rows, solver)
+    assert asked[0] == 4 * threads and sum(asked) == 20
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

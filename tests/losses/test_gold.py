@@ -338,5 +338,5 @@ def test_wide_rows_and_how_they_are_sorted(merging, beta, monkeypatch):
 def test_the_maps_are_not_part_of_the_state():
     loss = ctkd.get_loss("gold", pair=SOME)
     assert not loss.state_dict()
-    assert loss.to("meta").student_ids.device.type == "meta"
+    assert loss.to("meta").student_columns.device.type == "meta"
     assert "merging='first'" in repr(loss) and "shared=4" in repr(loss)
