@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ctkd.compiled import RowArray, is_readable
 from ctkd.powers import Workspace
-from ctkd.row_sources import FillGradient, RowSource
+from ctkd.row_sources import FillArray, FillGradient, RowSource
 from ctkd.rows import block_rows, head_block_rows, skips_padding, statistics_dtype
 
 __all__ = ["HeadRows"]
@@ -83,19 +84,18 @@ class HeadRows(RowSource):
     def row_buffer(self, rows: Tensor) -> None:
         return None
 
+    def array(self, rows: Tensor, workspace: Workspace | None = None) -> RowArray:
+        raw = self._raw(rows, self.weight.detach().to(self.hidden.dtype))
+        if not is_readable(raw):
+            raw = (workspace or Workspace()).converted("rows", raw, self.dtype)
+        return RowArray.of(raw)
+
     def carry_back(
         self, rows: Tensor, fill: FillGradient, buffer: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        hidden_gradient = self.hidden.new_zeros(self.num_rows + 1, self.hidden.shape[2])
-        weight = self.weight.detach().to(self.hidden.dtype)
-        wants_weight = self.weight.requires_grad
-        weight_gradient = torch.zeros_like(self.weight) if wants_weight else None
-        bias_gradient = None
-        if self.bias is not None and self.bias.requires_grad:
-            bias_gradient = torch.zeros_like(self.bias, dtype=self.dtype)
         size, workspace = block_rows(self.shape[2], self.device), Workspace()
-        for which, raw in self._chunks(rows):
-            some = rows[which]
+
+        def replace(which: slice, raw: Tensor) -> None:
             for start in range(0, raw.shape[0], size):
                 part = raw[start : start + size]
                 block = workspace.converted("rows", part, self.dtype)
@@ -106,6 +106,44 @@ class HeadRows(RowSource):
                 if self.scale != 1.0:
                     gradient.mul_(self.scale)
                 part.copy_(gradient)
+
+        return self._carried_back(rows, replace)
+
+    @property
+    def carries_arrays(self) -> bool:
+        return self.softcap is None and is_readable(self.hidden)
+
+    def carry_back_arrays(
+        self, rows: Tensor, fill: FillArray, buffer: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        def replace(which: slice, raw: Tensor) -> None:
+            array = RowArray.of(raw)
+            fill(which, array, array)
+            if self.scale != 1.0:
+                raw.mul_(self.scale)
+
+        return self._carried_back(rows, replace)
+
+    def _carried_back(
+        self, rows: Tensor, replace: Callable[[slice, Tensor], None]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs.
+
+        Args:
+            rows: As in `carry_back`.
+            replace: Puts the gradient of a chunk of rows in place of what the head says of them,
+                times what comes of the scale and the bound.
+        """
+        hidden_gradient = self.hidden.new_zeros(self.num_rows + 1, self.hidden.shape[2])
+        weight = self.weight.detach().to(self.hidden.dtype)
+        wants_weight = self.weight.requires_grad
+        weight_gradient = torch.zeros_like(self.weight) if wants_weight else None
+        bias_gradient = None
+        if self.bias is not None and self.bias.requires_grad:
+            bias_gradient = torch.zeros_like(self.bias, dtype=self.dtype)
+        for which, raw in self._chunks(rows):
+            some = rows[which]
+            replace(which, raw)
             with _dtypes_as_given(self.device):
                 hidden_gradient[some] = raw @ weight
                 if weight_gradient is not None:

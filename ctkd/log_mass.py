@@ -108,7 +108,7 @@ class _LogMass(torch.autograd.Function):
         inside, workspace = columns.to(logits.dtype), Workspace()
         for position, block in logits.blocks():
             (found,), probs = softmax_statistics(block, [temperature], False, workspace)
-            table[logits.flat_rows[position]] = found
+            logits.note(table, position, found)
             partial[position] = _log_mass_(probs, inside, block, temperature) + found
         logits.filled_in([key])
         # Kept only so that PyTorch sees it if one of them is overwritten.

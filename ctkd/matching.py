@@ -18,7 +18,7 @@ from ctkd.batch import Batch
 from ctkd.chunks import PositionPairs, pair_positions
 from ctkd.errors import BatchError
 from ctkd.logits import Logits
-from ctkd.rows import stable_top_ids
+from ctkd.sorting import stable_top_ids
 
 __all__ = [
     "MATCHINGS",

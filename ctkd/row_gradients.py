@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ctkd.compiled import RowArray, has_kernels
+from ctkd.compiled_softmax import SoftmaxTerm, SoftmaxTerms
 from ctkd.powers import Workspace
 from ctkd.row_sources import Anchored, RowSource
 from ctkd.rows import LOG2_E, skips_padding, tempered, untempered_gradient
@@ -91,6 +93,10 @@ class Request(ABC):
     def buffer(self) -> Tensor | None:
         """The gradient as far as the forward pass knew it, see `RowSource.row_buffer`."""
         return None
+
+    def buffer_weights(self, rows: Tensor) -> Tensor:
+        """What multiplies the buffer, (R,) in the order of some rows."""
+        raise NotImplementedError(f"{type(self).__name__} has no buffer")
 
     @abstractmethod
     def adder(self, rows: Tensor, *, in_buffer: bool) -> AddGradient:
@@ -191,6 +197,15 @@ def _carry_back(requests: Sequence[Request]) -> tuple[Tensor | None, ...]:
     # The buffered one comes first: it finds its own gradient in place.
     others.sort(key=lambda one: one.buffer is None)
     buffer = others[0].buffer if others else None
+    is_compiled = has_kernels(source.device, source.dtype) and source.carries_arrays
+    if is_compiled and (not others or buffer is not None) and len(others) <= 1:
+        terms = SoftmaxTerms([term.compiled() for term in softmaxes.terms], rows.shape[0])
+        weights = others[0].buffer_weights(rows) if others else None
+
+        def fill_array(which: slice, array: RowArray, gradients: RowArray) -> None:
+            terms.put_gradients(which, array, gradients, source.shape[2], weights)
+
+        return source.carry_back_arrays(rows, fill_array, buffer)
     adders = [
         (one.places.vocab_size, one.adder(rows, in_buffer=one is others[0] and buffer is not None))
         for one in others
@@ -319,6 +334,10 @@ class _Term(ABC):
     def put_probs(self, which: slice, block: Tensor, out: Tensor, workspace: Workspace) -> None:
         """Put ``-total * probs / temperature`` of a block into a place."""
 
+    @abstractmethod
+    def compiled(self) -> SoftmaxTerm:
+        """The same for compiled loops."""
+
     def scatter_(self, which: slice, gradient: Tensor) -> None:
         """Add what the chosen entries weigh."""
         if self.ids.shape[1]:
@@ -344,7 +363,20 @@ class _PlainTerm(_Term):
             self.ids = torch.cat([self.ids, half.ids], -1)
             self.weights = torch.cat([self.weights, half.weights / half_temperature], -1)
         self.shift = normaliser.masked_fill(normaliser.isnan(), torch.inf) * -LOG2_E
+        self.temperature = temperature
         self.scale = LOG2_E / temperature
+
+    def compiled(self) -> SoftmaxTerm:
+        return SoftmaxTerm(
+            self.width,
+            self.temperature,
+            False,
+            self.shift,
+            self.factor,
+            self.factor_of_half,
+            self.ids,
+            self.weights,
+        )
 
     def put_probs(self, which: slice, block: Tensor, out: Tensor, workspace: Workspace) -> None:
         torch.add(self.shift[which], block, alpha=self.scale, out=out).exp2_()
@@ -366,6 +398,18 @@ class _StandardisedTerm(_Term):
         self.normaliser = normaliser.masked_fill(normaliser.isnan(), torch.inf)
         # They are part of what is carried back through the deviation.
         self.ids, self.weights = asked.ids[:, :0], asked.weights[:, :0]
+
+    def compiled(self) -> SoftmaxTerm:
+        return SoftmaxTerm(
+            self.width,
+            self.asked.softmax.temperature,
+            True,
+            self.normaliser * -LOG2_E,
+            self.asked.total.neg(),
+            None,
+            self.asked.ids,
+            self.asked.weights,
+        )
 
     def put_probs(self, which: slice, block: Tensor, out: Tensor, workspace: Workspace) -> None:
         temperature, asked = self.asked.softmax.temperature, self.asked

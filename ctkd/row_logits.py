@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ctkd.compiled import has_kernels
+from ctkd.compiled_softmax import Summed, put_statistics
 from ctkd.errors import BatchError
 from ctkd.logits import Logits
 from ctkd.powers import Workspace
@@ -33,9 +35,9 @@ from ctkd.rows import (
     log_normalisers,
     skips_padding,
     softmax_statistics,
-    stable_top_ids,
     tempered,
 )
+from ctkd.sorting import stable_top_ids, top_ids_of
 
 __all__ = ["RowLogits"]
 
@@ -131,6 +133,12 @@ class RowLogits(Logits):
         """Log-normalisers of the source's rows, and which of each the caller has to fill in."""
         return self.source.memo.tables(self.source, keys, self.flat_rows[self.visited], self.rows)
 
+    def note(self, table: Tensor, position: Tensor, normaliser: Tensor) -> None:
+        """Put log-normalisers of flat positions into a table. What is known stays as it is."""
+        rows = self.flat_rows[position]
+        before = table[rows]
+        table[rows] = torch.where(before.isnan(), normaliser, before)
+
     def filled_in(self, keys: Sequence[Softmax]) -> None:
         """Note that the tables hold all rows that are visited."""
         self.source.memo.filled_in(self.source, keys, self.rows)
@@ -151,16 +159,29 @@ class RowLogits(Logits):
             rows, _ = torch.unique(
                 torch.cat([missing[index] for index in wanted]), return_inverse=True
             )
-        asked, workspace = [temperatures[index] for index in wanted], Workspace()
-        found = [
-            log_normalisers(block[:, : self.shape[2]], asked, standardise, workspace)
-            for _, block in self.source.blocks(rows)
-        ]
-        for index, parts in zip(wanted, zip(*found, strict=True), strict=True):
+        asked = [temperatures[index] for index in wanted]
+        found = self._log_normalisers(rows, asked, standardise)
+        for index, answer in zip(wanted, found, strict=True):
             before = tables[index][rows]
-            tables[index][rows] = torch.where(before.isnan(), torch.cat(parts), before)
+            tables[index][rows] = torch.where(before.isnan(), answer, before)
         self.filled_in(keys)
         return tables
+
+    def _log_normalisers(
+        self, rows: Tensor, temperatures: Sequence[float], standardise: bool
+    ) -> Sequence[Tensor]:
+        """Log of the softmax denominator of some rows of the source, (N,) each."""
+        if has_kernels(self.device, self.dtype):
+            answers = torch.empty(len(temperatures), rows.shape[0])
+            for which, array in self.source.arrays(rows):
+                put_statistics(array, self.shape[2], temperatures, standardise, answers[:, which])
+            return answers.unbind()
+        workspace = Workspace()
+        found = [
+            log_normalisers(block[:, : self.shape[2]], temperatures, standardise, workspace)
+            for _, block in self.source.blocks(rows)
+        ]
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
     def log_probs_at(
         self, ids: Tensor, temperatures: Sequence[float], *, standardise: bool = False
@@ -181,8 +202,13 @@ class RowLogits(Logits):
     @torch.no_grad()
     def top_ids(self, k: int) -> Tensor:
         result = torch.zeros((self.mask.numel(), k), dtype=torch.int64, device=self.device)
-        for position, block in self.blocks():
-            result[position] = stable_top_ids(block, k)
+        if has_kernels(self.device, self.dtype):
+            visited = self.visited
+            for which, array in self.source.arrays(self.flat_rows[visited]):
+                result[visited[which]] = top_ids_of(array, self.shape[2], k)
+        else:
+            for position, block in self.blocks():
+                result[position] = stable_top_ids(block, k)
         result = result.view(*self.shape[:2], k)
         return result.masked_fill_(~self.mask.unsqueeze(-1), 0)
 
@@ -201,6 +227,13 @@ class RowLogits(Logits):
         temperatures = [temperature, *(one for one in asked_next if one != temperature)]
         keys = [Softmax(one, standardise, vocabulary) for one in temperatures]
         tables, _ = self.tables(keys)
+        if has_kernels(self.device, self.dtype):
+            rows = self.flat_rows[self.visited]
+            answers = self._log_normalisers_and_mass(selected, temperatures, standardise, mass)
+            for table, one in zip(tables, answers, strict=True):
+                table[rows] = one
+            self.filled_in(keys)
+            return mass
         workspace = Workspace()
         for position, block in self.blocks():
             found, probs = softmax_statistics(block, temperatures, standardise, workspace)
@@ -211,6 +244,31 @@ class RowLogits(Logits):
             add_rows_(mass, position // max(positions, 1), probs)
         self.filled_in(keys)
         return mass
+
+    def _log_normalisers_and_mass(
+        self, selected: Tensor, temperatures: Sequence[float], standardise: bool, mass: Tensor
+    ) -> Tensor:
+        """Log-normalisers of all visited rows, (T, N), and their probabilities added to the mass.
+
+        Args:
+            selected: (B * S,) which positions are added up, at the first temperature.
+            temperatures: T of them.
+            standardise: As in `log_probs_at`.
+            mass: (B, V).
+        """
+        visited = self.visited
+        answers = torch.empty(len(temperatures), visited.shape[0])
+        sequence = visited // max(self.shape[1], 1)
+        for which, array in self.source.arrays(self.flat_rows[visited]):
+            put_statistics(
+                array,
+                self.shape[2],
+                temperatures,
+                standardise,
+                answers[:, which],
+                Summed(sequence[which], selected[visited[which]], mass),
+            )
+        return answers
 
     @torch.no_grad()
     def column_distance(
@@ -226,7 +284,7 @@ class RowLogits(Logits):
         workspace = Workspace()
         for position, block in self.blocks():
             (normaliser,), probs = softmax_statistics(block, [temperature], False, workspace)
-            table[self.flat_rows[position]] = normaliser
+            self.note(table, position, normaliser)
             left_out = ~selected[position].unsqueeze(-1)
             for column in range(kept):
                 gap = workspace.rows("gap", probs, vocabulary)

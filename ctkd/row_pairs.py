@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.block_sizes import least_rows
+from ctkd.compiled import RowArray, has_kernels, is_readable
 from ctkd.errors import BatchError
 from ctkd.logits import Logits
 from ctkd.powers import Workspace
@@ -19,8 +23,11 @@ from ctkd.row_logits import RowLogits
 from ctkd.row_sources import RowSource
 from ctkd.rows import block_rows, place_of_rows, skips_padding
 from ctkd.teacher_rows import RowsAhead, TeacherRows
+from ctkd.threads import over_rows
 
 __all__ = [
+    "CompiledSolver",
+    "PairArrays",
     "RowFunction",
     "RowSolution",
     "RowSolver",
@@ -49,6 +56,30 @@ class RowSolution(NamedTuple):
 RowSolver = Callable[[Tensor, Tensor, Tensor | None, bool], RowSolution]
 """Student logits (n, V), teacher logits (n, W), numbers per pair (n, E) or None, and whether the
 gradients are wanted. Runs without autograd; must not write to what it is given."""
+
+
+class PairArrays(NamedTuple):
+    """Pairs of rows (n,) as a compiled solver takes them.
+
+    Attributes:
+        student: Raw logits.
+        teacher: Raw logits.
+        per_pair: (n, E).
+        answers: (n, P) float64 takes the parts of each value.
+        gradients: Takes the student's gradient; without values where none is wanted.
+        per_pair_gradient: (n, E) float32 takes that of the numbers.
+    """
+
+    student: RowArray
+    teacher: RowArray
+    per_pair: npt.NDArray[np.floating[Any]]
+    answers: npt.NDArray[np.float64]
+    gradients: RowArray
+    per_pair_gradient: npt.NDArray[np.float32]
+
+
+CompiledSolver = Callable[[PairArrays, slice], None]
+"""What a `RowSolver` says of some of the pairs, by compiled loops, for float32 and bfloat16."""
 
 
 def map_row_pairs(
@@ -153,6 +184,7 @@ def solve_row_pairs(
     rows: Tensor,
     solver: RowSolver,
     *,
+    compiled: Callable[[], CompiledSolver] | None = None,
     parts: int = 1,
     per_pair: Tensor | None = None,
     teacher_temperature: float = 1.0,
@@ -169,6 +201,7 @@ def solve_row_pairs(
         teacher: As in `map_row_pairs`.
         rows: As in `map_row_pairs`.
         solver: See `RowSolver`.
+        compiled: Makes what does the same where there are compiled loops.
         parts: P.
         per_pair: As in `map_row_pairs`.
         teacher_temperature: What the solver divides the teacher's logits by.
@@ -186,7 +219,11 @@ def solve_row_pairs(
         raise BatchError(f"map_row_pairs needs the teacher's Logits, got {type(teacher).__name__}")
     if per_pair is None:
         per_pair = torch.zeros((rows.shape[0], 0), dtype=student.dtype, device=rows.device)
-    pairs = _Pairs(student, TeacherRows(teacher, teacher_temperature, spread_tail), rows, solver)
+    teacher_rows = TeacherRows(teacher, teacher_temperature, spread_tail)
+    made = None
+    if compiled is not None and has_kernels(student.device, student.dtype):
+        made = compiled()
+    pairs = _Pairs(student, teacher_rows, rows, solver, made)
     anchor, requests, _ = anchored(student.source)
     values, found = _RowPairs.apply(  # type: ignore[no-untyped-call]
         pairs, parts, torch.is_grad_enabled(), requests, anchor, per_pair
@@ -202,6 +239,7 @@ class _Pairs:
     teacher: TeacherRows
     rows: Tensor
     solver: RowSolver
+    compiled: CompiledSolver | None
 
     @property
     def block_size(self) -> int:
@@ -248,6 +286,45 @@ class _Pairs:
                 which = slice(inner, inner + self.block_size)
                 yield some[which], student[which], teacher[which]
 
+    def arrays(self, places: Places) -> Iterator[tuple[Tensor, RowArray, RowArray]]:
+        """Yield pairs (n,), student rows (n, V) and teacher rows (n, W) for compiled loops."""
+        pairs = self.valid.nonzero().squeeze(-1)
+        source, workspace, teacher_workspace = self.student.source, Workspace(), Workspace()
+        size, teacher_size = max(source.rows_per_array, 1), max(self.teacher.rows_per_array, 1)
+        for start in range(0, pairs.shape[0], size):
+            some = pairs[start : start + size]
+            student = source.array(places.rows[some], workspace)
+            for inner in range(0, some.shape[0], teacher_size):
+                which = slice(inner, inner + teacher_size)
+                teacher = self.teacher.array(self.rows[some[which], 1], teacher_workspace)
+                yield some[which], student.some(which), teacher
+
+    def solve_block(
+        self,
+        student_block: Tensor,
+        teacher_block: Tensor,
+        numbers: Tensor | None,
+        with_gradient: bool,
+        parts: int,
+    ) -> RowSolution:
+        """What the solver says of a block, by whichever way is the faster one."""
+        if self.compiled is None:
+            return self.solver(student_block, teacher_block, numbers, with_gradient)
+        count = student_block.shape[0]
+        gradient = torch.empty_like(student_block, memory_format=torch.contiguous_format)
+        found = torch.empty(count, parts, dtype=torch.float64)
+        numbers = torch.empty(count, 0) if numbers is None else numbers
+        arrays = PairArrays(
+            RowArray.of(student_block),
+            RowArray.of(teacher_block),
+            numbers.numpy(),
+            found.numpy(),
+            RowArray.of(gradient if with_gradient else gradient[:0]),
+            np.empty((count, numbers.shape[1]), np.float32),
+        )
+        over_rows(count, functools.partial(self.compiled, arrays))
+        return RowSolution(found, gradient if with_gradient else None)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _PairRequest(Request):
@@ -260,6 +337,7 @@ class _PairRequest(Request):
         per_pair: (N, E).
         incoming: (N,).
         known: The unweighted gradient, if the forward pass had room for it.
+        parts: P, of each pair's value.
     """
 
     source: RowSource
@@ -268,13 +346,17 @@ class _PairRequest(Request):
     per_pair: Tensor
     incoming: Tensor
     known: Tensor | None
+    parts: int
 
     @property
     def buffer(self) -> Tensor | None:
         return self.known
 
+    def buffer_weights(self, rows: Tensor) -> Tensor:
+        return self.places.at(rows, self.incoming)
+
     def adder(self, rows: Tensor, *, in_buffer: bool) -> AddGradient:
-        weights = self.places.at(rows, self.incoming).unsqueeze(-1)
+        weights = self.buffer_weights(rows).unsqueeze(-1)
         known = self.known
         if in_buffer:
 
@@ -296,7 +378,9 @@ class _PairRequest(Request):
 
         def add(which: slice, block: Tensor, gradient: Tensor) -> None:
             numbers = self.per_pair[pair[which]] if self.per_pair.shape[1] else None
-            solution = self.pairs.solver(block, teacher_rows.read(which), numbers, True)
+            solution = self.pairs.solve_block(
+                block, teacher_rows.read(which), numbers, True, self.parts
+            )
             if solution.student_gradient is not None:
                 part = solution.student_gradient.mul_(weights[which])
                 # What was read for rows without a pair may be garbage.
@@ -318,7 +402,7 @@ class _RowPairs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*pairs.student.source.inputs, per_pair)
         ctx.pairs, ctx.requests, ctx.places = pairs, requests, pairs.places()
-        ctx.question = object()
+        ctx.question, ctx.parts = object(), parts
         wanted = grad_enabled and any(ctx.needs_input_grad[4:])
         ctx.buffer = pairs.student.source.row_buffer(ctx.places.rows) if wanted else None
         ctx.per_pair_gradient = torch.zeros_like(per_pair) if wanted else None
@@ -341,7 +425,9 @@ class _RowPairs(torch.autograd.Function):
             if buffer is not None:
                 _solve(pairs, ctx.places, per_pair, None, buffer, None)
         incoming = incoming.masked_fill(~pairs.valid, 0.0)
-        request = _PairRequest(pairs.student.source, ctx.places, pairs, per_pair, incoming, buffer)
+        request = _PairRequest(
+            pairs.student.source, ctx.places, pairs, per_pair, incoming, buffer, ctx.parts
+        )
         anchor_gradient = file_requests(ctx.requests, ctx.question, [request])
         per_pair_gradient = ctx.per_pair_gradient * incoming.unsqueeze(-1)
         return None, None, None, None, anchor_gradient, per_pair_gradient
@@ -356,6 +442,9 @@ def _solve(
     per_pair_gradient: Tensor | None,
 ) -> None:
     """Fill in the values of all pairs, and the gradients there is room for."""
+    if pairs.compiled is not None and (buffer is None or is_readable(buffer)):
+        _solve_compiled(pairs, places, pairs.compiled, per_pair, values, buffer, per_pair_gradient)
+        return
     numbers_wanted = per_pair_gradient is not None and per_pair.shape[1] > 0
     for pair, student_block, teacher_block in pairs.blocks(places):
         left_out = pairs.rows[pair].amin(-1, keepdim=True) < 0
@@ -379,3 +468,33 @@ def _solve(
         if per_pair_gradient is not None and solution.per_pair_gradient is not None:
             gradient = solution.per_pair_gradient.masked_fill(left_out, 0.0)
             per_pair_gradient[pair] = gradient.to(per_pair_gradient.dtype)
+
+
+def _solve_compiled(
+    pairs: _Pairs,
+    places: Places,
+    compiled: CompiledSolver,
+    per_pair: Tensor,
+    values: Tensor | None,
+    buffer: Tensor | None,
+    per_pair_gradient: Tensor | None,
+) -> None:
+    parts = 1 if values is None else values.shape[1]
+    for pair, student, teacher in pairs.arrays(places):
+        found = torch.empty((pair.shape[0], parts), dtype=torch.float64)
+        numbers = per_pair.detach()[pair]
+        of_numbers = torch.empty_like(numbers if per_pair_gradient is not None else numbers[:, :0])
+        if buffer is None:
+            gradients = RowArray.of(torch.empty(0, 1))
+        else:
+            gradients = RowArray.of(buffer, places.rows[pair])
+        arrays = PairArrays(
+            student, teacher, numbers.numpy(), found.numpy(), gradients, of_numbers.numpy()
+        )
+        over_rows(pair.shape[0], functools.partial(compiled, arrays))
+        if values is not None:
+            values[pair] = found.to(values.dtype)
+        if per_pair_gradient is not None:
+            per_pair_gradient[pair] = of_numbers
+    if buffer is not None:
+        buffer[:, pairs.student.shape[2] :] = 0.0

@@ -14,13 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ctkd.compiled import RowArray, is_readable
 from ctkd.powers import Workspace
 from ctkd.rows import block_rows, place_of_rows, skips_padding, statistics_dtype
 
-__all__ = ["Anchored", "FillGradient", "Memo", "RowSource", "TensorRows"]
+__all__ = ["Anchored", "FillArray", "FillGradient", "Memo", "RowSource", "TensorRows"]
 
 FillGradient = Callable[[slice, Tensor, Tensor], None]
 """Which rows (n of them), their raw logits (n, V'), and where to put their gradient (n, V')."""
+
+FillArray = Callable[[slice, RowArray, RowArray], None]
+"""Which rows, their raw logits, and where to put their gradient: both (n, V'), maybe the same."""
 
 
 class Anchored(NamedTuple):
@@ -127,6 +131,22 @@ class RowSource(ABC):
     def rows_at_once(self) -> int:
         """How many rows `read` should be asked for at a time."""
 
+    def array(self, rows: Tensor, workspace: Workspace | None = None) -> RowArray:
+        """Rows as compiled loops take them; they may be gone when `read` says so."""
+        return RowArray.of(self.read(rows, workspace))
+
+    @property
+    def rows_per_array(self) -> int:
+        """How many rows `array` should be asked for at a time."""
+        return self.rows_at_once
+
+    def arrays(self, rows: Tensor) -> Iterator[tuple[slice, RowArray]]:
+        """Do what `blocks` does for compiled loops."""
+        size, workspace = max(self.rows_per_array, 1), Workspace()
+        for start in range(0, rows.shape[0], size):
+            which = slice(start, min(start + size, rows.shape[0]))
+            yield which, self.array(rows[which], workspace)
+
     @abstractmethod
     def pick(self, rows: Tensor, ids: Tensor) -> Tensor:
         """Some entries of each row, (N,) and (N, K) give (N, K)."""
@@ -154,6 +174,23 @@ class RowSource(ABC):
             fill: Puts the gradient of a block of rows in its place, or adds it to the buffer's.
             buffer: From `row_buffer`; what it holds is part of the gradient. It is used up.
         """
+
+    @property
+    def carries_arrays(self) -> bool:
+        """Whether there is `carry_back_arrays`."""
+        return False
+
+    def carry_back_arrays(
+        self, rows: Tensor, fill: FillArray, buffer: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Do what `carry_back` does, with gradients that are put by compiled loops.
+
+        Args:
+            rows: As in `carry_back`.
+            fill: Puts the gradient of rows in its place.
+            buffer: As in `carry_back`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} carries blocks only")
 
 
 class TensorRows(RowSource):
@@ -184,6 +221,15 @@ class TensorRows(RowSource):
     @property
     def rows_at_once(self) -> int:
         return block_rows(self.shape[2], self.device)
+
+    def array(self, rows: Tensor, workspace: Workspace | None = None) -> RowArray:
+        if not self.carries_arrays:
+            return super().array(rows, workspace)
+        return RowArray.of(self.tensor, self._real(rows))
+
+    @property
+    def rows_per_array(self) -> int:
+        return self.num_rows + 1 if self.carries_arrays else self.rows_at_once
 
     def pick(self, rows: Tensor, ids: Tensor) -> Tensor:
         rows = self._real(rows)
@@ -222,6 +268,17 @@ class TensorRows(RowSource):
                 part.copy_(gradient[place])
             fill(which, block, part)
             gradient[place] = part if is_run else part.to(gradient.dtype)
+        return (gradient[:-1].view(self.shape),)
+
+    @property
+    def carries_arrays(self) -> bool:
+        return is_readable(self.tensor)
+
+    def carry_back_arrays(
+        self, rows: Tensor, fill: FillArray, buffer: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        gradient = self.row_buffer(rows) if buffer is None else buffer
+        fill(slice(0, rows.shape[0]), self.array(rows), RowArray.of(gradient, rows))
         return (gradient[:-1].view(self.shape),)
 
     def _read(self, rows: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ctkd import sorting
 from ctkd.block_sizes import block_elements, least_rows
 from ctkd.errors import BatchError
 from ctkd.powers import Workspace
@@ -26,7 +25,6 @@ __all__ = [
     "place_of_rows",
     "skips_padding",
     "softmax_statistics",
-    "stable_top_ids",
     "statistics_dtype",
     "tempered",
     "untempered_gradient",
@@ -49,28 +47,6 @@ LOG2_E = 1.0 / math.log(2.0)
 def skips_padding(device: torch.device) -> bool:
     """Whether positions that are not scored may be left out, which looks at the mask."""
     return device.type in DEVICES_THAT_SKIP_PADDING
-
-
-def stable_top_ids(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest entries of each row, largest first, ties to the lower index.
-
-    Shape:
-        ``values`` (N, V); the answer is (N, k) int64.
-
-    Example:
-        >>> stable_top_ids(torch.tensor([[1.0, 3.0, 3.0]]), 2)
-        tensor([[1, 2]])
-    """
-    if values.device.type in sorting.DEVICES_THAT_SORT_VALUES:
-        return sorting.top_ids_of_rows(values, k)
-    if values.dtype == torch.float64:
-        return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    bits = (values.float() + 0.0).view(torch.int32)
-    # Read as integers, negative floats run backwards: flip all but their sign.
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
-    width = values.shape[-1]
-    tie_break = torch.arange(width - 1, -1, -1, device=values.device)
-    return ((ordered << 32) | tie_break).topk(k, dim=-1).indices
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ctkd.compiled import RowArray
 from ctkd.logits import Logits
 from ctkd.powers import Workspace
 from ctkd.row_logits import RowLogits
@@ -31,6 +32,19 @@ class TeacherRows:
             spread_tail=self.spread_tail,
             workspace=workspace,
         )
+
+    def array(self, positions: Tensor, workspace: Workspace) -> RowArray:
+        """Do what `read` does for compiled loops."""
+        if isinstance(self.logits, RowLogits):
+            return self.logits.source.array(self.logits.flat_rows[positions], workspace)
+        return RowArray.of(self.read(positions, workspace).float())
+
+    @property
+    def rows_per_array(self) -> int:
+        """How many rows `array` should be asked for at a time."""
+        if isinstance(self.logits, RowLogits):
+            return self.logits.source.rows_per_array
+        return self.rows_at_once
 
     @property
     def rows_at_once(self) -> int:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ctkd.compiled_softmax import log_normalisers_of
 from ctkd.errors import BatchError, SettingError
 from ctkd.logits import Logits
 from ctkd.loss import check_positive
@@ -18,10 +19,9 @@ from ctkd.rows import (
     STANDARD_DEVIATION_EPSILON,
     add_at_columns_,
     check_ids,
-    log_normalisers,
-    stable_top_ids,
     tempered,
 )
+from ctkd.sorting import stable_top_ids
 
 __all__ = ["TopK", "TopKLogits"]
 
@@ -131,7 +131,6 @@ class TopK:
             temperatures=tuple(float(temperature) for temperature in temperatures),
             vocab_size=vocabulary,
         )
-        workspace = Workspace()
         for position, block in logits.blocks():
             place = (position // front[1], position % front[1])
             ids = stable_top_ids(block, k)
@@ -145,7 +144,7 @@ class TopK:
                 rest = row.scatter(1, ids, -torch.inf).scatter_(1, label, -torch.inf)
                 for index, temperature in enumerate(kept.temperatures):
                     # One by one, as a live teacher is asked: in ties rounding would decide.
-                    (normaliser,) = log_normalisers(block, [temperature], standardise, workspace)
+                    normaliser = log_normalisers_of(block, temperature, standardise)
                     where = (*place, scale, index)
                     kept.log_normalisers[where] = normaliser
                     kept.log_rests[where] = (rest / temperature).logsumexp(-1) - normaliser

@@ -26,7 +26,7 @@ from ctkd.loss import (
     check_positive,
     check_weight,
 )
-from ctkd.losses.gold_solver import GoldColumns, GoldSolver
+from ctkd.losses.gold_solver import GoldColumns, GoldSolver, compiled_gold_solver
 from ctkd.losses.shared_kl import columns_outside
 from ctkd.pair import Pair, check_sizes
 from ctkd.powers import Workspace
@@ -211,19 +211,20 @@ class GOLD(Loss):
                 )
             log_scales = torch.stack([student_scale, teacher_scale], dim=-1).flatten(0, 1)
         both = chunks_on_both_sides(batch)
+        settings = (
+            GoldColumns(self.student_columns, self.teacher_columns, self.shared),
+            self.beta,
+            self._weights,
+            self.student_temperature,
+            self.teacher_temperature,
+        )
         workspace = Workspace()
         values, parts = solve_row_pairs(
             batch.student.logits,
             batch.teacher.logits,
             pair_rows(batch, student_positions, teacher_positions, both),
-            GoldSolver(
-                GoldColumns(self.student_columns, self.teacher_columns, self.shared),
-                self.beta,
-                self._weights,
-                self.student_temperature,
-                self.teacher_temperature,
-                workspace,
-            ),
+            GoldSolver(*settings, workspace),
+            compiled=lambda: compiled_gold_solver(*settings),
             parts=2,
             per_pair=log_scales,
             teacher_temperature=self.teacher_temperature,

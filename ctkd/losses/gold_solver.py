@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ctkd.compiled import as_columns
 from ctkd.divergences import LOG_FLOOR, divergence_terms
 from ctkd.powers import LOG_2, Workspace, powers_of_two
-from ctkd.row_pairs import RowSolution
+from ctkd.row_pairs import CompiledSolver, PairArrays, RowSolution
 from ctkd.sorting import ranked_l1
 
-__all__ = ["GoldColumns", "GoldSolver"]
+__all__ = ["GoldColumns", "GoldSolver", "compiled_gold_solver"]
 
 
 class GoldColumns(NamedTuple):
@@ -117,7 +118,7 @@ class GoldSolver:
             change[:, :shared] = 0.0
         if self.weights[1]:
             value, part = ranked_l1(
-                probs[:, shared:], teacher_probs[:, shared:], self.workspace, out=change[:, shared:]
+                probs[:, shared:], teacher_probs[:, shared:], out=change[:, shared:]
             )
             part.mul_(self.weights[1])
             unmatched = value * self.weights[1]
@@ -147,8 +148,7 @@ class GoldSolver:
         difference = (student.offset - teacher.offset).to(exponents.dtype)
         gap = torch.sub(exponents, teacher_exponents, out=exponents)
         gap = torch.add(difference, gap, alpha=LOG_2, out=gap)
-        # `ranked_l1` comes later, and finds the same memory again.
-        spare = self._room("teacher signs", gap, shared), teacher_exponents
+        spare = self._room("spare", gap, shared), teacher_exponents
         term, teacher_term = divergence_terms(gap, probs, teacher_probs, self.beta, spare=spare)
         value = teacher_term.add_(term).sum(-1, keepdim=True)
         torch.mul(term, self.weights[0], out=exponents)
@@ -156,3 +156,37 @@ class GoldSolver:
 
     def _room(self, name: str, like: Tensor, width: int) -> Tensor:
         return self.workspace.rows(name, like, width)
+
+
+def compiled_gold_solver(
+    columns: GoldColumns,
+    beta: float,
+    weights: tuple[float, float],
+    student_temperature: float,
+    teacher_temperature: float,
+) -> CompiledSolver:
+    """What `GoldSolver` does, by compiled loops."""
+    ids = as_columns(columns.student), as_columns(columns.teacher)
+
+    def solve(pairs: PairArrays, some: slice) -> None:
+        from ctkd.kernels.pair_rows import put_gold
+
+        put_gold(
+            *pairs.student,
+            *pairs.teacher,
+            some.start,
+            some.stop,
+            *ids,
+            columns.shared,
+            student_temperature,
+            teacher_temperature,
+            beta,
+            *weights,
+            LOG_FLOOR,
+            pairs.per_pair,
+            pairs.answers,
+            pairs.per_pair_gradient,
+            *pairs.gradients,
+        )
+
+    return solve

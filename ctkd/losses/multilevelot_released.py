@@ -10,8 +10,8 @@ from ctkd.batch import Batch, Side
 from ctkd.loss import Loss, LossOutput, Paper, Weights, average, check_positive, masked_sum
 from ctkd.matching import paired_positions
 from ctkd.registry import register
-from ctkd.rows import stable_top_ids
 from ctkd.sinkhorn import sinkhorn
+from ctkd.sorting import stable_top_ids
 
 __all__ = ["MultiLevelOTReleased"]
 

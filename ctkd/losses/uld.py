@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ from ctkd.loss import (
 )
 from ctkd.powers import Workspace
 from ctkd.registry import register
-from ctkd.row_pairs import RowSolution, solve_row_pairs
+from ctkd.row_pairs import CompiledSolver, PairArrays, RowSolution, solve_row_pairs
 from ctkd.rows import LOG2_E
 from ctkd.sorting import ranked_l1
 
@@ -76,7 +77,7 @@ class _Solver:
         probs = self._probs("student", student_logits, self.student_temperature)
         teacher_probs = self._probs("teacher", teacher_logits, self.teacher_temperature)
         room = self.workspace.rows("signed", student_logits, student_logits.shape[1])
-        values, signed = ranked_l1(probs, teacher_probs, self.workspace, out=room)
+        values, signed = ranked_l1(probs, teacher_probs, out=room)
         if not with_gradient:
             return RowSolution(values)
         mean_sign = signed.sum(-1, keepdim=True)
@@ -89,6 +90,31 @@ class _Solver:
         torch.add(logits.amax(-1, keepdim=True) * -scale, logits, alpha=scale, out=room).exp2_()
         # The same in any order of the columns, so that a teacher's equal stays equal.
         return room.div_(room.sum(-1, keepdim=True, dtype=torch.float64).to(room.dtype))
+
+
+def _compiled_solver(
+    sizes: tuple[int, int], student_temperature: float, teacher_temperature: float
+) -> CompiledSolver:
+    """What `_Solver` does, by compiled loops, for V and W columns."""
+    student_columns, teacher_columns = (np.arange(size, dtype=np.uint32) for size in sizes)
+
+    def solve(pairs: PairArrays, some: slice) -> None:
+        from ctkd.kernels.pair_rows import put_uld
+
+        put_uld(
+            *pairs.student,
+            *pairs.teacher,
+            some.start,
+            some.stop,
+            student_columns,
+            teacher_columns,
+            student_temperature,
+            teacher_temperature,
+            pairs.answers,
+            *pairs.gradients,
+        )
+
+    return solve
 
 
 @register("uld")
@@ -187,11 +213,14 @@ class ULD(Loss):
         pairs = pair_positions(batch, self.pairing)
         if self.top_k is None:
             workspace = Workspace()
+            sizes = batch.student.logits.shape[2], batch.teacher.logits.shape[2]
+            temperatures = self.student_temperature, self.teacher_temperature
             distances, _ = solve_row_pairs(
                 batch.student.logits,
                 batch.teacher.logits,
                 pairs.rows(batch),
-                _Solver(self.student_temperature, self.teacher_temperature, workspace),
+                _Solver(*temperatures, workspace),
+                compiled=lambda: _compiled_solver(sizes, *temperatures),
                 teacher_temperature=self.teacher_temperature,
                 spread_tail=True,
             )

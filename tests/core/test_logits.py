@@ -12,7 +12,7 @@ from ctkd.errors import BatchError
 from ctkd.row_logits import RowLogits
 from ctkd.row_pairs import map_row_pairs
 from ctkd.row_sources import TensorRows
-from ctkd.rows import stable_top_ids
+from ctkd.sorting import stable_top_ids
 
 B, S, V = 3, 5, 11
 LENGTHS = (5, 3, 0)
