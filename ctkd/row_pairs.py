@@ -320,10 +320,14 @@ class _Pairs:
             numbers.numpy(),
             found.numpy(),
             RowArray.of(gradient if with_gradient else gradient[:0]),
-            np.empty((count, numbers.shape[1]), np.float32),
+            np.zeros((count, numbers.shape[1]), np.float32),
         )
         over_rows(count, functools.partial(self.compiled, arrays))
-        return RowSolution(found, gradient if with_gradient else None)
+        return RowSolution(
+            found,
+            gradient if with_gradient else None,
+            torch.from_numpy(arrays.per_pair_gradient) if numbers.shape[1] else None,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -448,11 +452,12 @@ def _solve(
     numbers_wanted = per_pair_gradient is not None and per_pair.shape[1] > 0
     for pair, student_block, teacher_block in pairs.blocks(places):
         left_out = pairs.rows[pair].amin(-1, keepdim=True) < 0
-        solution = pairs.solver(
+        solution = pairs.solve_block(
             student_block,
             teacher_block,
             per_pair[pair] if per_pair.shape[1] else None,
             buffer is not None or numbers_wanted,
+            1 if values is None else values.shape[1],
         )
         # What was read for a pair that is left out may be garbage.
         if values is not None:
@@ -483,7 +488,7 @@ def _solve_compiled(
     for pair, student, teacher in pairs.arrays(places):
         found = torch.empty((pair.shape[0], parts), dtype=torch.float64)
         numbers = per_pair.detach()[pair]
-        of_numbers = torch.empty_like(numbers if per_pair_gradient is not None else numbers[:, :0])
+        of_numbers = torch.zeros_like(numbers if per_pair_gradient is not None else numbers[:, :0])
         if buffer is None:
             gradients = RowArray.of(torch.empty(0, 1))
         else:

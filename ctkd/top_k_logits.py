@@ -271,6 +271,21 @@ class TopKLogits(Logits):
         )
         return parts.logsumexp(-1).masked_fill(~self.mask, 0.0)
 
+    @torch.no_grad()
+    def probs_and_tail(self, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """All probabilities of each row but their columns: known ones, and one that is left often.
+
+        Shape:
+            (B, S, K + 1) known probabilities, 0 where the label is among the kept ones; (B, S) the
+            probability of every other column; (B, S) int64 how many others there are.
+
+        Args:
+            temperature: Divides the logits.
+        """
+        _, log_probs, is_known = self._known(temperature, False)
+        tail = self._row(temperature, False)[2].exp()
+        return log_probs.exp().masked_fill(~is_known, 0.0), tail, self._rest_count
+
     def top_ids(self, k: int) -> Tensor:
         if k > self.kept.k:
             raise BatchError(

@@ -81,6 +81,7 @@ def put_uld(
     teacher_columns: Any,
     temperature: float,
     teacher_temperature: float,
+    tails: Any,
     answers: Any,
     gradients: Any,
     gradient_starts: Any,
@@ -88,6 +89,8 @@ def put_uld(
     """Put the distance between ranked probabilities, (n, 1).
 
     ``columns`` are all of the student's, (V,) uint32, ``teacher_columns`` all of the teacher's.
+    Where ``tails`` (n, 2) is not (n, 0), the teacher's values are probabilities, and it has one
+    more, ``tails[:, 0]``, ``tails[:, 1]`` times.
     """
     probs = np.empty(columns.size, np.float32)
     change = np.empty(columns.size, np.float32)
@@ -95,9 +98,23 @@ def put_uld(
     one = np.float32(1.0)
     for pair in range(first, last):
         _put_probs(values, starts[pair], temperature, probs)
-        _put_probs(teacher_values, teacher_starts[pair], teacher_temperature, teacher_probs)
+        tail, tail_count = np.float32(0.0), 0
+        if tails.shape[1]:
+            load(teacher_values, teacher_starts[pair], teacher_probs)
+            tail, tail_count = np.float32(tails[pair, 0]), int(tails[pair, 1])
+        else:
+            _put_probs(teacher_values, teacher_starts[pair], teacher_temperature, teacher_probs)
         answers[pair, 0] = put_rank_signs(
-            probs, columns, one, teacher_probs, teacher_columns, one, one, change
+            probs,
+            columns,
+            one,
+            teacher_probs,
+            teacher_columns,
+            one,
+            tail,
+            tail_count,
+            one,
+            change,
         )
         if gradients.size:
             _take_total_off(change, probs, total_of(change), temperature)
@@ -205,6 +222,8 @@ def put_gold(
             teacher_probs,
             teacher_columns[shared:],
             teacher_scale,
+            np.float32(0.0),
+            0,
             np.float32(unmatched_weight),
             exponents,
         )

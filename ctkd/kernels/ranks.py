@@ -138,13 +138,16 @@ def _sort_run(bits: Any, places: Any) -> None:
 
 
 @compiled
-def _put_mixed(bits: Any, places: Any, others: Any, ahead: Any, found: Any) -> None:
+def _put_mixed(
+    bits: Any, others: Any, tail_bits: Any, tail_count: int, ahead: Any, found: Any
+) -> None:
     """Put the signs of entries in mixed classes, given the other side's.
 
     Args:
         bits: Descending.
-        places: Where each sign is put.
         others: Descending.
+        tail_bits: Of one more entry of the other side,
+        tail_count: which it has so often.
         ahead: For each class, how many more entries in no mixed class stand above it than the
             other side has there.
         found: (n,) int8 takes the signs.
@@ -159,14 +162,46 @@ def _put_mixed(bits: Any, places: Any, others: Any, ahead: Any, found: Any) -> N
         while more < others.size and others[more] > value:
             more += 1
         lead = ahead[value >> _DROPPED_BITS]
+        larger_from = at_least - lead + (tail_count if tail_bits >= value else 0)
+        smaller_until = more - lead + (tail_count if tail_bits > value else 0)
         for rank in range(first, last):
-            sign = 0
-            if rank + lead >= at_least:
-                sign = 1
-            elif rank + lead < more:
-                sign = -1
-            found[rank] = sign
+            found[rank] = (rank >= larger_from) - (rank < smaller_until)
         first = last
+
+
+@compiled
+def _sum_of_mixed(bits: Any, tail_bits: Any, tail_count: int, others: Any, ahead: Any) -> float:
+    """Sum up the entries of mixed classes, each with its sign, given the other side's.
+
+    Args:
+        bits: Descending.
+        tail_bits: Of one more entry,
+        tail_count: which is there so often.
+        others: Descending.
+        ahead: For each class, how many more entries in no mixed class the other side has above it.
+    """
+    total = 0.0
+    at_least = more = place = rank = 0
+    waits = tail_count > 0
+    while place < bits.size or waits:
+        is_tail = waits and (place == bits.size or tail_bits >= bits[place])
+        value = tail_bits if is_tail else bits[place]
+        count = 0
+        if is_tail:
+            count, waits = tail_count, False
+        while place < bits.size and bits[place] == value:
+            count += 1
+            place += 1
+        while at_least < others.size and others[at_least] >= value:
+            at_least += 1
+        while more < others.size and others[more] > value:
+            more += 1
+        lead = -ahead[value >> _DROPPED_BITS]
+        above = rank + count - max(rank, at_least - lead)
+        below = min(rank + count, more - lead) - rank
+        total += np.float64(_value_of(value)) * (max(above, 0) - max(below, 0))
+        rank += count
+    return total
 
 
 @compiled
@@ -177,6 +212,8 @@ def put_rank_signs(
     others: Any,
     other_columns: Any,
     other_factor: Any,
+    tail: Any,
+    tail_count: int,
     weight: Any,
     out: Any,
 ) -> float:
@@ -189,6 +226,8 @@ def put_rank_signs(
         others: The other side's.
         other_columns: As the columns.
         other_factor: As the factor.
+        tail: One more entry of the other side, float32,
+        tail_count: which it has so often.
         weight: Multiplies what is put.
         out: Takes it in these columns, as wide as values.
 
@@ -196,13 +235,16 @@ def put_rank_signs(
         The distance; nan, and nan in all columns, where any entry lies elsewhere.
     """
     counts, other_counts = np.zeros(_CLASSES, np.int32), np.zeros(_CLASSES, np.int32)
+    tail_class = _class_of(tail)
     if not (
-        _count(values, columns, factor, counts)
+        tail_class < _CLASSES
+        and _count(values, columns, factor, counts)
         and _count(others, other_columns, other_factor, other_counts)
     ):
         for place in range(columns.size):
             out[columns[place]] = np.float32(np.nan)
         return np.nan
+    other_counts[tail_class] += np.int32(tail_count)
     signs, ahead = np.zeros(_CLASSES, np.int8), np.zeros(_CLASSES, np.int32)
     lead = lead_unmixed = np.int32(0)
     is_mixed = False
@@ -227,25 +269,19 @@ def put_rank_signs(
     for place in range(other_columns.size):
         value = others[other_columns[place]] * other_factor
         distance -= np.float64(value * np.float32(signs[_class_of(value)]))
+    distance -= np.float64(tail) * np.float64(signs[tail_class]) * tail_count
     if not is_mixed:
         return distance
+    other_counts[tail_class] -= np.int32(tail_count)
+    tail_bits = _bits(tail)
+    mixed_tail_count = tail_count if signs[tail_class] == 0 else 0
     ends = np.empty(_CLASSES, np.int64)
     bits, places = _sorted_mixed(values, columns, factor, counts, signs, ends)
-    other_bits, other_places = _sorted_mixed(
-        others, other_columns, other_factor, other_counts, signs, ends
-    )
+    other_bits, _ = _sorted_mixed(others, other_columns, other_factor, other_counts, signs, ends)
     found = np.empty(bits.size, np.int8)
-    _put_mixed(bits, places, other_bits, ahead, found)
+    _put_mixed(bits, other_bits, tail_bits, mixed_tail_count, ahead, found)
     for rank in range(bits.size):
         value = np.float32(found[rank]) * _value_of(bits[rank])
         distance += np.float64(value)
         out[places[rank]] = value * weight
-    found = np.empty(other_bits.size, np.int8)
-    for one in range(_CLASSES):
-        ahead[one] = -ahead[one]
-    _put_mixed(other_bits, other_places, bits, ahead, found)
-    for rank in range(other_bits.size):
-        distance += np.float64(
-            np.float32(found[rank]) * np.int32(other_bits[rank]).view(np.float32)
-        )
-    return distance
+    return distance + _sum_of_mixed(other_bits, tail_bits, mixed_tail_count, bits, ahead)

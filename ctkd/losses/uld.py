@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ctkd.batch import Batch
 from ctkd.chunks import PAIRINGS, PositionPairs, pair_positions
+from ctkd.dense_logits import DenseLogits
 from ctkd.loss import (
     Loss,
     LossOutput,
@@ -24,9 +25,10 @@ from ctkd.loss import (
 )
 from ctkd.powers import Workspace
 from ctkd.registry import register
-from ctkd.row_pairs import CompiledSolver, PairArrays, RowSolution, solve_row_pairs
+from ctkd.row_pairs import CompiledSolver, PairArrays, RowSolution, RowSolver, solve_row_pairs
 from ctkd.rows import LOG2_E
 from ctkd.sorting import ranked_l1
+from ctkd.top_k_logits import TopKLogits
 
 __all__ = ["ULD", "sorted_l1"]
 
@@ -74,22 +76,56 @@ class _Solver:
         per_pair: Tensor | None,
         with_gradient: bool,
     ) -> RowSolution:
-        probs = self._probs("student", student_logits, self.student_temperature)
-        teacher_probs = self._probs("teacher", teacher_logits, self.teacher_temperature)
-        room = self.workspace.rows("signed", student_logits, student_logits.shape[1])
-        values, signed = ranked_l1(probs, teacher_probs, out=room)
-        if not with_gradient:
-            return RowSolution(values)
-        mean_sign = signed.sum(-1, keepdim=True)
-        gradient = signed.addcmul_(probs, mean_sign, value=-1.0)
-        return RowSolution(values, gradient.div_(self.student_temperature))
+        teacher_probs = _probs("teacher", teacher_logits, self.teacher_temperature, self.workspace)
+        return _solution(student_logits, teacher_probs, self.student_temperature, self.workspace)
 
-    def _probs(self, name: str, logits: Tensor, temperature: float) -> Tensor:
-        room = self.workspace.rows(name, logits, logits.shape[1])
-        scale = LOG2_E / temperature
-        torch.add(logits.amax(-1, keepdim=True) * -scale, logits, alpha=scale, out=room).exp2_()
-        # The same in any order of the columns, so that a teacher's equal stays equal.
-        return room.div_(room.sum(-1, keepdim=True, dtype=torch.float64).to(room.dtype))
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _StoredSolver:
+    """What `_Solver` does for a stored teacher: probabilities, and in each pair's numbers its tail.
+
+    Args:
+        student_temperature: Divides the student's logits.
+        width: W.
+        workspace: For temporary rows.
+    """
+
+    student_temperature: float
+    width: int
+    workspace: Workspace
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        teacher_probs: Tensor,
+        per_pair: Tensor | None,
+        with_gradient: bool,
+    ) -> RowSolution:
+        if per_pair is None:
+            raise TypeError("a stored teacher's rows need the tail of each pair")
+        place = torch.arange(self.width, device=teacher_probs.device)
+        tail = per_pair[:, :1] * (place < per_pair[:, 1:])
+        probs = torch.cat([teacher_probs, tail.to(teacher_probs.dtype)], dim=-1)
+        return _solution(student_logits, probs, self.student_temperature, self.workspace)
+
+
+def _solution(
+    student_logits: Tensor, teacher_probs: Tensor, temperature: float, workspace: Workspace
+) -> RowSolution:
+    probs = _probs("student", student_logits, temperature, workspace)
+    room = workspace.rows("signed", student_logits, student_logits.shape[1])
+    values, signed = ranked_l1(probs, teacher_probs, out=room)
+    mean_sign = signed.sum(-1, keepdim=True)
+    gradient = signed.addcmul_(probs, mean_sign, value=-1.0)
+    return RowSolution(values, gradient.div_(temperature))
+
+
+def _probs(name: str, logits: Tensor, temperature: float, workspace: Workspace) -> Tensor:
+    room = workspace.rows(name, logits, logits.shape[1])
+    scale = LOG2_E / temperature
+    torch.add(logits.amax(-1, keepdim=True) * -scale, logits, alpha=scale, out=room).exp2_()
+    # The same in any order of the columns, so that a teacher's equal stays equal.
+    return room.div_(room.sum(-1, keepdim=True, dtype=torch.float64).to(room.dtype))
 
 
 def _compiled_solver(
@@ -110,6 +146,7 @@ def _compiled_solver(
             teacher_columns,
             student_temperature,
             teacher_temperature,
+            pairs.per_pair,
             pairs.answers,
             *pairs.gradients,
         )
@@ -212,23 +249,35 @@ class ULD(Loss):
     def forward(self, batch: Batch) -> LossOutput:
         pairs = pair_positions(batch, self.pairing)
         if self.top_k is None:
-            workspace = Workspace()
-            sizes = batch.student.logits.shape[2], batch.teacher.logits.shape[2]
-            temperatures = self.student_temperature, self.teacher_temperature
-            distances, _ = solve_row_pairs(
-                batch.student.logits,
-                batch.teacher.logits,
-                pairs.rows(batch),
-                _Solver(*temperatures, workspace),
-                compiled=lambda: _compiled_solver(sizes, *temperatures),
-                teacher_temperature=self.teacher_temperature,
-                spread_tail=True,
-            )
-            workspace.release()
-            values = distances.view(pairs.valid.shape)
+            values = self._all(batch, pairs)
         else:
             values = self._top(batch, pairs, self.top_k)
         return average({"uld": masked_sum(values, pairs.valid)}, self.units(batch))
+
+    def _all(self, batch: Batch, pairs: PositionPairs) -> Tensor:
+        student, teacher = batch.student.logits, batch.teacher.logits
+        temperatures = self.student_temperature, self.teacher_temperature
+        workspace, rows, tails = Workspace(), pairs.rows(batch), None
+        solver: RowSolver = _Solver(*temperatures, workspace)
+        if isinstance(teacher, TopKLogits):
+            # What is not stored is one probability many times.
+            solver = _StoredSolver(self.student_temperature, teacher.shape[2], workspace)
+            probs, tail_prob, tail_count = teacher.probs_and_tail(self.teacher_temperature)
+            tails = torch.stack([tail_prob, tail_count.to(tail_prob.dtype)], -1).flatten(0, 1)
+            tails = tails[rows[:, 1].clamp_min(0)]
+            teacher = DenseLogits(probs, mask=teacher.mask)
+        sizes = student.shape[2], teacher.shape[2]
+        distances, _ = solve_row_pairs(
+            student,
+            teacher,
+            rows,
+            solver,
+            compiled=lambda: _compiled_solver(sizes, *temperatures),
+            per_pair=tails,
+            teacher_temperature=self.teacher_temperature,
+        )
+        workspace.release()
+        return distances.view(pairs.valid.shape)
 
     def _top(self, batch: Batch, pairs: PositionPairs, k: int) -> Tensor:
         student, teacher = batch.student.logits, batch.teacher.logits

@@ -27,6 +27,8 @@ def by_counting(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
                 other.contiguous().numpy(),
                 other_columns,
                 one,
+                np.float32(0.0),
+                0,
                 one,
                 out.numpy(),
             )
@@ -111,6 +113,8 @@ def test_some_columns_with_factors_and_a_weight():
         teacher[0].numpy(),
         others,
         np.float32(0.25),
+        np.float32(0.0),
+        0,
         np.float32(3.0),
         out.numpy(),
     )
@@ -120,6 +124,41 @@ def test_some_columns_with_factors_and_a_weight():
     untouched = torch.ones(90, dtype=torch.bool)
     untouched[5::2] = False
     assert (out[untouched] == 7.0).all()
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    widths=st.tuples(st.integers(0, 300), st.integers(0, 300)),
+    tail_count=st.sampled_from([0, 1, 2, 40, 500]),
+    tail=st.sampled_from([0.0, 1e-6, 0.003, 0.25, "one of the teacher's", "one of the student's"]),
+    seed=st.integers(0, 10**6),
+)
+def test_a_tail_counts_as_so_many_entries(kind, widths, tail_count, tail, seed):
+    student, teacher = (
+        probs_of(kind, widths[0], seed)[:1],
+        probs_of("ties", widths[1], seed + 1)[:1],
+    )
+    if isinstance(tail, str):
+        row = teacher if "teacher" in tail else student
+        tail = float(row[0, seed % row.shape[1]]) if row.numel() else 0.0
+    out = torch.empty_like(student)
+    distance = put_rank_signs(
+        student[0].numpy(),
+        np.arange(widths[0], dtype=np.uint32),
+        np.float32(1.0),
+        teacher[0].numpy(),
+        np.arange(widths[1], dtype=np.uint32),
+        np.float32(1.0),
+        np.float32(tail),
+        tail_count,
+        np.float32(1.0),
+        out[0].numpy(),
+    )
+    whole = torch.cat([teacher, torch.full((1, tail_count), tail)], -1)
+    expected, right = ranked_l1(student.double(), whole.double())
+    assert torch.equal(out.double(), right)
+    assert distance == pytest.approx(expected.item(), rel=1e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
