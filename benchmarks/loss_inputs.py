@@ -40,7 +40,7 @@ VOCABULARIES = {
     "narrow": Vocabularies("narrow", 50_257, 32_000, 0.5),
 }
 
-TINY = Vocabularies("tiny", 80, 60, 0.5)
+TINY = Vocabularies("80:60", 80, 60, 0.5)
 
 
 class VocabulariesType(click.ParamType):

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from benchmarks.loss_inputs import (
     DTYPES,
+    TINY,
+    UNIT,
     VOCABULARIES,
     Measured,
     Vocabularies,
@@ -40,6 +42,12 @@ def arguments(
     options = {"pair": vocabularies.name, "dtype": dtype, "sequences": size[0], "tokens": size[1]}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return ["-m", "benchmarks.peak_process", label, *flags, *more]
+
+
+def compile_once(dtype: str) -> None:
+    """Have compiled loops put on disk: the process that compiles them holds a compiler as well."""
+    click.echo(f"compiling loops for {dtype}, if they are not on disk")
+    peak_of(arguments(UNIT, TINY, dtype, (1, 4)), 1)
 
 
 def measure_losses(
@@ -182,6 +190,8 @@ def main(
     """
     path = results / "loss_memory.jsonl"
     row = {**environment(), "note": note, "repeats": repeats}
+    for dtype in dtypes or DTYPES:
+        compile_once(dtype)
     if "losses" in (parts or PARTS):
         lines = chosen(names)
         cases = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -178,8 +178,8 @@ class SoftmaxTerms:
         self.factors_of_square = _stacked(squares, count if squares else 0)
         self.bounds = np.cumsum([0, *(one.ids.shape[1] for one in terms)])
         none = torch.empty(count, 0)
-        self.ids = torch.cat([none.long(), *(one.ids for one in terms)], -1).numpy()
-        self.weights = torch.cat([none, *(one.weights for one in terms)], -1).numpy()
+        self.ids = _side_by_side([one.ids for one in terms] or [none.long()])
+        self.weights = _side_by_side([one.weights for one in terms] or [none])
 
     def put_gradients(
         self,
@@ -225,6 +225,13 @@ class SoftmaxTerms:
                 width,
             ),
         )
+
+
+def _side_by_side(parts: list[Tensor]) -> npt.NDArray[Any]:
+    """Tensors (n, any) as one array, a single one where it lies."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    found: npt.NDArray[Any] = whole.contiguous().numpy()
+    return found
 
 
 def _stacked(columns: Sequence[Tensor], count: int) -> npt.NDArray[np.float32]:

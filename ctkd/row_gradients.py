@@ -65,8 +65,20 @@ class Places:
         if not values.shape[0]:
             return values.new_zeros((rows.shape[0], *values.shape[1:]))
         place = self.table[rows]
+        if skips_padding(rows.device) and _are_all(place, values.shape[0]):
+            return values
         missing = (place < 0).view(-1, *[1] * (values.ndim - 1))
         return values[place.clamp_min(0)].masked_fill_(missing, 0)
+
+
+def _are_all(place: Tensor, count: int) -> bool:
+    """Whether these are 0, 1 and so on up to a count."""
+    return place.shape[0] == count and torch.equal(place, torch.arange(count))
+
+
+def _joined(columns: Sequence[Tensor]) -> Tensor:
+    """Tensors side by side, a single one as it is."""
+    return columns[0] if len(columns) == 1 else torch.cat(list(columns), -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,8 +330,8 @@ class _Asked:
             requests[0].softmax,
             requests[0].log_normalisers[rows].unsqueeze(-1),
             torch.stack(totals).sum(0).unsqueeze(-1),
-            torch.cat([request.places.at(rows, request.ids) for request in requests], -1),
-            torch.cat([request.places.at(rows, request.weights) for request in requests], -1),
+            _joined([request.places.at(rows, request.ids) for request in requests]),
+            _joined([request.places.at(rows, request.weights) for request in requests]),
         )
 
 

@@ -282,9 +282,11 @@ class TopKLogits(Logits):
         Args:
             temperature: Divides the logits.
         """
-        _, log_probs, is_known = self._known(temperature, False)
-        tail = self._row(temperature, False)[2].exp()
-        return log_probs.exp().masked_fill(~is_known, 0.0), tail, self._rest_count
+        divisor, normaliser, share = self._row(temperature, False)
+        probs = torch.cat([self.kept.values, self.kept.label_values.unsqueeze(-1)], -1)
+        probs.div_(divisor.unsqueeze(-1)).sub_(normaliser.unsqueeze(-1)).exp_()
+        probs[..., -1].masked_fill_(~self._label_is_outside, 0.0)
+        return probs, share.exp(), self._rest_count
 
     def top_ids(self, k: int) -> Tensor:
         if k > self.kept.k:

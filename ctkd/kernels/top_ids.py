@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ctkd.kernels.compiling import compiled
-from ctkd.kernels.numbers import as_ordered, load
+from ctkd.kernels.numbers import as_ordered, widened
 
 __all__ = ["put_top_ids"]
 
@@ -21,9 +21,17 @@ _LEAST_GROUPS = 512
 @compiled
 def _put_keys(row: Any, keys: Any) -> None:
     zero = np.float32(0.0)
-    for column in range(row.size):
+    for column in range(keys.size):
         # A negative zero is a zero.
-        keys[column] = as_ordered(row[column] + zero)
+        keys[column] = as_ordered(widened(row[column]) + zero)
+
+
+@compiled
+def _count_of_top(keys: Any, bound: Any) -> int:
+    count = 0
+    for column in range(keys.size):
+        count += keys[column] >= bound
+    return count
 
 
 @compiled
@@ -60,19 +68,18 @@ def put_top_ids(values: Any, starts: Any, first: int, last: int, width: int, ids
         ids: (n, k) int64.
     """
     k = ids.shape[1]
-    row, keys = np.empty(width, np.float32), np.empty(width, np.int32)
+    keys = np.empty(width, np.int32)
     maxima = np.empty(max(_GROUPS_PER_ENTRY * k, _LEAST_GROUPS), np.int32)
-    packed = np.empty(width, np.int64)
     for index in range(first, last):
-        load(values, starts[index], row)
-        _put_keys(row, keys)
+        _put_keys(values[starts[index] : starts[index] + width], keys)
         bound = _bound_of_top(keys, maxima, k)
+        packed = np.empty(_count_of_top(keys, bound), np.int64)
         count = 0
         for column in range(width):
             if keys[column] >= bound:
                 # Rising, so the largest key comes first, and of equal ones the lowest column.
                 packed[count] = (~np.int64(keys[column]) << 32) | column
                 count += 1
-        packed[:count].sort()
+        packed.sort()
         for place in range(k):
             ids[index, place] = packed[place] & _LOWER_BITS

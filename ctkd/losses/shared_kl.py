@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from ctkd.loss import Loss, LossOutput, Paper, Weights, average, check_choice, c
 from ctkd.pair import Pair, check_sizes
 from ctkd.powers import LOG_2, Powers, Workspace, powers_of_two
 from ctkd.registry import register
-from ctkd.row_pairs import CompiledSolver, PairArrays, RowSolution, solve_row_pairs
+from ctkd.row_pairs import CompiledSolver, PairArrays, RowSolution, RowSolver, solve_row_pairs
 
 __all__ = [
     "SharedKL",
@@ -359,14 +360,20 @@ class SharedKL(Loss):
 
     def forward(self, batch: Batch) -> LossOutput:
         check_sizes(batch, self.student_size, self.teacher_size)
-        columns = self._columns(batch.student.logits.dtype)
-        workspace = Workspace()
+        dtype, workspace = batch.student.logits.dtype, Workspace()
+
+        @functools.cache
+        def general() -> RowSolver:
+            return _Solver(
+                self._columns(dtype), _BETAS[self.direction], self.temperature, workspace
+            )
+
         values, _ = solve_row_pairs(
             batch.student.logits,
             batch.teacher.logits,
             chunk_pairs(batch),
-            _Solver(columns, _BETAS[self.direction], self.temperature, workspace),
-            compiled=lambda: self._compiled(columns),
+            lambda *block: general()(*block),
+            compiled=self._compiled,
             teacher_temperature=self.temperature,
         )
         workspace.release()
@@ -379,23 +386,19 @@ class SharedKL(Loss):
         )
         bounds[0, self.student_ids] = _LOWEST_LOGIT
         bounds[1, self.student_ids] = torch.inf
-        one_class = (
-            self.rest == "class" and self.student_others.numel() and self.teacher_others.numel()
-        )
-        return _Columns(
-            self.sources,
-            bounds[0],
-            bounds[1],
-            self.student_others if one_class else None,
-            self.teacher_others if one_class else None,
-        )
+        return _Columns(self.sources, bounds[0], bounds[1], *self._others())
 
-    def _compiled(self, columns: _Columns) -> CompiledSolver:
-        others = columns.student_others, columns.teacher_others
+    def _others(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Columns of the class of the rest of both sides, if there is one."""
+        if self.rest == "class" and self.student_others.numel() and self.teacher_others.numel():
+            return self.student_others, self.teacher_others
+        return None, None
+
+    def _compiled(self) -> CompiledSolver:
         # Made once for all parts of the rows.
         student_ids, teacher_ids, student_others, teacher_others = (
             as_columns(self.student_ids[:0] if one is None else one)
-            for one in (self.student_ids, self.teacher_ids, *others)
+            for one in (self.student_ids, self.teacher_ids, *self._others())
         )
 
         def solve(pairs: PairArrays, some: slice) -> None:
