@@ -8,7 +8,8 @@ through operators of torch, and so does a machine on which numba cannot be impor
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,7 +78,7 @@ def as_columns(ids: Tensor) -> npt.NDArray[np.uint32]:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether compiled loops can read and write rows where they lie."""
-    return tensor.dtype in _READABLE and tensor.stride(-1) == 1 and min(tensor.stride()) >= 0
+    return tensor.dtype in _READABLE and tensor.stride(-1) == 1
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -92,4 +93,13 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        warnings.warn(
+            f"losses on a CPU take several times as long as they could, because numba cannot be "
+            f"imported ({error}); install a numba that goes with this Python and this numpy",
+            stacklevel=2,
+        )
+        return False
+    return True

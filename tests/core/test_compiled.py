@@ -1,5 +1,7 @@
 """Compiled loops say what the general way says, and read rows where they lie."""
 
+import sys
+
 import pytest
 import torch
 
@@ -72,9 +74,18 @@ def test_where_there_are_compiled_loops(device, dtype, there_are):
     assert has_kernels(torch.device(device), dtype) == there_are
 
 
-def test_without_numba_everything_goes_the_general_way(monkeypatch):
-    monkeypatch.setattr(compiled, "_has_numba", lambda: False)
-    assert not has_kernels(torch.device("cpu"), torch.float32)
+def test_without_numba_everything_goes_the_general_way_and_that_is_told(monkeypatch):
+    compiled._has_numba.cache_clear()
+    # What numba itself raises where numpy is too new for it is an ImportError as well.
+    monkeypatch.setitem(sys.modules, "numba", None)
+    try:
+        with pytest.warns(UserWarning, match="numba cannot be imported .*; install"):
+            assert not has_kernels(torch.device("cpu"), torch.float32)
+        logits = torch.randn(1, 2, 5, generator=torch.Generator().manual_seed(0))
+        found = DenseLogits(logits).log_probs(torch.zeros(1, 2, 1, dtype=torch.int64))
+        torch.testing.assert_close(found, logits.log_softmax(-1)[..., :1])
+    finally:
+        compiled._has_numba.cache_clear()
 
 
 @forms("rows", "top_k", "observed")
