@@ -31,7 +31,8 @@ from ctkd.distill.preparing import Models
 from ctkd.distill.teacher_cache import TeacherCache
 from ctkd.errors import CtkdError
 from ctkd.loss import Loss
-from ctkd.top_k_logits import TopK, TopKLogits
+from ctkd.top_k import TopK
+from ctkd.top_k_logits import TopKLogits
 
 
 def measure_steps(prepared: Prepared, repeats: int) -> dict[str, float]:

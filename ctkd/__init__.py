@@ -19,7 +19,8 @@ from ctkd.registry import (
     list_losses,
     register,
 )
-from ctkd.top_k_logits import TopK, TopKLogits
+from ctkd.top_k import TopK
+from ctkd.top_k_logits import TopKLogits
 
 __version__ = "0.1.0"
 

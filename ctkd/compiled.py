@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ctkd.rows import skips_padding
 
-__all__ = ["RowArray", "as_columns", "as_numpy", "has_kernels", "is_readable"]
+__all__ = ["RowArray", "as_columns", "as_numpy", "has_kernels", "is_readable", "readable"]
 
 # The general way is the reference; a test that leaves this empty takes it.
 DEVICES_WITH_KERNELS = {"cpu"}
@@ -46,6 +46,11 @@ class RowArray(NamedTuple):
             block: (n, V), or (B, L, V) of which row b * L + i is ``block[b, i]``.
             rows: (m,) int64.
         """
+        if not is_readable(block):
+            raise TypeError(
+                f"rows must be float32 or bfloat16 with columns side by side, got {block.dtype} "
+                f"with strides {block.stride()}; see `readable`"
+            )
         *sizes, width = block.shape
         strides = block.stride()[:-1]
         count = int(np.prod(sizes))
@@ -78,7 +83,13 @@ def as_columns(ids: Tensor) -> npt.NDArray[np.uint32]:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether compiled loops can read and write rows where they lie."""
-    return tensor.dtype in _READABLE and tensor.stride(-1) == 1
+    side_by_side = tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+    return tensor.dtype in _READABLE and side_by_side
+
+
+def readable(block: Tensor) -> Tensor:
+    """A block (n, V), or a copy of it that compiled loops can read."""
+    return block if is_readable(block) else block.float().contiguous()
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -95,7 +106,8 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 def _has_numba() -> bool:
     try:
         importlib.import_module("numba")
-    except ImportError as error:
+    # Whatever goes wrong in another package, there is the general way.
+    except Exception as error:
         warnings.warn(
             f"losses on a CPU take several times as long as they could, because numba cannot be "
             f"imported ({error}); install a numba that goes with this Python and this numpy",

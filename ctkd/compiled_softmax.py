@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ctkd.compiled import RowArray, has_kernels
+from ctkd.compiled import RowArray, has_kernels, readable
+from ctkd.errors import BatchError
 from ctkd.powers import Workspace
 from ctkd.rows import STANDARD_DEVIATION_EPSILON, log_normalisers
 from ctkd.threads import over_rows
@@ -63,7 +64,7 @@ def put_statistics(
     divisors = np.array(temperatures, np.float64)
     found = np.empty((len(divisors), len(rows.starts)), np.float32)
 
-    def put(some: slice, mass: Tensor) -> None:
+    def put(some: slice, mass: npt.NDArray[np.float32]) -> None:
         put_log_normalisers(
             rows.values,
             rows.starts,
@@ -74,11 +75,11 @@ def put_statistics(
             _epsilon_of(standardise),
             found,
             selected,
-            mass.numpy(),
+            mass,
         )
 
     if summed is None:
-        selected, nothing = np.zeros(len(rows.starts), bool), torch.empty(0)
+        selected, nothing = np.zeros(len(rows.starts), bool), np.empty(0, np.float32)
         over_rows(len(rows.starts), lambda some: put(some, nothing))
     else:
         selected = summed.selected.numpy()
@@ -86,7 +87,7 @@ def put_statistics(
 
         def put_parts(some: slice) -> None:
             for one in parts[some]:
-                put(one.rows, one.mass)
+                put(one.rows, one.mass.numpy())
 
         over_rows(len(parts), put_parts)
         for one in parts:
@@ -99,8 +100,10 @@ def log_normalisers_of(block: Tensor, temperature: float, standardise: bool) -> 
     """Log of the softmax denominator of each row of a block (n, V), (n,)."""
     if not has_kernels(block.device, block.dtype):
         return log_normalisers(block, [temperature], standardise, Workspace())[0]
-    answers = torch.empty(1, block.shape[0])
-    put_statistics(RowArray.of(block), block.shape[1], [temperature], standardise, answers)
+    answers = block.new_empty(1, block.shape[0])
+    put_statistics(
+        RowArray.of(readable(block)), block.shape[1], [temperature], standardise, answers
+    )
     return answers[0]
 
 
@@ -171,13 +174,15 @@ class SoftmaxTerms:
         self.factors = _stacked([one.factor for one in terms], count)
         squares: list[Tensor] = []
         if any(one.factor_of_square is not None for one in terms):
-            zeros = torch.zeros(count, 1)
+            zeros = torch.zeros((count, 1), dtype=torch.float32, device="cpu")
             squares = [
                 zeros if one.factor_of_square is None else one.factor_of_square for one in terms
             ]
         self.factors_of_square = _stacked(squares, count if squares else 0)
+        for one in terms:
+            _check_columns(one.ids, one.width)
         self.bounds = np.cumsum([0, *(one.ids.shape[1] for one in terms)])
-        none = torch.empty(count, 0)
+        none = torch.empty((count, 0), dtype=torch.float32, device="cpu")
         self.ids = _side_by_side([one.ids for one in terms] or [none.long()])
         self.weights = _side_by_side([one.weights for one in terms] or [none])
 
@@ -187,7 +192,8 @@ class SoftmaxTerms:
         rows: RowArray,
         gradients: RowArray,
         width: int,
-        buffer_weights: Tensor | None,
+        known: RowArray | None = None,
+        known_weights: Tensor | None = None,
     ) -> None:
         """Put the gradient of some of the n rows.
 
@@ -196,17 +202,17 @@ class SoftmaxTerms:
             rows: (m,) their logits.
             gradients: (m,) where it is put. May be the rows.
             width: All columns of a row.
-            buffer_weights: (n,) what multiplies that which stands there and is added to; None
-                where it is garbage.
+            known: (m,) a gradient that is added. May be the gradients.
+            known_weights: (n,) what multiplies it.
         """
         from ctkd.kernels.softmax_rows import add_softmax_gradients
 
-        in_buffer = np.empty(0, np.float32) if buffer_weights is None else buffer_weights.numpy()
+        known = known or gradients
+        weights = np.empty(0, np.float32) if known_weights is None else known_weights.numpy()
         over_rows(
             which.stop - which.start,
             lambda some: add_softmax_gradients(
-                rows.values,
-                rows.starts,
+                *rows,
                 some.start,
                 some.stop,
                 self.widths,
@@ -219,11 +225,20 @@ class SoftmaxTerms:
                 self.bounds,
                 self.ids,
                 self.weights,
-                in_buffer,
-                gradients.values,
-                gradients.starts,
+                *known,
+                weights,
+                *gradients,
                 width,
             ),
+        )
+
+
+def _check_columns(ids: Tensor, width: int) -> None:
+    """Refuse what compiled loops, which check nothing, would write elsewhere."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < width:
+        raise BatchError(
+            f"ids go from {int(ids.min())} to {int(ids.max())}, but the logits have {width} "
+            "columns; these are another tokenizer's ids, or they were changed since"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctkd.compiled import RowArray, is_readable
+from ctkd.compiled import RowArray, is_readable, readable
 from ctkd.powers import Workspace
 from ctkd.row_sources import FillArray, FillGradient, RowSource
 from ctkd.rows import block_rows, head_block_rows, skips_padding, statistics_dtype
@@ -85,10 +85,7 @@ class HeadRows(RowSource):
         return None
 
     def array(self, rows: Tensor, workspace: Workspace | None = None) -> RowArray:
-        raw = self._raw(rows, self.weight.detach().to(self.hidden.dtype))
-        if not is_readable(raw):
-            raw = (workspace or Workspace()).converted("rows", raw, self.dtype)
-        return RowArray.of(raw)
+        return RowArray.of(readable(self._raw(rows, self.weight.detach().to(self.hidden.dtype))))
 
     def carry_back(
         self, rows: Tensor, fill: FillGradient, buffer: Tensor | None = None
@@ -111,7 +108,9 @@ class HeadRows(RowSource):
 
     @property
     def carries_arrays(self) -> bool:
-        return self.softcap is None and is_readable(self.hidden)
+        # A scale is applied before rounding to a narrow dtype.
+        is_exact = self.scale == 1.0 or self.hidden.dtype == self.dtype
+        return self.softcap is None and is_exact and is_readable(self.hidden)
 
     def carry_back_arrays(
         self, rows: Tensor, fill: FillArray, buffer: Tensor | None = None

@@ -11,16 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from ctkd.errors import BatchError
 from ctkd.powers import Workspace
-from ctkd.row_gradients import (
-    AddGradient,
-    Places,
-    Request,
-    Softmax,
-    SoftmaxRequest,
-    anchored,
-    file_requests,
-)
+from ctkd.row_gradients import anchored, file_requests
 from ctkd.row_logits import RowLogits
+from ctkd.row_requests import AddGradient, Places, Request, Softmax, SoftmaxRequest
 from ctkd.row_sources import RowSource
 from ctkd.rows import skips_padding, softmax_statistics, tempered
 
@@ -109,7 +102,9 @@ class _LogMass(torch.autograd.Function):
         for position, block in logits.blocks():
             (found,), probs = softmax_statistics(block, [temperature], False, workspace)
             logits.note(table, position, found)
-            partial[position] = _log_mass_(probs, inside, block, temperature) + found
+            # What is noted may be of another rounding; it is subtracted again.
+            noted = table[logits.flat_rows[position]]
+            partial[position] = _log_mass_(probs, inside, block, temperature) + noted
         logits.filled_in([key])
         # Kept only so that PyTorch sees it if one of them is overwritten.
         ctx.save_for_backward(*logits.source.inputs)

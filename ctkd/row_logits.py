@@ -20,14 +20,8 @@ from ctkd.compiled_softmax import Summed, put_statistics
 from ctkd.errors import BatchError
 from ctkd.logits import Logits
 from ctkd.powers import Workspace
-from ctkd.row_gradients import (
-    Places,
-    Request,
-    Softmax,
-    SoftmaxRequest,
-    anchored,
-    file_requests,
-)
+from ctkd.row_gradients import anchored, file_requests
+from ctkd.row_requests import Places, Request, Softmax, SoftmaxRequest
 from ctkd.row_sources import RowSource
 from ctkd.rows import (
     add_rows_,
@@ -37,7 +31,7 @@ from ctkd.rows import (
     softmax_statistics,
     tempered,
 )
-from ctkd.sorting import stable_top_ids, top_ids_of
+from ctkd.sorting import stable_top_ids, top_of
 
 __all__ = ["RowLogits"]
 
@@ -139,6 +133,9 @@ class RowLogits(Logits):
         before = table[rows]
         table[rows] = torch.where(before.isnan(), normaliser, before)
 
+    def _room(self, *sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=self.dtype, device=self.device)
+
     def filled_in(self, keys: Sequence[Softmax]) -> None:
         """Note that the tables hold all rows that are visited."""
         self.source.memo.filled_in(self.source, keys, self.rows)
@@ -172,7 +169,7 @@ class RowLogits(Logits):
     ) -> Sequence[Tensor]:
         """Log of the softmax denominator of some rows of the source, (N,) each."""
         if has_kernels(self.device, self.dtype):
-            answers = torch.empty(len(temperatures), rows.shape[0])
+            answers = self._room(len(temperatures), rows.shape[0])
             for which, array in self.source.arrays(rows):
                 put_statistics(array, self.shape[2], temperatures, standardise, answers[:, which])
             return answers.unbind()
@@ -187,11 +184,47 @@ class RowLogits(Logits):
         self, ids: Tensor, temperatures: Sequence[float], *, standardise: bool = False
     ) -> tuple[Tensor, ...]:
         check_ids(ids, self.shape)
+        return self._log_probs_of(ids, tuple(temperatures), standardise, None)
+
+    def _log_probs_of(
+        self,
+        ids: Tensor,
+        temperatures: tuple[float, ...],
+        standardise: bool,
+        raw: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Do what `log_probs_at` does, with the raw logits (B, S, K) if they are known."""
         anchor, requests, _ = anchored(self.source)
         answers = _LogProbs.apply(  # type: ignore[no-untyped-call]
-            self, ids, tuple(temperatures), standardise, requests, anchor
+            self, ids, temperatures, standardise, raw, requests, anchor
         )
         return tuple(answers)
+
+    def sorted_probs(self, k: int, *, temperature: float = 1.0) -> Tensor:
+        if not has_kernels(self.device, self.dtype):
+            return super().sorted_probs(k, temperature=temperature)
+        # One reading of the rows says which are the largest, what they are, and of which sum.
+        ids, raw = self._top_of_a_reading(k, temperature)
+        probs = self._log_probs_of(ids, (temperature,), False, raw)[0].exp()
+        return probs.masked_fill(~self.mask.unsqueeze(-1), 0.0)
+
+    @torch.no_grad()
+    def _top_of_a_reading(self, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """Columns and raw logits of the k largest entries, (B, S, k), and noted normalisers."""
+        visited, key = self.visited, Softmax(temperature, False, self.shape[2])
+        (table,), (missing,) = self.tables([key])
+        ids = visited.new_zeros((self.mask.numel(), k))
+        raw = self._room(*ids.shape).zero_()
+        for which, array in self.source.arrays(self.flat_rows[visited]):
+            position = visited[which]
+            ids[position], raw[position] = top_of(array, self.shape[2], k)
+            if missing.shape[0]:
+                found = self._room(1, position.shape[0])
+                put_statistics(array, self.shape[2], [temperature], False, found)
+                self.note(table, position, found[0])
+        self.filled_in([key])
+        shape = (*self.shape[:2], k)
+        return ids.view(shape), raw.view(shape)
 
     def log_mass(self, columns: Tensor, *, temperature: float = 1.0) -> Tensor:
         # Imported here: it is built on this module.
@@ -205,7 +238,7 @@ class RowLogits(Logits):
         if has_kernels(self.device, self.dtype):
             visited = self.visited
             for which, array in self.source.arrays(self.flat_rows[visited]):
-                result[visited[which]] = top_ids_of(array, self.shape[2], k)
+                result[visited[which]] = top_of(array, self.shape[2], k)[0]
         else:
             for position, block in self.blocks():
                 result[position] = stable_top_ids(block, k)
@@ -228,10 +261,14 @@ class RowLogits(Logits):
         keys = [Softmax(one, standardise, vocabulary) for one in temperatures]
         tables, _ = self.tables(keys)
         if has_kernels(self.device, self.dtype):
-            rows = self.flat_rows[self.visited]
-            answers = self._log_normalisers_and_mass(selected, temperatures, standardise, mass)
-            for table, one in zip(tables, answers, strict=True):
-                table[rows] = one
+            visited = self.visited
+            for which, array in self.source.arrays(self.flat_rows[visited]):
+                position = visited[which]
+                answers = self._room(len(temperatures), position.shape[0])
+                summed = Summed(position // max(positions, 1), selected[position], mass)
+                put_statistics(array, vocabulary, temperatures, standardise, answers, summed)
+                for table, one in zip(tables, answers, strict=True):
+                    self.note(table, position, one)
             self.filled_in(keys)
             return mass
         workspace = Workspace()
@@ -244,31 +281,6 @@ class RowLogits(Logits):
             add_rows_(mass, position // max(positions, 1), probs)
         self.filled_in(keys)
         return mass
-
-    def _log_normalisers_and_mass(
-        self, selected: Tensor, temperatures: Sequence[float], standardise: bool, mass: Tensor
-    ) -> Tensor:
-        """Log-normalisers of all visited rows, (T, N), and their probabilities added to the mass.
-
-        Args:
-            selected: (B * S,) which positions are added up, at the first temperature.
-            temperatures: T of them.
-            standardise: As in `log_probs_at`.
-            mass: (B, V).
-        """
-        visited = self.visited
-        answers = torch.empty(len(temperatures), visited.shape[0])
-        sequence = visited // max(self.shape[1], 1)
-        for which, array in self.source.arrays(self.flat_rows[visited]):
-            put_statistics(
-                array,
-                self.shape[2],
-                temperatures,
-                standardise,
-                answers[:, which],
-                Summed(sequence[which], selected[visited[which]], mass),
-            )
-        return answers
 
     @torch.no_grad()
     def column_distance(
@@ -322,11 +334,15 @@ class _LogProbs(torch.autograd.Function):
         ids: Tensor,
         temperatures: tuple[float, ...],
         standardise: bool,
+        raw: Tensor | None,
         requests: dict[Any, Any],
         _: Tensor,
     ) -> tuple[Tensor, ...]:
         normalisers = logits.log_normaliser(temperatures, standardise)
-        answers = _picked(logits, ids, temperatures, standardise)
+        if raw is None:
+            answers = _picked(logits, ids, temperatures, standardise)
+        else:
+            answers = [raw / temperature for temperature in temperatures]
         padding = ~logits.mask.unsqueeze(-1)
         for answer, normaliser in zip(answers, normalisers, strict=True):
             answer -= normaliser[logits.flat_rows].view(*logits.shape[:2], 1)
@@ -355,7 +371,7 @@ class _LogProbs(torch.autograd.Function):
                 )
             )
         anchor_gradient = file_requests(ctx.requests, ctx.question, found)
-        return None, None, None, None, None, anchor_gradient
+        return None, None, None, None, None, None, anchor_gradient
 
 
 def _picked(

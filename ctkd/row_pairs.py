@@ -3,83 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ctkd.block_sizes import least_rows
 from ctkd.compiled import RowArray, has_kernels, is_readable
 from ctkd.errors import BatchError
 from ctkd.logits import Logits
-from ctkd.powers import Workspace
-from ctkd.row_gradients import AddGradient, Places, Request, anchored, file_requests
+from ctkd.pair_solvers import CompiledSolver, PairArrays, RowFunction, RowSolution, RowSolver
+from ctkd.paired_rows import PairedRows
+from ctkd.row_gradients import anchored, file_requests
 from ctkd.row_logits import RowLogits
-from ctkd.row_sources import RowSource
-from ctkd.rows import block_rows, place_of_rows, skips_padding
+from ctkd.row_requests import AddGradient, Places, Request
+from ctkd.row_sources import FillArray, RowSource
+from ctkd.rows import place_of_rows
 from ctkd.teacher_rows import RowsAhead, TeacherRows
 from ctkd.threads import over_rows
 
-__all__ = [
-    "CompiledSolver",
-    "PairArrays",
-    "RowFunction",
-    "RowSolution",
-    "RowSolver",
-    "map_row_pairs",
-    "map_row_pairs_to_parts",
-    "solve_row_pairs",
-]
-
-RowFunction = Callable[..., Tensor]
-
-
-class RowSolution(NamedTuple):
-    """What a solver says of a block of pairs.
-
-    Attributes:
-        values: (n, P), the parts of each pair's value.
-        student_gradient: (n, V), of the sum over parts with respect to the raw student logits.
-        per_pair_gradient: (n, E), of the same with respect to the numbers per pair.
-    """
-
-    values: Tensor
-    student_gradient: Tensor | None = None
-    per_pair_gradient: Tensor | None = None
-
-
-RowSolver = Callable[[Tensor, Tensor, Tensor | None, bool], RowSolution]
-"""Student logits (n, V), teacher logits (n, W), numbers per pair (n, E) or None, and whether the
-gradients are wanted. Runs without autograd; must not write to what it is given."""
-
-
-class PairArrays(NamedTuple):
-    """Pairs of rows (n,) as a compiled solver takes them.
-
-    Attributes:
-        student: Raw logits.
-        teacher: Raw logits.
-        per_pair: (n, E).
-        answers: (n, P) float64 takes the parts of each value.
-        gradients: Takes the student's gradient; without values where none is wanted.
-        per_pair_gradient: (n, E) float32 takes that of the numbers.
-    """
-
-    student: RowArray
-    teacher: RowArray
-    per_pair: npt.NDArray[np.floating[Any]]
-    answers: npt.NDArray[np.float64]
-    gradients: RowArray
-    per_pair_gradient: npt.NDArray[np.float32]
-
-
-CompiledSolver = Callable[[PairArrays, slice], None]
-"""What a `RowSolver` says of some of the pairs, by compiled loops, for float32 and bfloat16."""
+__all__ = ["map_row_pairs", "map_row_pairs_to_parts", "solve_row_pairs"]
 
 
 def map_row_pairs(
@@ -223,111 +169,12 @@ def solve_row_pairs(
     made = None
     if compiled is not None and has_kernels(student.device, student.dtype):
         made = compiled()
-    pairs = _Pairs(student, teacher_rows, rows, solver, made)
+    pairs = PairedRows(student, teacher_rows, rows, solver, made, parts)
     anchor, requests, _ = anchored(student.source)
     values, found = _RowPairs.apply(  # type: ignore[no-untyped-call]
         pairs, parts, torch.is_grad_enabled(), requests, anchor, per_pair
     )
     return values, found
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pairs:
-    """Pairs of whole rows and what is to be done with them."""
-
-    student: RowLogits
-    teacher: TeacherRows
-    rows: Tensor
-    solver: RowSolver
-    compiled: CompiledSolver | None
-
-    @property
-    def block_size(self) -> int:
-        columns = max(self.student.shape[2], self.teacher.logits.shape[2])
-        rows, for_all_threads = block_rows(columns, self.rows.device), least_rows(self.rows.device)
-        # Sorting gives whole rows to threads; one row over would keep a single one busy.
-        return rows if rows < for_all_threads else rows // for_all_threads * for_all_threads
-
-    @property
-    def valid(self) -> Tensor:
-        return (self.rows >= 0).all(-1)
-
-    def places(self) -> Places:
-        """Which pair stands in which row of the student's source."""
-        source = self.student.source
-        if not self.student.flat_rows.shape[0]:
-            none = torch.full(self.valid.shape, source.num_rows, device=self.rows.device)
-            return Places.of(none, self.valid, source.num_rows, self.student.shape[2])
-        rows = self.student.flat_rows[self.rows[:, 0].clamp_min(0)]
-        return Places.of(rows, self.valid, source.num_rows, self.student.shape[2])
-
-    def blocks(self, places: Places) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield pairs (n,), student rows (n, V) and teacher rows (n, W)."""
-        pairs = torch.arange(self.rows.shape[0], device=self.rows.device)
-        if skips_padding(self.rows.device):
-            pairs = pairs[self.valid]
-        # A head computes more rows at a time than fit into a block.
-        chunk = max(
-            self.block_size,
-            *(
-                one
-                for one in (self.student.source.rows_at_once, self.teacher.rows_at_once)
-                if one > self.block_size * 4
-            ),
-            1,
-        )
-        workspace, teacher_workspace = Workspace(), Workspace()
-        for start in range(0, pairs.shape[0], chunk):
-            some = pairs[start : start + chunk]
-            student = self.student.source.read(places.rows[some], workspace)
-            student = student[:, : self.student.shape[2]]
-            teacher = self.teacher.read(self.rows[some, 1].clamp_min(0), teacher_workspace)
-            for inner in range(0, some.shape[0], self.block_size):
-                which = slice(inner, inner + self.block_size)
-                yield some[which], student[which], teacher[which]
-
-    def arrays(self, places: Places) -> Iterator[tuple[Tensor, RowArray, RowArray]]:
-        """Yield pairs (n,), student rows (n, V) and teacher rows (n, W) for compiled loops."""
-        pairs = self.valid.nonzero().squeeze(-1)
-        source, workspace, teacher_workspace = self.student.source, Workspace(), Workspace()
-        size, teacher_size = max(source.rows_per_array, 1), max(self.teacher.rows_per_array, 1)
-        for start in range(0, pairs.shape[0], size):
-            some = pairs[start : start + size]
-            student = source.array(places.rows[some], workspace)
-            for inner in range(0, some.shape[0], teacher_size):
-                which = slice(inner, inner + teacher_size)
-                teacher = self.teacher.array(self.rows[some[which], 1], teacher_workspace)
-                yield some[which], student.some(which), teacher
-
-    def solve_block(
-        self,
-        student_block: Tensor,
-        teacher_block: Tensor,
-        numbers: Tensor | None,
-        with_gradient: bool,
-        parts: int,
-    ) -> RowSolution:
-        """What the solver says of a block, by whichever way is the faster one."""
-        if self.compiled is None:
-            return self.solver(student_block, teacher_block, numbers, with_gradient)
-        count = student_block.shape[0]
-        gradient = torch.empty_like(student_block, memory_format=torch.contiguous_format)
-        found = torch.empty(count, parts, dtype=torch.float64)
-        numbers = torch.empty(count, 0) if numbers is None else numbers
-        arrays = PairArrays(
-            RowArray.of(student_block),
-            RowArray.of(teacher_block),
-            numbers.numpy(),
-            found.numpy(),
-            RowArray.of(gradient if with_gradient else gradient[:0]),
-            np.zeros((count, numbers.shape[1]), np.float32),
-        )
-        over_rows(count, functools.partial(self.compiled, arrays))
-        return RowSolution(
-            found,
-            gradient if with_gradient else None,
-            torch.from_numpy(arrays.per_pair_gradient) if numbers.shape[1] else None,
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -341,26 +188,50 @@ class _PairRequest(Request):
         per_pair: (N, E).
         incoming: (N,).
         known: The unweighted gradient, if the forward pass had room for it.
-        parts: P, of each pair's value.
     """
 
     source: RowSource
     places: Places
-    pairs: _Pairs
+    pairs: PairedRows
     per_pair: Tensor
     incoming: Tensor
     known: Tensor | None
-    parts: int
 
     @property
     def buffer(self) -> Tensor | None:
         return self.known
 
-    def buffer_weights(self, rows: Tensor) -> Tensor:
+    def known_weights(self, rows: Tensor) -> Tensor:
         return self.places.at(rows, self.incoming)
 
+    def filler(self, rows: Tensor) -> FillArray | None:
+        compiled = self.pairs.compiled
+        if compiled is None:
+            return None
+        pair = self.places.table[rows].clamp_min(0)
+        teacher_rows = RowsAhead(self.pairs.teacher, self.pairs.rows[pair, 1].clamp_min(0))
+        width = self.pairs.student.shape[2]
+
+        def fill(which: slice, student: RowArray, gradients: RowArray) -> None:
+            count = which.stop - which.start
+            numbers = self.per_pair.detach()[pair[which]]
+            arrays = PairArrays(
+                student,
+                teacher_rows.array(which),
+                numbers.numpy(),
+                np.empty((count, self.pairs.parts)),
+                gradients,
+                np.empty(numbers.shape, np.float32),
+            )
+            over_rows(count, functools.partial(compiled, arrays))
+            beyond = self.source.shape[2] - width
+            for start in gradients.starts if beyond else ():
+                gradients.values[start + width : start + width + beyond] = 0.0
+
+        return fill
+
     def adder(self, rows: Tensor, *, in_buffer: bool) -> AddGradient:
-        weights = self.buffer_weights(rows).unsqueeze(-1)
+        weights = self.known_weights(rows).unsqueeze(-1)
         known = self.known
         if in_buffer:
 
@@ -382,9 +253,7 @@ class _PairRequest(Request):
 
         def add(which: slice, block: Tensor, gradient: Tensor) -> None:
             numbers = self.per_pair[pair[which]] if self.per_pair.shape[1] else None
-            solution = self.pairs.solve_block(
-                block, teacher_rows.read(which), numbers, True, self.parts
-            )
+            solution = self.pairs.solve_block(block, teacher_rows.read(which), numbers, True)
             if solution.student_gradient is not None:
                 part = solution.student_gradient.mul_(weights[which])
                 # What was read for rows without a pair may be garbage.
@@ -397,7 +266,7 @@ class _RowPairs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        pairs: _Pairs,
+        pairs: PairedRows,
         parts: int,
         grad_enabled: bool,
         requests: dict[Any, Any],
@@ -406,7 +275,7 @@ class _RowPairs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*pairs.student.source.inputs, per_pair)
         ctx.pairs, ctx.requests, ctx.places = pairs, requests, pairs.places()
-        ctx.question, ctx.parts = object(), parts
+        ctx.question = object()
         wanted = grad_enabled and any(ctx.needs_input_grad[4:])
         ctx.buffer = pairs.student.source.row_buffer(ctx.places.rows) if wanted else None
         ctx.per_pair_gradient = torch.zeros_like(per_pair) if wanted else None
@@ -421,7 +290,7 @@ class _RowPairs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *_, per_pair = ctx.saved_tensors
-        pairs: _Pairs = ctx.pairs
+        pairs: PairedRows = ctx.pairs
         buffer, ctx.buffer = ctx.buffer, None
         if buffer is None:
             # A second backward pass through a retained graph: the first one used the buffer up.
@@ -429,16 +298,14 @@ class _RowPairs(torch.autograd.Function):
             if buffer is not None:
                 _solve(pairs, ctx.places, per_pair, None, buffer, None)
         incoming = incoming.masked_fill(~pairs.valid, 0.0)
-        request = _PairRequest(
-            pairs.student.source, ctx.places, pairs, per_pair, incoming, buffer, ctx.parts
-        )
+        request = _PairRequest(pairs.student.source, ctx.places, pairs, per_pair, incoming, buffer)
         anchor_gradient = file_requests(ctx.requests, ctx.question, [request])
         per_pair_gradient = ctx.per_pair_gradient * incoming.unsqueeze(-1)
         return None, None, None, None, anchor_gradient, per_pair_gradient
 
 
 def _solve(
-    pairs: _Pairs,
+    pairs: PairedRows,
     places: Places,
     per_pair: Tensor,
     values: Tensor | None,
@@ -457,7 +324,6 @@ def _solve(
             teacher_block,
             per_pair[pair] if per_pair.shape[1] else None,
             buffer is not None or numbers_wanted,
-            1 if values is None else values.shape[1],
         )
         # What was read for a pair that is left out may be garbage.
         if values is not None:
@@ -476,7 +342,7 @@ def _solve(
 
 
 def _solve_compiled(
-    pairs: _Pairs,
+    pairs: PairedRows,
     places: Places,
     compiled: CompiledSolver,
     per_pair: Tensor,
@@ -484,21 +350,18 @@ def _solve_compiled(
     buffer: Tensor | None,
     per_pair_gradient: Tensor | None,
 ) -> None:
-    parts = 1 if values is None else values.shape[1]
     for pair, student, teacher in pairs.arrays(places):
-        found = torch.empty((pair.shape[0], parts), dtype=torch.float64)
+        found = np.empty((pair.shape[0], pairs.parts))
         numbers = per_pair.detach()[pair]
         of_numbers = torch.zeros_like(numbers if per_pair_gradient is not None else numbers[:, :0])
         if buffer is None:
-            gradients = RowArray.of(torch.empty(0, 1))
+            gradients = RowArray(np.empty(0, np.float32), np.empty(0, np.int64))
         else:
             gradients = RowArray.of(buffer, places.rows[pair])
-        arrays = PairArrays(
-            student, teacher, numbers.numpy(), found.numpy(), gradients, of_numbers.numpy()
-        )
+        arrays = PairArrays(student, teacher, numbers.numpy(), found, gradients, of_numbers.numpy())
         over_rows(pair.shape[0], functools.partial(compiled, arrays))
         if values is not None:
-            values[pair] = found.to(values.dtype)
+            values[pair] = torch.from_numpy(found).to(values.dtype)
         if per_pair_gradient is not None:
             per_pair_gradient[pair] = of_numbers
     if buffer is not None:

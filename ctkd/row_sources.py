@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ctkd.compiled import RowArray, is_readable
+from ctkd.compiled import RowArray, is_readable, readable
 from ctkd.powers import Workspace
 from ctkd.rows import block_rows, place_of_rows, skips_padding, statistics_dtype
 
@@ -133,7 +133,7 @@ class RowSource(ABC):
 
     def array(self, rows: Tensor, workspace: Workspace | None = None) -> RowArray:
         """Rows as compiled loops take them; they may be gone when `read` says so."""
-        return RowArray.of(self.read(rows, workspace))
+        return RowArray.of(readable(self.read(rows, workspace)))
 
     @property
     def rows_per_array(self) -> int:

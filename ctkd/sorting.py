@@ -5,14 +5,16 @@ Ties go to the lower column, on every device and in every dtype.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctkd.compiled import RowArray, has_kernels, is_readable
+from ctkd.compiled import RowArray, has_kernels, readable
+from ctkd.errors import BatchError
 from ctkd.threads import over_rows
 
-__all__ = ["ranked_l1", "stable_top_ids", "top_ids_of"]
+__all__ = ["ranked_l1", "stable_top_ids", "top_of"]
 
 
 def ranked_l1(
@@ -63,8 +65,7 @@ def stable_top_ids(values: Tensor, k: int) -> Tensor:
     if values.dtype == torch.float64:
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     if has_kernels(values.device, torch.float32):
-        rows = values if is_readable(values) else values.float().contiguous()
-        return top_ids_of(RowArray.of(rows), values.shape[1], k)
+        return top_of(RowArray.of(readable(values)), values.shape[1], k)[0]
     bits = (values.float() + 0.0).view(torch.int32)
     # Read as integers, negative floats run backwards: flip all but their sign.
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
@@ -73,22 +74,30 @@ def stable_top_ids(values: Tensor, k: int) -> Tensor:
     return ((ordered << 32) | tie_break).topk(k, dim=-1).indices
 
 
-def top_ids_of(rows: RowArray, width: int, k: int) -> Tensor:
+def top_of(rows: RowArray, width: int, k: int) -> tuple[Tensor, Tensor]:
     """Do what `stable_top_ids` does, by compiled loops, for the first columns of rows.
+
+    Shape:
+        The columns (n, k) int64, and what stands there, (n, k) float32.
 
     Args:
         rows: n of them.
         width: V.
         k: How many of each.
-    """
-    from ctkd.kernels.top_ids import put_top_ids
 
-    ids = torch.empty((len(rows.starts), k), dtype=torch.int64)
-    found = ids.numpy()
+    Raises:
+        BatchError: If k is above V.
+    """
+    from ctkd.kernels.top import put_top
+
+    if k > width:
+        raise BatchError(f"each row has {width} entries, of which the largest {k} cannot be taken")
+    shape = len(rows.starts), k
+    found, found_entries = np.empty(shape, np.int64), np.empty(shape, np.float32)
 
     def put(some: slice) -> None:
-        put_top_ids(rows.values, rows.starts, some.start, some.stop, width, found)
+        put_top(rows.values, rows.starts, some.start, some.stop, width, found, found_entries)
 
     if k:
         over_rows(len(found), put)
-    return ids
+    return torch.from_numpy(found), torch.from_numpy(found_entries)

@@ -11,7 +11,8 @@ from ctkd.batch import Batch
 from ctkd.dense_logits import DenseLogits
 from ctkd.logits import Logits
 from ctkd.powers import Workspace
-from ctkd.top_k_logits import TopK, TopKLogits
+from ctkd.top_k import TopK
+from ctkd.top_k_logits import TopKLogits
 
 __all__ = ["OverheardLogits", "with_stored_teacher", "with_teacher"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -18,13 +18,12 @@ __all__ = ["over_rows"]
 _PARTS_PER_THREAD = 4
 
 
-def over_rows(count: int, task: Callable[[slice], object], *, least: int = 1) -> None:
+def over_rows(count: int, task: Callable[[slice], object]) -> None:
     """Call a task on slices that together are all rows.
 
     Args:
         count: How many rows there are.
         task: Works on some of them; the others may be worked on at the same time.
-        least: Rows that are worth a call.
 
     Example:
         >>> seen = [0] * 10
@@ -36,7 +35,7 @@ def over_rows(count: int, task: Callable[[slice], object], *, least: int = 1) ->
         [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     """
     threads = torch.get_num_threads()
-    size = max(-(-count // (threads * _PARTS_PER_THREAD if threads > 1 else 1)), least)
+    size = max(-(-count // (threads * _PARTS_PER_THREAD if threads > 1 else 1)), 1)
     parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     if threads == 1 or len(parts) <= 1:
         for part in parts:
@@ -51,8 +50,10 @@ def over_rows(count: int, task: Callable[[slice], object], *, least: int = 1) ->
     try:
         _work_off(waiting, task)
     finally:
-        for one in started:
-            one.result()
+        # None may go on writing when this returns.
+        wait(started)
+    for one in started:
+        one.result()
 
 
 def _work_off(waiting: Iterator[slice], task: Callable[[slice], object]) -> None:

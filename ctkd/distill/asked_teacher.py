@@ -17,7 +17,7 @@ from ctkd.distill.config import TrainConfig
 from ctkd.distill.encoded import EncodedSide
 from ctkd.distill.models import check_token_ids, last_logits, load_model
 from ctkd.distill.preparing import teacher_dtype
-from ctkd.top_k_logits import TopK
+from ctkd.top_k import TopK
 
 __all__ = ["AskedTeacher"]
 

@@ -31,7 +31,8 @@ from ctkd.errors import BatchError, DataError, ModelError, SettingError
 from ctkd.loss import Loss
 from ctkd.tokenization.token_bytes import TokenBytes
 from ctkd.tokenization.vocabulary_map import fingerprint
-from ctkd.top_k_logits import TopK, TopKLogits
+from ctkd.top_k import TopK
+from ctkd.top_k_logits import TopKLogits
 
 __all__ = [
     "CACHE_FILE",

@@ -39,7 +39,7 @@ def compiled_for_types(function: Callable[..., Any]) -> Callable[[_Function], _F
     )
 
 
-# What is kept on disk is found again by a function's name and the date of its own file, whatever
+# What is kept on disk is found again by a function's name and the state of its own file, whatever
 # became of the functions it calls. So the name says of which sources of this package it was made.
 _SOURCES = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))

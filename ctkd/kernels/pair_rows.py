@@ -22,7 +22,6 @@ from ctkd.kernels.softmax_rows import largest, total_of
 __all__ = ["put_gold", "put_shared_kl", "put_uld"]
 
 _TILE = 1024
-_LOWEST = np.float32(-np.inf)
 
 
 # A loop over several rows is vectorised where they are known to lie apart: each has memory of its
@@ -194,7 +193,10 @@ def put_gold(
         teacher_floor = _least_exponent(log_floor, teacher_offset)
         difference = np.float32(offset - teacher_offset)
         matched = 0.0
-        for begin in range(0, shared, _TILE):
+        # A weight of 0 leaves a term out, whatever it is.
+        if not matched_weight:
+            exponents[:] = np.float32(0.0)
+        for begin in range(0, shared if matched_weight else 0, _TILE):
             size = min(_TILE, shared - begin)
             gap, term, student, teacher = (
                 gaps[:size],
@@ -214,19 +216,24 @@ def put_gold(
             matched += total_of(gap)
             for place in range(size):
                 exponents[columns[begin + place]] = term[place] * np.float32(matched_weight)
-        answers[pair, 0] = matched * matched_weight if matched_weight else 0.0
-        answers[pair, 1] = unmatched_weight * put_rank_signs(
-            probs,
-            columns[shared:],
-            scale,
-            teacher_probs,
-            teacher_columns[shared:],
-            teacher_scale,
-            np.float32(0.0),
-            0,
-            np.float32(unmatched_weight),
-            exponents,
-        )
+        answers[pair, 0] = matched * matched_weight
+        answers[pair, 1] = 0.0
+        if unmatched_weight:
+            answers[pair, 1] = unmatched_weight * put_rank_signs(
+                probs,
+                columns[shared:],
+                scale,
+                teacher_probs,
+                teacher_columns[shared:],
+                teacher_scale,
+                np.float32(0.0),
+                0,
+                np.float32(unmatched_weight),
+                exponents,
+            )
+        else:
+            for place in range(shared, columns.size):
+                exponents[columns[place]] = np.float32(0.0)
         if gradients.size or scale_gradients.size:
             total = total_of(exponents)
             if scale_gradients.size:

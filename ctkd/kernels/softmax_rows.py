@@ -180,12 +180,14 @@ def add_softmax_gradients(
     bounds: Any,
     ids: Any,
     weights: Any,
-    buffer_weights: Any,
+    known: Any,
+    known_starts: Any,
+    known_weights: Any,
     gradients: Any,
     gradient_starts: Any,
     gradient_width: int,
 ) -> None:
-    """Put the gradient of each row, or add it to a multiple of what stands there.
+    """Put the gradient of each row: that of softmaxes, and a multiple of a known one.
 
     Args:
         values: float32, or bfloat16 as uint16. May be the gradients.
@@ -203,7 +205,9 @@ def add_softmax_gradients(
         ids: (n, K).
         weights: (n, K) what is added there; for a row that was divided by its deviation, before
             it is carried back.
-        buffer_weights: (n,) of what stands there; empty where that is garbage.
+        known: A gradient that is added, float32, or bfloat16 as uint16. May be the gradients.
+        known_starts: (m,) where each row begins in it.
+        known_weights: (n,) what multiplies it; empty where none is added.
         gradients: As values.
         gradient_starts: (m,).
         gradient_width: Of all its columns.
@@ -213,8 +217,9 @@ def add_softmax_gradients(
     gradient = np.empty(gradient_width, np.float32)
     for row_index in range(first, last):
         index = row_index + ahead
-        if buffer_weights.size:
-            _put_scaled(gradients, gradient_starts[row_index], buffer_weights[index], gradient)
+        # What stands there for rows that nobody else asked about may be garbage.
+        if known_weights.size and known_weights[index] != 0:
+            _put_scaled(known, known_starts[row_index], known_weights[index], gradient)
         else:
             gradient[:] = np.float32(0.0)
         for term in range(widths.size):

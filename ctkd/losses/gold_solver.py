@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ctkd.compiled import as_columns
 from ctkd.divergences import LOG_FLOOR, divergence_terms
+from ctkd.pair_solvers import CompiledSolver, PairArrays, RowSolution
 from ctkd.powers import LOG_2, Workspace, powers_of_two
-from ctkd.row_pairs import CompiledSolver, PairArrays, RowSolution
 from ctkd.sorting import ranked_l1
 
 __all__ = ["GoldColumns", "GoldSolver", "compiled_gold_solver"]
@@ -178,10 +178,11 @@ def compiled_gold_solver(
             some.stop,
             *ids,
             columns.shared,
-            student_temperature,
-            teacher_temperature,
-            beta,
-            *weights,
+            float(student_temperature),
+            float(teacher_temperature),
+            float(beta),
+            float(weights[0]),
+            float(weights[1]),
             LOG_FLOOR,
             pairs.per_pair,
             pairs.answers,

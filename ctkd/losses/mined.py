@@ -24,9 +24,10 @@ from ctkd.loss import (
     masked_sum,
 )
 from ctkd.pair import Pair, check_sizes
+from ctkd.pair_solvers import RowSolution
 from ctkd.powers import LOG_2, Workspace, powers_of_two
 from ctkd.registry import register
-from ctkd.row_pairs import RowSolution, solve_row_pairs
+from ctkd.row_pairs import solve_row_pairs
 
 __all__ = ["MinED", "carried_kl", "first_occurrences", "first_sources"]
 

@@ -23,9 +23,10 @@ from ctkd.loss import (
     check_positive,
     masked_sum,
 )
+from ctkd.pair_solvers import CompiledSolver, PairArrays, RowSolution, RowSolver
 from ctkd.powers import Workspace
 from ctkd.registry import register
-from ctkd.row_pairs import CompiledSolver, PairArrays, RowSolution, RowSolver, solve_row_pairs
+from ctkd.row_pairs import solve_row_pairs
 from ctkd.rows import LOG2_E
 from ctkd.sorting import ranked_l1
 from ctkd.top_k_logits import TopKLogits
@@ -144,8 +145,8 @@ def _compiled_solver(
             some.stop,
             student_columns,
             teacher_columns,
-            student_temperature,
-            teacher_temperature,
+            float(student_temperature),
+            float(teacher_temperature),
             pairs.per_pair,
             pairs.answers,
             *pairs.gradients,
@@ -264,7 +265,10 @@ class ULD(Loss):
             solver = _StoredSolver(self.student_temperature, teacher.shape[2], workspace)
             probs, tail_prob, tail_count = teacher.probs_and_tail(self.teacher_temperature)
             tails = torch.stack([tail_prob, tail_count.to(tail_prob.dtype)], -1).flatten(0, 1)
-            tails = tails[rows[:, 1].clamp_min(0)]
+            if tails.shape[0]:
+                tails = tails[rows[:, 1].clamp_min(0)]
+            else:
+                tails = tails.new_zeros((rows.shape[0], 2))
             teacher = DenseLogits(probs, mask=teacher.mask)
         sizes = student.shape[2], teacher.shape[2]
         distances, _ = solve_row_pairs(

@@ -7,10 +7,12 @@ import torch
 
 from ctkd import Batch, DenseLogits, HeadLogits, compiled
 from ctkd.compiled import RowArray, has_kernels, is_readable
+from ctkd.errors import BatchError
+from ctkd.sorting import stable_top_ids
 from tests.core.test_head_losses import with_heads
 from tests.core.test_threads import torch_threads
 from tests.losses.test_stored_teacher import build, forms
-from tests.ragged_batches import ragged_inputs
+from tests.ragged_batches import loss_and_gradient, ragged_inputs
 
 
 def generally(monkeypatch, function):
@@ -28,6 +30,11 @@ def is_close(actual, expected, dtype=torch.float32):
     rounding = 2e-6 if dtype == torch.float32 else 2**-7
     largest = float(expected.abs().max())
     torch.testing.assert_close(actual, expected, rtol=10 * rounding, atol=rounding * largest)
+
+
+def columns_apart(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, 2, generator=generator)[..., 0]
 
 
 def layouts(logits):
@@ -188,3 +195,120 @@ def test_a_row_with_nan_costs_nobody_else_anything():
         assert found[0, 1].isnan()
         found[0, 1] = expected[0, 1]
         assert torch.equal(found, expected)
+
+
+@forms("rows")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_second_backward_pass(name, settings, dtype):
+    """What the first one used up is made again, with as many parts of every value."""
+    inputs = ragged_inputs(3, V=70, W=55, head=3, dtype=dtype)
+    logits = inputs["student_logits"].requires_grad_()
+    value = build(name, settings, (70, 55))(Batch.from_causal_lm(**inputs)).value
+    (first,) = torch.autograd.grad(value, logits, retain_graph=True)
+    (second,) = torch.autograd.grad(value, logits)
+    assert torch.equal(first, second) and first.any()
+
+
+@forms("rows", "top_k", "observed")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(name, settings, dtype):
+    inputs = ragged_inputs(3, V=70, W=55, head=3, dtype=torch.float32)
+    loss = build(name, settings, (70, 55))
+
+    def run():
+        logits = inputs["student_logits"].clone().requires_grad_()
+        value = loss(Batch.from_causal_lm(**{**inputs, "student_logits": logits})).value
+        value.backward()
+        return value, logits.grad
+
+    (expected, wanted), before = run(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        value, gradient = run()
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(value, expected) and torch.equal(gradient, wanted)
+
+
+@forms("rows", "top_k", "observed")
+def test_columns_may_lie_apart_in_a_single_sequence(name, settings):
+    inputs = ragged_inputs(5, student_lengths=(4,), teacher_lengths=(4,), dtype=torch.float32)
+    loss = build(name, settings)
+    expected = loss_and_gradient(loss, inputs)
+    for side in ("student", "teacher"):
+        logits = inputs[f"{side}_logits"]
+        inputs[f"{side}_logits"] = logits.transpose(1, 2).contiguous().transpose(1, 2)
+    value, count, gradient = loss_and_gradient(loss, inputs)
+    is_close(value, expected[0])
+    assert torch.equal(count, expected[1])
+    is_close(gradient, expected[2])
+
+
+def test_one_row_of_columns_apart():
+    logits = columns_apart(1, 1, 30)
+    found = DenseLogits(logits)
+    torch.testing.assert_close(
+        found.log_probs(torch.arange(30).view(1, 1, -1)), logits.log_softmax(-1)
+    )
+    assert torch.equal(found.top_ids(30), logits.sort(descending=True).indices)
+    assert torch.equal(stable_top_ids(logits[0], 3), logits[0].topk(3).indices)
+    with pytest.raises(TypeError, match="side by side"):
+        RowArray.of(logits)
+
+
+def test_more_than_there_is_cannot_be_taken():
+    for ask in (
+        DenseLogits(torch.randn(1, 1, 5)).top_ids,
+        DenseLogits(torch.randn(1, 1, 5)).sorted_probs,
+    ):
+        with pytest.raises(BatchError, match="5 entries, of which the largest 6"):
+            ask(6)
+
+
+def test_columns_that_do_not_exist_are_refused_before_anything_is_written():
+    logits = torch.randn(1, 2, 9).requires_grad_()
+    ids = torch.zeros(1, 2, 1, dtype=torch.int64)
+    value = DenseLogits(logits, vocab_size=5).log_probs(ids).sum()
+    ids += 6
+    with pytest.raises(BatchError, match="from 6 to 6, but the logits have 5"):
+        value.backward()
+
+
+def test_all_columns_hold_everything_whatever_was_asked_before():
+    logits = DenseLogits(8.0 * torch.randn(3, 7, 997, generator=torch.Generator().manual_seed(9)))
+    first = logits.log_probs(torch.zeros(3, 7, 1, dtype=torch.int64))
+    mass = logits.log_mass(torch.ones(997, dtype=torch.bool))
+    assert mass.abs().max() < 3e-7
+    logits.column_mass(temperature=1.0)
+    assert torch.equal(logits.log_probs(torch.zeros(3, 7, 1, dtype=torch.int64)), first)
+
+
+def test_a_weight_of_0_leaves_out_what_is_no_number():
+    inputs = ragged_inputs(3, V=70, W=55, head=0, dtype=torch.float32)
+    # An observed token without probability: its logarithm is minus infinity on both sides.
+    for side in ("student", "teacher"):
+        labels = inputs[f"{side}_labels"]
+        place = (labels != -100).nonzero()[-1]
+        inputs[f"{side}_logits"][place[0], place[1] - 1, labels[tuple(place)]] = -torch.inf
+    for weights in ((0.0, 1.0), (1.0, 0.0)):
+        settings = dict(zip(("matched_weight", "unmatched_weight"), weights, strict=True))
+        loss = build("gold", {**settings, "merging": "first"}, (70, 55))
+        value, _, gradient = loss_and_gradient(loss, inputs)
+        assert value.isfinite() and gradient.isfinite().all()
+        output = loss(Batch.from_causal_lm(**inputs))
+        assert output.parts["matched" if not weights[0] else "unmatched"] == 0
+
+
+def test_a_head_with_a_scale_rounds_once(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (
+        torch.randn(*size, generator=generator).bfloat16() for size in ((2, 5, 8), (30, 8))
+    )
+    ids = torch.randint(30, (2, 5, 1), generator=generator)
+
+    def run():
+        leaf = hidden.clone().requires_grad_()
+        HeadLogits(leaf, weight, scale=0.3).log_probs(ids).sum().backward()
+        return leaf.grad
+
+    assert torch.equal(run(), generally(monkeypatch, run))

@@ -10,8 +10,9 @@ from ctkd import HeadLogits
 from ctkd.batch import Side
 from ctkd.dense_logits import DenseLogits
 from ctkd.errors import BatchError, SettingError
+from ctkd.pair_solvers import RowSolution
 from ctkd.row_logits import RowLogits
-from ctkd.row_pairs import RowSolution, map_row_pairs, map_row_pairs_to_parts, solve_row_pairs
+from ctkd.row_pairs import map_row_pairs, map_row_pairs_to_parts, solve_row_pairs
 from tests.head_inputs import (
     HEADS,
     READINGS,

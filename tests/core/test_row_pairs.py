@@ -7,12 +7,8 @@ from torch import Tensor
 from ctkd import rows as rows_module
 from ctkd.block_sizes import VARIABLE
 from ctkd.dense_logits import DenseLogits
-from ctkd.row_pairs import (
-    RowSolution,
-    map_row_pairs,
-    map_row_pairs_to_parts,
-    solve_row_pairs,
-)
+from ctkd.pair_solvers import RowSolution
+from ctkd.row_pairs import map_row_pairs, map_row_pairs_to_parts, solve_row_pairs
 
 B, S, T, V, W = 3, 5, 6, 11, 8
 # Flattened positions; the student's first row is used, and one pair lacks each side.

@@ -9,7 +9,8 @@ import torch
 from ctkd.dense_logits import DenseLogits
 from ctkd.errors import BatchError, SettingError
 from ctkd.row_pairs import map_row_pairs
-from ctkd.top_k_logits import TopK, TopKLogits
+from ctkd.top_k import TopK
+from ctkd.top_k_logits import TopKLogits
 
 PROBS = [[0.5, 0.1, 0.3, 0.1], [0.25, 0.25, 0.25, 0.25]]
 LABELS = torch.tensor([[3, 0]])

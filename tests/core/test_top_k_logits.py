@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ctkd.dense_logits import DenseLogits
-from ctkd.top_k_logits import TopK, TopKLogits
+from ctkd.top_k import TopK
+from ctkd.top_k_logits import TopKLogits
 from tests.spread_rows import spread_row, spread_rows
 
 B, S, V = 3, 5, 7

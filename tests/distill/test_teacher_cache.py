@@ -16,7 +16,7 @@ from ctkd.distill.models import load_model
 from ctkd.distill.preparing import Forms, encode, load_examples, load_models
 from ctkd.distill.teacher_cache import TeacherCache, row_key
 from ctkd.errors import DataError, SettingError
-from ctkd.top_k_logits import TopK
+from ctkd.top_k import TopK
 from tests import tiny
 from tests.tiny_caches import CachePlace, save_teacher, write_ragged_rows
 

@@ -9,7 +9,8 @@ import ctkd
 from baselines import uld
 from ctkd import compiled
 from ctkd import rows as rows_module
-from ctkd.batch import Batch
+from ctkd import DenseLogits, TopK, TopKLogits
+from ctkd.batch import Batch, Side
 from ctkd.losses.uld import sorted_l1
 from tests.golden_values import entries_of, gradient_norm, load, paper_case, released_case
 from tests.ragged_batches import (
@@ -279,3 +280,17 @@ def test_a_student_that_is_the_teacher_in_any_order_gets_no_gradient():
         inputs[f"teacher_{key}"] = inputs[f"student_{key}"]
     value, _, gradient = loss_and_gradient(ctkd.get_loss("uld"), inputs)
     assert value == 0 and not gradient.any()
+
+
+def test_a_stored_teacher_without_any_position():
+    labels = torch.zeros(1, 0, dtype=torch.int64)
+    kept = TopK.of(DenseLogits(torch.zeros(1, 0, 8)), labels, 3, [1.0])
+    teacher = Side(
+        logits=TopKLogits(kept), token_ids=labels, mask=labels.bool(), chunk_ids=labels.clone()
+    )
+    logits = torch.randn(1, 4, 6).requires_grad_()
+    ids = torch.arange(4).unsqueeze(0)
+    student = Side.from_encoder_decoder(logits, ids, chunk_ids=ids)
+    value = ctkd.get_loss("uld", pairing="chunk")(Batch(student=student, teacher=teacher)).value
+    value.backward()
+    assert value == 0 and not logits.grad.any()

@@ -9,7 +9,7 @@ import numpy as np
 from ctkd.kernels.compiling import compiled
 from ctkd.kernels.numbers import as_ordered, widened
 
-__all__ = ["put_top_ids"]
+__all__ = ["put_top"]
 
 _LEAST = np.int32(-(2**31))
 _LOWER_BITS = 0xFFFFFFFF
@@ -53,8 +53,10 @@ def _bound_of_top(keys: Any, maxima: Any, k: int) -> Any:
 
 
 @compiled
-def put_top_ids(values: Any, starts: Any, first: int, last: int, width: int, ids: Any) -> None:
-    """Put the columns of the k largest entries of each row, (n, k), largest first.
+def put_top(
+    values: Any, starts: Any, first: int, last: int, width: int, ids: Any, entries: Any
+) -> None:
+    """Put the columns of the k largest entries of each row, (n, k), largest first, and these.
 
     Ties go to the lower column; nan counts as larger than all, or, where its sign says so, as
     smaller.
@@ -66,6 +68,7 @@ def put_top_ids(values: Any, starts: Any, first: int, last: int, width: int, ids
         last: Row before which to end.
         width: V, at least k.
         ids: (n, k) int64.
+        entries: (n, k) float32.
     """
     k = ids.shape[1]
     keys = np.empty(width, np.int32)
@@ -82,4 +85,6 @@ def put_top_ids(values: Any, starts: Any, first: int, last: int, width: int, ids
                 count += 1
         packed.sort()
         for place in range(k):
-            ids[index, place] = packed[place] & _LOWER_BITS
+            column = packed[place] & _LOWER_BITS
+            ids[index, place] = column
+            entries[index, place] = widened(values[starts[index] + column])
