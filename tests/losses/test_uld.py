@@ -7,9 +7,8 @@ from torch import Tensor
 
 import ctkd
 from baselines import uld
-from ctkd import compiled
+from ctkd import DenseLogits, TopK, TopKLogits, compiled
 from ctkd import rows as rows_module
-from ctkd import DenseLogits, TopK, TopKLogits
 from ctkd.batch import Batch, Side
 from ctkd.losses.uld import sorted_l1
 from tests.golden_values import entries_of, gradient_norm, load, paper_case, released_case
