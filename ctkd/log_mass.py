@@ -13,7 +13,7 @@ from ctkd.errors import BatchError
 from ctkd.powers import Workspace
 from ctkd.row_gradients import anchored, file_requests
 from ctkd.row_logits import RowLogits
-from ctkd.row_requests import AddGradient, Places, Request, Softmax, SoftmaxRequest
+from ctkd.row_requests import AddedRequest, AddGradient, Places, Softmax, SoftmaxRequest
 from ctkd.row_sources import RowSource
 from ctkd.rows import skips_padding, softmax_statistics, tempered
 
@@ -39,7 +39,7 @@ def log_mass(logits: RowLogits, columns: Tensor, temperature: float) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _PartRequest(Request):
+class _PartRequest(AddedRequest):
     """Gradient of ``w log sum_c exp(x_c / t)`` over some columns c.
 
     Args:

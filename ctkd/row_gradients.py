@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ctkd.compiled import RowArray, has_kernels
 from ctkd.compiled_softmax import SoftmaxTerms
-from ctkd.row_requests import Request, SoftmaxRequest
+from ctkd.row_requests import AddedRequest, Request, SoftmaxRequest
 from ctkd.row_sources import Anchored, FillArray, RowSource
 from ctkd.rows import skips_padding
 from ctkd.softmax_adder import SoftmaxAdder
@@ -85,7 +85,7 @@ def _carry_back(requests: Sequence[Request]) -> tuple[Tensor | None, ...]:
     source = requests[0].source
     rows, is_used = _rows_of(requests)
     softmaxes = SoftmaxAdder([one for one in requests if isinstance(one, SoftmaxRequest)], rows)
-    others = [one for one in requests if not isinstance(one, SoftmaxRequest)]
+    others = [one for one in requests if isinstance(one, AddedRequest)]
     # The buffered one comes first: it finds its own gradient in place.
     others.sort(key=lambda one: one.buffer is None)
     buffer = others[0].buffer if others else None

@@ -19,7 +19,7 @@ from ctkd.pair_solvers import CompiledSolver, PairArrays, RowFunction, RowSoluti
 from ctkd.paired_rows import PairedRows
 from ctkd.row_gradients import anchored, file_requests
 from ctkd.row_logits import RowLogits
-from ctkd.row_requests import AddGradient, Places, Request
+from ctkd.row_requests import AddedRequest, AddGradient, Places
 from ctkd.row_sources import FillArray, RowSource
 from ctkd.rows import place_of_rows
 from ctkd.teacher_rows import RowsAhead, TeacherRows
@@ -178,7 +178,7 @@ def solve_row_pairs(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _PairRequest(Request):
+class _PairRequest(AddedRequest):
     """Gradient of pairs of rows, weighted with what reached them.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ctkd.row_sources import FillArray, RowSource
 from ctkd.rows import skips_padding
 
-__all__ = ["AddGradient", "Places", "Request", "Softmax", "SoftmaxRequest"]
+__all__ = ["AddGradient", "AddedRequest", "Places", "Request", "Softmax", "SoftmaxRequest"]
 
 AddGradient = Callable[[slice, Tensor, Tensor], None]
 """Which rows (n of them), their raw logits (n, V), and the gradient (n, V) to add to."""
@@ -66,7 +66,7 @@ class Softmax:
     vocab_size: int
 
 
-class Request(ABC):
+class Request:
     """What is to be added to the gradient of some rows.
 
     Attributes:
@@ -76,6 +76,10 @@ class Request(ABC):
 
     source: RowSource
     places: Places
+
+
+class AddedRequest(Request, ABC):
+    """A request that says itself what is added."""
 
     @property
     def buffer(self) -> Tensor | None:
@@ -123,9 +127,3 @@ class SoftmaxRequest(Request):
     total: Tensor
     ids: Tensor
     weights: Tensor
-
-    def adder(self, rows: Tensor, *, in_buffer: bool) -> AddGradient:
-        # Imported here: it is built on this module.
-        from ctkd.softmax_adder import SoftmaxAdder
-
-        return SoftmaxAdder([self], rows)
