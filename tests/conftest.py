@@ -1,0 +1,9 @@
+"""What holds for all tests."""
+
+import os
+
+from ctkd.cache_folder import cache_dir
+
+# Many tests have a cache folder of their own. Compiled loops are kept in one place all the same,
+# also by processes that tests start. numba reads this when it is imported.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "tests"))
