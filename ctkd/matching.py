@@ -126,9 +126,9 @@ def match_by_assignment(
         student_ids.append(np.where(partner < width, partner, 0))
         found.append(partner < width)
     return ColumnMatch(
-        torch.from_numpy(np.stack(student_ids)).to(teacher_ids.device),
+        _stacked(student_ids, np.int64, k).to(teacher_ids.device),
         teacher_ids,
-        torch.from_numpy(np.stack(found)).to(teacher_ids.device),
+        _stacked(found, np.bool_, k).to(teacher_ids.device),
     )
 
 
@@ -152,8 +152,8 @@ def match_top_by_assignment(
         pairs.valid.cpu(), pairs.of_student(probs).cpu(), targets.cpu(), strict=True
     ):
         cost = torch.cdist(teacher_probs[scored].T, student_probs[scored].T, p=1.0)
-        rows.append(torch.from_numpy(_assign(cost.numpy())))
-    student_ids = heaviest.gather(1, torch.stack(rows).to(heaviest.device))
+        rows.append(_assign(cost.numpy()))
+    student_ids = heaviest.gather(1, _stacked(rows, np.int64, k).to(heaviest.device))
     return ColumnMatch(student_ids, teacher_ids, _all_found(student_ids))
 
 
@@ -190,6 +190,11 @@ def _column_costs(teacher: Tensor, student: Tensor, columns: int) -> np.ndarray:
     teacher = torch.nn.functional.pad(teacher, (0, columns - teacher.shape[1]))
     student = torch.nn.functional.pad(student, (0, columns - student.shape[1]))
     return torch.cdist(teacher.T, student.T, p=1.0).numpy()
+
+
+def _stacked(rows: list[np.ndarray], dtype: type[np.generic], k: int) -> Tensor:
+    """Rows of k entries as (B, k), also where B is 0."""
+    return torch.from_numpy(np.array(rows, dtype).reshape(-1, k))
 
 
 def _all_found(ids: Tensor) -> Tensor:

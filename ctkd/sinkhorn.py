@@ -112,7 +112,7 @@ def sinkhorn(
     single = cost.dim() == 2
     if single:
         inputs = Inputs(cost[None], *(None if t is None else t[None] for t in inputs[1:]))
-    if 0 in cost.shape[-2:]:
+    if 0 in cost.shape:
         results = results_without_entries(inputs)
     else:
         results = Scale.apply(  # type: ignore[no-untyped-call]

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
+from torch.utils.checkpoint import checkpoint
 
 from ctkd.batch import Batch
 from ctkd.errors import BatchError
@@ -92,6 +93,13 @@ def _run(
     (gradient,) = torch.autograd.grad(output.value, logits, allow_unused=True)
     assert gradient is not None, "the student's logits got no gradient"
     return output, gradient
+
+
+def _run_or_fail(loss: Loss, inputs: Inputs, when: str) -> tuple[LossOutput, Tensor]:
+    try:
+        return _run(loss, inputs)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise AssertionError(f"{when} it stops: {error}") from error
 
 
 def _equal(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
@@ -246,6 +254,38 @@ def nothing_scored_gives_zero(loss: Loss) -> None:
 
 
 @_check
+def an_empty_batch_gives_zero(loss: Loss) -> None:
+    """Without sequences the value is a zero with a zero gradient, over no unit.
+
+    A side whose texts have no position to score is as one of which no position is scored.
+    """
+    for dtype in (torch.float64, torch.float32):
+        inputs = make_inputs(dtype=dtype)
+        # Texts long enough that what loops over positions has something to do.
+        nothing = _map(inputs, lambda _, tensor: tensor[:0].repeat(1, 20, *[1] * (tensor.ndim - 2)))
+        output, gradient = _run_or_fail(loss, nothing, "without sequences")
+        assert output.value.shape == () and output.value == 0, f"the value is {output.value}"
+        assert output.count == 0, f"the count is {output.count}"
+        assert gradient.shape == nothing["student_logits"].shape, "the gradient has another shape"
+        for sides in (("student",), ("teacher",), _SIDES):
+            _check_without_positions(loss, inputs, sides)
+
+
+def _check_without_positions(loss: Loss, inputs: Inputs, sides: tuple[str, ...]) -> None:
+    of_sides = [name for name in _tensors(inputs) if name.startswith(sides)]
+    cut = _map(inputs, lambda name, tensor: tensor[:, :1] if name in of_sides else tensor)
+    unscored = {f"{side}_labels": torch.full_like(inputs[f"{side}_labels"], -100) for side in sides}
+    which = " and ".join(sides)
+    output, gradient = _run_or_fail(loss, cut, f"without positions of the {which}")
+    same, same_gradient = _run(loss, {**inputs, **unscored})
+    assert output.count == same.count, f"without positions of the {which}: count {output.count}"
+    what = f"without positions of the {which}, against none scored:"
+    _equal(output.value, same.value, f"{what} the value", 1e-6)
+    same_gradient = same_gradient[:, : gradient.shape[1]]
+    _equal(gradient, same_gradient, f"{what} the gradient", 1e-6)
+
+
+@_check
 def half_precision_agrees(loss: Loss) -> None:
     """bfloat16 logits give what the same numbers give in float64."""
     inputs = make_inputs(dtype=torch.bfloat16)
@@ -290,6 +330,31 @@ def a_second_call_gives_the_same(loss: Loss) -> None:
     loss(Batch.from_causal_lm(**make_inputs(seed=1)))
     for second in (loss(batch), loss(Batch.from_causal_lm(**inputs))):
         assert torch.equal(first.value, second.value), f"{first.value}, then {second.value}"
+
+
+@_check
+def a_checkpoint_changes_nothing(loss: Loss) -> None:
+    """In `torch.utils.checkpoint`, which runs the loss again for the gradient, all is the same."""
+    for dtype in (torch.float64, torch.float32):
+        inputs = make_inputs(dtype=dtype)
+        output, gradient = _run(loss, inputs)
+        logits = inputs["student_logits"].requires_grad_()
+        for made in (None, Batch.from_causal_lm(**inputs)):
+            try:
+                value = checkpoint(_value, loss, inputs, made, use_reentrant=False)
+                (again,) = torch.autograd.grad(value, logits)
+            except RuntimeError as error:
+                raise AssertionError(f"it does not run in a checkpoint: {error}") from error
+            assert torch.equal(value, output.value), f"a checkpoint gives {value}"
+            _equal(again, gradient, "a checkpoint changes the gradient")
+
+
+def _value(loss: Loss, inputs: Inputs, batch: Batch | None) -> Tensor:
+    return loss(batch or Batch.from_causal_lm(**inputs)).value
+
+
+def _value(loss: Loss, inputs: Inputs, batch: Batch | None) -> Tensor:
+    return loss(batch or Batch.from_causal_lm(**inputs)).value
 
 
 @_check

@@ -180,6 +180,39 @@ class PlainZeroWhenNothingIsScored(Good):
         return super().forward(batch)
 
 
+class NeedsASequence(Good):
+    def sums(self, batch):
+        longest = batch.student.mask.sum(1).amax()
+        return super().sums(batch) + 0.0 * longest
+
+
+class CountsOneInAnEmptyBatch(Good):
+    def units(self, batch):
+        return super().units(batch).clamp_min(1)
+
+
+class TellsTextsWithoutPositions(Good):
+    def sums(self, batch):
+        return super().sums(batch) + (batch.teacher.mask.shape[1] == 0)
+
+
+class _SavedTensorsReadTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values):
+        ctx.save_for_backward(values)
+        return values.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        assert ctx.saved_tensors
+        return 2 * gradient * ctx.saved_tensors[0]
+
+
+class ReadsSavedTensorsTwice(Good):
+    def distances(self, batch):
+        return _SavedTensorsReadTwice.apply(super().distances(batch))
+
+
 class SoftmaxInHalfPrecision(Good):
     def probs(self, batch):
         student, teacher = super().probs(batch)
@@ -353,6 +386,13 @@ BROKEN = [
     ("nothing_scored_gives_zero", NanWhenNothingIsScored, "the value is nan"),
     ("nothing_scored_gives_zero", ConstantWhenNothingIsScored, "the value is 0.75"),
     ("nothing_scored_gives_zero", PlainZeroWhenNothingIsScored, "cannot be differentiated"),
+    ("an_empty_batch_gives_zero", NeedsASequence, "without sequences it stops: amax()"),
+    ("an_empty_batch_gives_zero", CountsOneInAnEmptyBatch, "the count is 1"),
+    (
+        "an_empty_batch_gives_zero",
+        TellsTextsWithoutPositions,
+        "without positions of the teacher, against none scored: the value",
+    ),
     ("half_precision_agrees", SoftmaxInHalfPrecision, "bfloat16 and float64 differ in value"),
     ("parts_sum_to_the_value", NoParts, "there are no parts"),
     ("parts_sum_to_the_value", PartsDoNotSum, "the parts do not sum to the value"),
@@ -362,6 +402,7 @@ BROKEN = [
     ("a_second_call_gives_the_same", RemembersTheLastValue, "forward wrote to ['last']"),
     ("a_second_call_gives_the_same", CountsItsCalls, "forward changed calls"),
     ("a_second_call_gives_the_same", DependsOnEarlierCalls, ", then "),
+    ("a_checkpoint_changes_nothing", ReadsSavedTensorsTwice, "it does not run in a checkpoint"),
     ("state_dict_round_trip", StateDoesNotRoundTrip, "the value changed"),
     ("runs_on_the_meta_device", AsksForANumber, "does not run without numbers"),
     ("runs_on_the_meta_device", ShapeDependsOnData, "does not run without numbers"),

@@ -125,7 +125,8 @@ class MultiLevelOTReleased(Loss):
             for probs in (student, teacher)
         )
         paired = paired_positions(batch)
-        longest = torch.maximum(batch.student.mask.sum(1).amax(), batch.teacher.mask.sum(1).amax())
+        lengths = torch.cat([batch.student.mask.sum(1), batch.teacher.mask.sum(1)])
+        longest = F.pad(lengths, (0, 1)).amax()  # 0 in a batch without sequences
         used = (torch.arange(rows, device=paired.device) < longest).expand(student.shape[0], -1)
 
         had = (student - teacher).abs().sum(-1)[:, : paired.shape[1]]
