@@ -83,13 +83,14 @@ def match_greedily(
         pairs.at_student_positions(pairs.valid, student.shape[1]),
         temperature=temperature,
     )
-    chosen = []
+    distance.masked_fill_(_impossible(student, temperature).unsqueeze(1), torch.inf)
+    chosen, found = [], []
     for rank in range(k):
-        nearest = distance[:, rank].argmin(-1, keepdim=True)
+        least, nearest = distance[:, rank].min(-1, keepdim=True)
         chosen.append(nearest)
+        found.append(least < torch.inf)
         distance.scatter_(2, nearest.unsqueeze(1).expand(-1, k, -1), torch.inf)
-    student_ids = torch.cat(chosen, dim=-1)
-    return ColumnMatch(student_ids, teacher_ids, _all_found(student_ids))
+    return ColumnMatch(torch.cat(chosen, dim=-1), teacher_ids, torch.cat(found, dim=-1))
 
 
 @torch.no_grad()
@@ -148,10 +149,17 @@ def match_top_by_assignment(
     heaviest = stable_top_ids(mass, min(max(candidates, k), student.shape[2]))
     probs = student.log_probs(heaviest.unsqueeze(1), temperature=temperature).exp()
     rows = []
-    for scored, student_probs, teacher_probs in zip(
-        pairs.valid.cpu(), pairs.of_student(probs).cpu(), targets.cpu(), strict=True
+    impossible = mass.gather(1, heaviest) == 0
+    for scored, student_probs, teacher_probs, left_out in zip(
+        pairs.valid.cpu(),
+        pairs.of_student(probs).cpu(),
+        targets.cpu(),
+        impossible.cpu(),
+        strict=True,
     ):
         cost = torch.cdist(teacher_probs[scored].T, student_probs[scored].T, p=1.0)
+        # Farther than any two columns can be: taken only where nothing else is left.
+        cost = cost + 2.0 * len(scored) * left_out
         rows.append(_assign(cost.numpy()))
     student_ids = heaviest.gather(1, _stacked(rows, np.int64, k).to(heaviest.device))
     return ColumnMatch(student_ids, teacher_ids, _all_found(student_ids))
@@ -171,6 +179,11 @@ def _ranked_teacher(
     ids = stable_top_ids(teacher.column_mass(temperature=temperature), k)
     probs = teacher.log_probs(ids.unsqueeze(1), temperature=temperature).exp().detach()
     return ids, pairs.of_teacher(probs)
+
+
+def _impossible(logits: Logits, temperature: float) -> Tensor:
+    """Columns without any probability in a sequence, (B, V), such as those of minus infinity."""
+    return logits.column_mass(temperature=temperature) == 0
 
 
 def _all_probs(logits: Logits, temperature: float) -> Tensor:

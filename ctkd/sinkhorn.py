@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ctkd.errors import BatchError, SettingError
 from ctkd.scalings import Scale
+from ctkd.tracing import not_traced
 from ctkd.transport_problem import Inputs, results_without_entries
 
 __all__ = ["SinkhornResult", "sinkhorn"]
@@ -40,6 +41,7 @@ class SinkhornResult:
     marginal_error: Tensor
 
 
+@not_traced
 def sinkhorn(
     cost: Tensor,
     *,

@@ -17,6 +17,8 @@ student's side, and an answer that only the student has.
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -84,7 +86,9 @@ def _attributes(loss: Loss) -> dict[str, Any]:
 
 
 def _run(
-    loss: Loss, inputs: Inputs, change: Callable[[Batch], Batch] = lambda batch: batch
+    loss: Callable[[Batch], LossOutput],
+    inputs: Inputs,
+    change: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> tuple[LossOutput, Tensor]:
     """Value, and gradient with respect to the student's logits, after a change to the batch."""
     logits = inputs["student_logits"].detach().clone().requires_grad_()
@@ -286,6 +290,63 @@ def _check_without_positions(loss: Loss, inputs: Inputs, sides: tuple[str, ...])
 
 
 @_check
+def k_above_the_vocabulary_is_all_of_it(loss: Loss) -> None:
+    """A ``k`` or ``top_k`` above both vocabularies does what one as large as the larger does.
+
+    Says nothing about a loss that has no such setting.
+    """
+    for name in ("k", "top_k"):
+        if not hasattr(loss, name):
+            continue
+        for dtype in (torch.float64, torch.float32):
+            inputs = make_inputs(dtype=dtype)
+            enough, more = copy.deepcopy(loss), copy.deepcopy(loss)
+            setattr(enough, name, STUDENT_VOCABULARY)
+            setattr(more, name, 1000)
+            output, gradient = _run_or_fail(enough, inputs, f"with {name}={STUDENT_VOCABULARY}")
+            more_output, more_gradient = _run_or_fail(more, inputs, f"with {name}=1000")
+            _equal(more_output.value, output.value, f"{name}=1000 changes the value", 1e-6)
+            _equal(more_gradient, gradient, f"{name}=1000 changes the gradient", 1e-6)
+
+
+@_check
+def masked_columns_are_taken_or_refused(loss: Loss) -> None:
+    """Logits of minus infinity give a finite value and gradient, or a `BatchError`.
+
+    They may be whole columns or single entries, of one side or of both. The error names a side and
+    a column of it that holds minus infinity: "student" or "teacher", "column" and the number.
+    """
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for sides in (("student",), ("teacher",), _SIDES):
+            for columns in ([0], [2], [4], [1, 3], [4, 5, 6], None):
+                _check_masked(loss, make_inputs(dtype=dtype), sides, columns)
+
+
+def _check_masked(
+    loss: Loss, inputs: Inputs, sides: tuple[str, ...], columns: list[int] | None
+) -> None:
+    what = f"with {columns or 'single entries'} of the {' and '.join(sides)} at minus infinity"
+    for side in sides:
+        logits = inputs[f"{side}_logits"]
+        if columns is None:
+            # One column is left to every row.
+            logits[..., 1:][logits[..., 1:] < -1.0] = -torch.inf
+        else:
+            logits[..., [one for one in columns if one < logits.shape[2]]] = -torch.inf
+    try:
+        output, gradient = _run(loss, inputs)
+    except BatchError as error:
+        named = re.findall(r"(student|teacher)'s.*?column (\d+)", str(error))
+        for side, column in named:
+            is_masked = inputs[f"{side}_logits"][..., int(column)] == -torch.inf
+            assert side in sides and is_masked.any(), f"{what} the error is: {error}"
+        assert named, f"{what} the error names no side and column: {error}"
+        return
+    assert output.value.isfinite(), f"{what} the value is {output.value}"
+    assert gradient.isfinite().all(), f"{what} the gradient is not finite"
+
+
+@_check
 def half_precision_agrees(loss: Loss) -> None:
     """bfloat16 logits give what the same numbers give in float64."""
     inputs = make_inputs(dtype=torch.bfloat16)
@@ -349,8 +410,26 @@ def a_checkpoint_changes_nothing(loss: Loss) -> None:
             _equal(again, gradient, "a checkpoint changes the gradient")
 
 
-def _value(loss: Loss, inputs: Inputs, batch: Batch | None) -> Tensor:
-    return loss(batch or Batch.from_causal_lm(**inputs)).value
+@_check
+def compiling_changes_nothing(loss: Loss) -> None:
+    """`torch.compile` runs the loss, with the same value and gradient."""
+    inputs = make_inputs(dtype=torch.float32)
+    output, gradient = _run(loss, inputs)
+    # What was compiled before would count towards the limit of compilations.
+    torch.compiler.reset()
+    try:
+        with warnings.catch_warnings():
+            # The compiler looks for gradients of tensors that have none.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            compiled = torch.compile(loss, backend="aot_eager")
+            compiled_output, compiled_gradient = _run(compiled, inputs)
+    # A compiler has exceptions of its own for what it cannot follow.
+    except Exception as error:
+        raise AssertionError(f"it cannot be compiled: {error}") from error
+    finally:
+        torch.compiler.reset()
+    _equal(compiled_output.value, output.value, "compiling changes the value", 1e-6)
+    _equal(compiled_gradient, gradient, "compiling changes the gradient", 1e-5)
 
 
 def _value(loss: Loss, inputs: Inputs, batch: Batch | None) -> Tensor:
