@@ -80,7 +80,11 @@ class Logits(ABC):
 
     @abstractmethod
     def top_ids(self, k: int) -> Tensor:
-        """Columns of the k largest entries at each position, (B, S, k), largest first."""
+        """Columns of the k largest entries at each position, (B, S, k), largest first.
+
+        Raises:
+            BatchError: If k is above V.
+        """
 
     @abstractmethod
     def column_mass(
@@ -144,6 +148,10 @@ class Logits(ABC):
         return self.log_probs_at(ids, (temperature,), standardise=standardise)[0]
 
     def sorted_probs(self, k: int, *, temperature: float = 1.0) -> Tensor:
-        """The k largest probabilities at each position, (B, S, k), descending, differentiable."""
+        """The k largest probabilities at each position, (B, S, k), descending, differentiable.
+
+        Raises:
+            BatchError: If k is above V.
+        """
         probs = self.log_probs(self.top_ids(k), temperature=temperature).exp()
         return probs.masked_fill(~self.mask.unsqueeze(-1), 0.0)

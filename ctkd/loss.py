@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ctkd.batch import Batch
 from ctkd.errors import SettingError
+from ctkd.masked_columns import refuse_masked_columns
+from ctkd.tracing import not_traced
 
 __all__ = [
     "Loss",
@@ -101,9 +103,16 @@ class Loss(nn.Module, ABC):
     def units(self, batch: Batch) -> Tensor:
         """Say what ``count`` will be, () int64, from masks, ids and chunks alone."""
 
-    if TYPE_CHECKING:
+    @not_traced
+    def __call__(self, batch: Batch) -> LossOutput:
+        """Run `forward`, and refuse minus infinity among the logits where it has no value there.
 
-        def __call__(self, batch: Batch) -> LossOutput: ...
+        Raises:
+            BatchError: See `ctkd.masked_columns.refuse_masked_columns`.
+        """
+        output: LossOutput = super().__call__(batch)
+        refuse_masked_columns(batch, output.value)
+        return output
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

@@ -83,13 +83,14 @@ def match_greedily(
         pairs.at_student_positions(pairs.valid, student.shape[1]),
         temperature=temperature,
     )
-    chosen = []
+    distance.masked_fill_(_impossible(student, temperature).unsqueeze(1), torch.inf)
+    chosen, found = [], []
     for rank in range(k):
-        nearest = distance[:, rank].argmin(-1, keepdim=True)
+        least, nearest = distance[:, rank].min(-1, keepdim=True)
         chosen.append(nearest)
+        found.append(least < torch.inf)
         distance.scatter_(2, nearest.unsqueeze(1).expand(-1, k, -1), torch.inf)
-    student_ids = torch.cat(chosen, dim=-1)
-    return ColumnMatch(student_ids, teacher_ids, _all_found(student_ids))
+    return ColumnMatch(torch.cat(chosen, dim=-1), teacher_ids, torch.cat(found, dim=-1))
 
 
 @torch.no_grad()
@@ -126,9 +127,9 @@ def match_by_assignment(
         student_ids.append(np.where(partner < width, partner, 0))
         found.append(partner < width)
     return ColumnMatch(
-        torch.from_numpy(np.stack(student_ids)).to(teacher_ids.device),
+        _stacked(student_ids, np.int64, k).to(teacher_ids.device),
         teacher_ids,
-        torch.from_numpy(np.stack(found)).to(teacher_ids.device),
+        _stacked(found, np.bool_, k).to(teacher_ids.device),
     )
 
 
@@ -148,12 +149,19 @@ def match_top_by_assignment(
     heaviest = stable_top_ids(mass, min(max(candidates, k), student.shape[2]))
     probs = student.log_probs(heaviest.unsqueeze(1), temperature=temperature).exp()
     rows = []
-    for scored, student_probs, teacher_probs in zip(
-        pairs.valid.cpu(), pairs.of_student(probs).cpu(), targets.cpu(), strict=True
+    impossible = mass.gather(1, heaviest) == 0
+    for scored, student_probs, teacher_probs, left_out in zip(
+        pairs.valid.cpu(),
+        pairs.of_student(probs).cpu(),
+        targets.cpu(),
+        impossible.cpu(),
+        strict=True,
     ):
         cost = torch.cdist(teacher_probs[scored].T, student_probs[scored].T, p=1.0)
-        rows.append(torch.from_numpy(_assign(cost.numpy())))
-    student_ids = heaviest.gather(1, torch.stack(rows).to(heaviest.device))
+        # Farther than any two columns can be: taken only where nothing else is left.
+        cost = cost + 2.0 * len(scored) * left_out
+        rows.append(_assign(cost.numpy()))
+    student_ids = heaviest.gather(1, _stacked(rows, np.int64, k).to(heaviest.device))
     return ColumnMatch(student_ids, teacher_ids, _all_found(student_ids))
 
 
@@ -173,6 +181,11 @@ def _ranked_teacher(
     return ids, pairs.of_teacher(probs)
 
 
+def _impossible(logits: Logits, temperature: float) -> Tensor:
+    """Columns without any probability in a sequence, (B, V), such as those of minus infinity."""
+    return logits.column_mass(temperature=temperature) == 0
+
+
 def _all_probs(logits: Logits, temperature: float) -> Tensor:
     ids = torch.arange(logits.shape[2], device=logits.device).expand(logits.shape[0], 1, -1)
     return logits.log_probs(ids, temperature=temperature).exp()
@@ -190,6 +203,11 @@ def _column_costs(teacher: Tensor, student: Tensor, columns: int) -> np.ndarray:
     teacher = torch.nn.functional.pad(teacher, (0, columns - teacher.shape[1]))
     student = torch.nn.functional.pad(student, (0, columns - student.shape[1]))
     return torch.cdist(teacher.T, student.T, p=1.0).numpy()
+
+
+def _stacked(rows: list[np.ndarray], dtype: type[np.generic], k: int) -> Tensor:
+    """Rows of k entries as (B, k), also where B is 0."""
+    return torch.from_numpy(np.array(rows, dtype).reshape(-1, k))
 
 
 def _all_found(ids: Tensor) -> Tensor:

@@ -26,12 +26,14 @@ from ctkd.row_sources import RowSource
 from ctkd.rows import (
     add_rows_,
     check_ids,
+    check_k,
     log_normalisers,
     skips_padding,
     softmax_statistics,
     tempered,
 )
 from ctkd.sorting import stable_top_ids, top_of
+from ctkd.tracing import not_traced
 
 __all__ = ["RowLogits"]
 
@@ -186,6 +188,7 @@ class RowLogits(Logits):
         check_ids(ids, self.shape)
         return self._log_probs_of(ids, tuple(temperatures), standardise, None)
 
+    @not_traced
     def _log_probs_of(
         self,
         ids: Tensor,
@@ -200,6 +203,7 @@ class RowLogits(Logits):
         )
         return tuple(answers)
 
+    @not_traced
     def sorted_probs(self, k: int, *, temperature: float = 1.0) -> Tensor:
         if not has_kernels(self.device, self.dtype):
             return super().sorted_probs(k, temperature=temperature)
@@ -211,6 +215,7 @@ class RowLogits(Logits):
     @torch.no_grad()
     def _top_of_a_reading(self, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Columns and raw logits of the k largest entries, (B, S, k), and noted normalisers."""
+        check_k(k, self.shape[2])
         visited, key = self.visited, Softmax(temperature, False, self.shape[2])
         (table,), (missing,) = self.tables([key])
         ids = visited.new_zeros((self.mask.numel(), k))
@@ -226,14 +231,17 @@ class RowLogits(Logits):
         shape = (*self.shape[:2], k)
         return ids.view(shape), raw.view(shape)
 
+    @not_traced
     def log_mass(self, columns: Tensor, *, temperature: float = 1.0) -> Tensor:
         # Imported here: it is built on this module.
         from ctkd.log_mass import log_mass
 
         return log_mass(self, columns, temperature)
 
+    @not_traced
     @torch.no_grad()
     def top_ids(self, k: int) -> Tensor:
+        check_k(k, self.shape[2])
         result = torch.zeros((self.mask.numel(), k), dtype=torch.int64, device=self.device)
         if has_kernels(self.device, self.dtype):
             visited = self.visited
@@ -245,6 +253,7 @@ class RowLogits(Logits):
         result = result.view(*self.shape[:2], k)
         return result.masked_fill_(~self.mask.unsqueeze(-1), 0)
 
+    @not_traced
     @torch.no_grad()
     def column_mass(
         self,
@@ -282,6 +291,7 @@ class RowLogits(Logits):
         self.filled_in(keys)
         return mass
 
+    @not_traced
     @torch.no_grad()
     def column_distance(
         self, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
@@ -306,6 +316,7 @@ class RowLogits(Logits):
         self.filled_in([key])
         return distance
 
+    @not_traced
     @torch.no_grad()
     def whole_rows(
         self,

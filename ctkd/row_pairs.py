@@ -24,6 +24,7 @@ from ctkd.row_sources import FillArray, RowSource
 from ctkd.rows import place_of_rows
 from ctkd.teacher_rows import RowsAhead, TeacherRows
 from ctkd.threads import over_rows
+from ctkd.tracing import not_traced
 
 __all__ = ["map_row_pairs", "map_row_pairs_to_parts", "solve_row_pairs"]
 
@@ -124,6 +125,7 @@ def map_row_pairs_to_parts(
     )
 
 
+@not_traced
 def solve_row_pairs(
     student: Logits,
     teacher: Logits,

@@ -20,6 +20,7 @@ __all__ = [
     "add_rows_",
     "block_rows",
     "check_ids",
+    "check_k",
     "head_block_rows",
     "log_normalisers",
     "place_of_rows",
@@ -161,6 +162,15 @@ def untempered_gradient(
     spread = spread.masked_fill(deviation == 0, 0.0)
     along = (gradient * block).sum(-1, keepdim=True) / divisor.square()
     return (gradient / divisor - spread * along).div_(temperature)
+
+
+def check_k(k: int, width: int) -> None:
+    """Refuse to look for more entries of a row than it has."""
+    if not 0 <= k <= width:
+        raise BatchError(
+            f"the largest {k} entries of each row are asked for, but rows have {width} columns; "
+            f"ask for min(k, {width}), at least 0"
+        )
 
 
 def check_ids(ids: Tensor, shape: tuple[int, int, int]) -> None:

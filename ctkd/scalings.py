@@ -282,8 +282,9 @@ class Scale(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if plan_grad is None and value_grad is None:
             return (None,) * 7
-        inputs = Inputs(*ctx.saved_tensors[:5])
-        kept = _Scalings(*ctx.saved_tensors[5:])
+        # Read once: a checkpoint computes them anew, and lets each be taken once.
+        saved = ctx.saved_tensors
+        inputs, kept = Inputs(*saved[:5]), _Scalings(*saved[5:])
         with _full_precision(kept.rows.device):
             problem = prepare(inputs, ctx.regularization)
             inverses = _inverse(problem.row_masses), _inverse(problem.column_masses)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ctkd.errors import BatchError, SettingError
 from ctkd.scalings import Scale
+from ctkd.tracing import not_traced
 from ctkd.transport_problem import Inputs, results_without_entries
 
 __all__ = ["SinkhornResult", "sinkhorn"]
@@ -40,6 +41,7 @@ class SinkhornResult:
     marginal_error: Tensor
 
 
+@not_traced
 def sinkhorn(
     cost: Tensor,
     *,
@@ -112,7 +114,7 @@ def sinkhorn(
     single = cost.dim() == 2
     if single:
         inputs = Inputs(cost[None], *(None if t is None else t[None] for t in inputs[1:]))
-    if 0 in cost.shape[-2:]:
+    if 0 in cost.shape:
         results = results_without_entries(inputs)
     else:
         results = Scale.apply(  # type: ignore[no-untyped-call]

@@ -17,12 +17,15 @@ student's side, and an answer that only the student has.
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
+from torch.utils.checkpoint import checkpoint
 
 from ctkd.batch import Batch
 from ctkd.errors import BatchError
@@ -83,7 +86,9 @@ def _attributes(loss: Loss) -> dict[str, Any]:
 
 
 def _run(
-    loss: Loss, inputs: Inputs, change: Callable[[Batch], Batch] = lambda batch: batch
+    loss: Callable[[Batch], LossOutput],
+    inputs: Inputs,
+    change: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> tuple[LossOutput, Tensor]:
     """Value, and gradient with respect to the student's logits, after a change to the batch."""
     logits = inputs["student_logits"].detach().clone().requires_grad_()
@@ -92,6 +97,13 @@ def _run(
     (gradient,) = torch.autograd.grad(output.value, logits, allow_unused=True)
     assert gradient is not None, "the student's logits got no gradient"
     return output, gradient
+
+
+def _run_or_fail(loss: Loss, inputs: Inputs, when: str) -> tuple[LossOutput, Tensor]:
+    try:
+        return _run(loss, inputs)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise AssertionError(f"{when} it stops: {error}") from error
 
 
 def _equal(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
@@ -246,6 +258,95 @@ def nothing_scored_gives_zero(loss: Loss) -> None:
 
 
 @_check
+def an_empty_batch_gives_zero(loss: Loss) -> None:
+    """Without sequences the value is a zero with a zero gradient, over no unit.
+
+    A side whose texts have no position to score is as one of which no position is scored.
+    """
+    for dtype in (torch.float64, torch.float32):
+        inputs = make_inputs(dtype=dtype)
+        # Texts long enough that what loops over positions has something to do.
+        nothing = _map(inputs, lambda _, tensor: tensor[:0].repeat(1, 20, *[1] * (tensor.ndim - 2)))
+        output, gradient = _run_or_fail(loss, nothing, "without sequences")
+        assert output.value.shape == () and output.value == 0, f"the value is {output.value}"
+        assert output.count == 0, f"the count is {output.count}"
+        assert gradient.shape == nothing["student_logits"].shape, "the gradient has another shape"
+        for sides in (("student",), ("teacher",), _SIDES):
+            _check_without_positions(loss, inputs, sides)
+
+
+def _check_without_positions(loss: Loss, inputs: Inputs, sides: tuple[str, ...]) -> None:
+    of_sides = [name for name in _tensors(inputs) if name.startswith(sides)]
+    cut = _map(inputs, lambda name, tensor: tensor[:, :1] if name in of_sides else tensor)
+    unscored = {f"{side}_labels": torch.full_like(inputs[f"{side}_labels"], -100) for side in sides}
+    which = " and ".join(sides)
+    output, gradient = _run_or_fail(loss, cut, f"without positions of the {which}")
+    same, same_gradient = _run(loss, {**inputs, **unscored})
+    assert output.count == same.count, f"without positions of the {which}: count {output.count}"
+    what = f"without positions of the {which}, against none scored:"
+    _equal(output.value, same.value, f"{what} the value", 1e-6)
+    same_gradient = same_gradient[:, : gradient.shape[1]]
+    _equal(gradient, same_gradient, f"{what} the gradient", 1e-6)
+
+
+@_check
+def k_above_the_vocabulary_is_all_of_it(loss: Loss) -> None:
+    """A ``k`` or ``top_k`` above both vocabularies does what one as large as the larger does.
+
+    Says nothing about a loss that has no such setting.
+    """
+    for name in ("k", "top_k"):
+        if not hasattr(loss, name):
+            continue
+        for dtype in (torch.float64, torch.float32):
+            inputs = make_inputs(dtype=dtype)
+            enough, more = copy.deepcopy(loss), copy.deepcopy(loss)
+            setattr(enough, name, STUDENT_VOCABULARY)
+            setattr(more, name, 1000)
+            output, gradient = _run_or_fail(enough, inputs, f"with {name}={STUDENT_VOCABULARY}")
+            more_output, more_gradient = _run_or_fail(more, inputs, f"with {name}=1000")
+            _equal(more_output.value, output.value, f"{name}=1000 changes the value", 1e-6)
+            _equal(more_gradient, gradient, f"{name}=1000 changes the gradient", 1e-6)
+
+
+@_check
+def masked_columns_are_taken_or_refused(loss: Loss) -> None:
+    """Logits of minus infinity give a finite value and gradient, or a `BatchError`.
+
+    They may be whole columns or single entries, of one side or of both. The error names a side and
+    a column of it that holds minus infinity: "student" or "teacher", "column" and the number.
+    """
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for sides in (("student",), ("teacher",), _SIDES):
+            for columns in ([0], [2], [4], [1, 3], [4, 5, 6], None):
+                _check_masked(loss, make_inputs(dtype=dtype), sides, columns)
+
+
+def _check_masked(
+    loss: Loss, inputs: Inputs, sides: tuple[str, ...], columns: list[int] | None
+) -> None:
+    what = f"with {columns or 'single entries'} of the {' and '.join(sides)} at minus infinity"
+    for side in sides:
+        logits = inputs[f"{side}_logits"]
+        if columns is None:
+            # One column is left to every row.
+            logits[..., 1:][logits[..., 1:] < -1.0] = -torch.inf
+        else:
+            logits[..., [one for one in columns if one < logits.shape[2]]] = -torch.inf
+    try:
+        output, gradient = _run(loss, inputs)
+    except BatchError as error:
+        named = re.findall(r"(student|teacher)'s.*?column (\d+)", str(error))
+        for side, column in named:
+            is_masked = inputs[f"{side}_logits"][..., int(column)] == -torch.inf
+            assert side in sides and is_masked.any(), f"{what} the error is: {error}"
+        assert named, f"{what} the error names no side and column: {error}"
+        return
+    assert output.value.isfinite(), f"{what} the value is {output.value}"
+    assert gradient.isfinite().all(), f"{what} the gradient is not finite"
+
+
+@_check
 def half_precision_agrees(loss: Loss) -> None:
     """bfloat16 logits give what the same numbers give in float64."""
     inputs = make_inputs(dtype=torch.bfloat16)
@@ -290,6 +391,49 @@ def a_second_call_gives_the_same(loss: Loss) -> None:
     loss(Batch.from_causal_lm(**make_inputs(seed=1)))
     for second in (loss(batch), loss(Batch.from_causal_lm(**inputs))):
         assert torch.equal(first.value, second.value), f"{first.value}, then {second.value}"
+
+
+@_check
+def a_checkpoint_changes_nothing(loss: Loss) -> None:
+    """In `torch.utils.checkpoint`, which runs the loss again for the gradient, all is the same."""
+    for dtype in (torch.float64, torch.float32):
+        inputs = make_inputs(dtype=dtype)
+        output, gradient = _run(loss, inputs)
+        logits = inputs["student_logits"].requires_grad_()
+        for made in (None, Batch.from_causal_lm(**inputs)):
+            try:
+                value = checkpoint(_value, loss, inputs, made, use_reentrant=False)
+                (again,) = torch.autograd.grad(value, logits)
+            except RuntimeError as error:
+                raise AssertionError(f"it does not run in a checkpoint: {error}") from error
+            assert torch.equal(value, output.value), f"a checkpoint gives {value}"
+            _equal(again, gradient, "a checkpoint changes the gradient")
+
+
+@_check
+def compiling_changes_nothing(loss: Loss) -> None:
+    """`torch.compile` runs the loss, with the same value and gradient."""
+    inputs = make_inputs(dtype=torch.float32)
+    output, gradient = _run(loss, inputs)
+    # What was compiled before would count towards the limit of compilations.
+    torch.compiler.reset()
+    try:
+        with warnings.catch_warnings():
+            # The compiler looks for gradients of tensors that have none.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            compiled = torch.compile(loss, backend="aot_eager")
+            compiled_output, compiled_gradient = _run(compiled, inputs)
+    # A compiler has exceptions of its own for what it cannot follow.
+    except Exception as error:
+        raise AssertionError(f"it cannot be compiled: {error}") from error
+    finally:
+        torch.compiler.reset()
+    _equal(compiled_output.value, output.value, "compiling changes the value", 1e-6)
+    _equal(compiled_gradient, gradient, "compiling changes the gradient", 1e-5)
+
+
+def _value(loss: Loss, inputs: Inputs, batch: Batch | None) -> Tensor:
+    return loss(batch or Batch.from_causal_lm(**inputs)).value
 
 
 @_check

@@ -10,7 +10,7 @@ from torch import Tensor
 from ctkd.errors import BatchError
 from ctkd.logits import Logits
 from ctkd.powers import Workspace
-from ctkd.rows import STANDARD_DEVIATION_EPSILON, add_at_columns_, check_ids
+from ctkd.rows import STANDARD_DEVIATION_EPSILON, add_at_columns_, check_ids, check_k
 from ctkd.top_k import TopK
 
 __all__ = ["TopKLogits"]
@@ -154,6 +154,7 @@ class TopKLogits(Logits):
         return probs, share.exp(), self._rest_count
 
     def top_ids(self, k: int) -> Tensor:
+        check_k(k, self.shape[2])
         if k > self.kept.k:
             raise BatchError(
                 f"the largest {k} entries of each position are needed, but only "

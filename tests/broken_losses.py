@@ -6,6 +6,7 @@ from torch import Tensor
 from ctkd.batch import Batch
 from ctkd.chunks import pair_positions
 from ctkd.dense_logits import DenseLogits
+from ctkd.errors import BatchError
 from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
 from ctkd.matching import paired_positions
 from ctkd.row_pairs import map_row_pairs
@@ -178,6 +179,101 @@ class PlainZeroWhenNothingIsScored(Good):
             zero = torch.zeros((), dtype=torch.float64)
             return LossOutput(zero, self.units(batch), {"distance": zero})
         return super().forward(batch)
+
+
+class NeedsASequence(Good):
+    def sums(self, batch):
+        longest = batch.student.mask.sum(1).amax()
+        return super().sums(batch) + 0.0 * longest
+
+
+class CountsOneInAnEmptyBatch(Good):
+    def units(self, batch):
+        return super().units(batch).clamp_min(1)
+
+
+class TellsTextsWithoutPositions(Good):
+    def sums(self, batch):
+        return super().sums(batch) + (batch.teacher.mask.shape[1] == 0)
+
+
+class AsksForMoreThanThereIs(Good):
+    k = 2
+
+    def probs(self, batch):
+        student = batch.student.logits.sorted_probs(self.k)
+        return student, batch.teacher.logits.sorted_probs(self.k).detach()
+
+
+class TakesKForAWeight(Good):
+    k = 2
+
+    def sums(self, batch):
+        return super().sums(batch) * self.k
+
+
+class _Unguarded(Good):
+    """Without what every loss refuses, and with nothing kept from a compiler."""
+
+    def __call__(self, batch):
+        return torch.nn.Module.__call__(self, batch)
+
+
+class InfiniteWhereAColumnIsMasked(_Unguarded):
+    def distances(self, batch):
+        ids = torch.zeros((len(batch.student.mask), 1, 1), dtype=torch.int64)
+        log_probs = batch.student.logits.log_probs(ids)[..., 0]
+        return super().distances(batch) - log_probs[:, : batch.teacher.mask.shape[1]]
+
+
+class HasNoGradientAtAProbabilityOfZero(_Unguarded):
+    def distances(self, batch):
+        ids = torch.arange(7).expand(len(batch.student.mask), 1, -1)
+        roots = batch.student.logits.log_probs(ids).exp().sqrt().sum(-1)
+        return super().distances(batch) + roots[:, : batch.teacher.mask.shape[1]]
+
+
+class RefusesWithoutSayingWhat(_Unguarded):
+    def distances(self, batch):
+        if (batch.student.logits.tensor == -torch.inf).any():
+            raise BatchError("the student's logits are minus infinity somewhere")
+        return super().distances(batch)
+
+
+class BlamesTheOtherSide(_Unguarded):
+    def distances(self, batch):
+        if (batch.student.logits.tensor == -torch.inf).any():
+            raise BatchError("the teacher's logits are minus infinity in column 0")
+        return super().distances(batch)
+
+
+class TellsACompiler(_Unguarded):
+    def sums(self, batch):
+        return super().sums(batch) * (2 if torch.compiler.is_compiling() else 1)
+
+
+class TellsACompilerInTheGradient(_Unguarded):
+    def sums(self, batch):
+        sums = super().sums(batch)
+        factor = 2 if torch.compiler.is_compiling() else 1
+        return factor * sums - (factor - 1) * sums.detach()
+
+
+class _SavedTensorsReadTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values):
+        ctx.save_for_backward(values)
+        return values.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        assert ctx.saved_tensors
+        return 2 * gradient * ctx.saved_tensors[0]
+
+
+class ReadsSavedTensorsTwice(Good):
+    def distances(self, batch):
+        return _SavedTensorsReadTwice.apply(super().distances(batch))
 
 
 class SoftmaxInHalfPrecision(Good):
@@ -353,6 +449,35 @@ BROKEN = [
     ("nothing_scored_gives_zero", NanWhenNothingIsScored, "the value is nan"),
     ("nothing_scored_gives_zero", ConstantWhenNothingIsScored, "the value is 0.75"),
     ("nothing_scored_gives_zero", PlainZeroWhenNothingIsScored, "cannot be differentiated"),
+    ("an_empty_batch_gives_zero", NeedsASequence, "without sequences it stops: amax()"),
+    ("an_empty_batch_gives_zero", CountsOneInAnEmptyBatch, "the count is 1"),
+    (
+        "an_empty_batch_gives_zero",
+        TellsTextsWithoutPositions,
+        "without positions of the teacher, against none scored: the value",
+    ),
+    (
+        "k_above_the_vocabulary_is_all_of_it",
+        AsksForMoreThanThereIs,
+        "with k=7 it stops: the largest 7 entries",
+    ),
+    ("k_above_the_vocabulary_is_all_of_it", TakesKForAWeight, "k=1000 changes the value"),
+    (
+        "masked_columns_are_taken_or_refused",
+        InfiniteWhereAColumnIsMasked,
+        "with [0] of the student at minus infinity the value is inf",
+    ),
+    (
+        "masked_columns_are_taken_or_refused",
+        HasNoGradientAtAProbabilityOfZero,
+        "with [0] of the student at minus infinity the gradient is not finite",
+    ),
+    ("masked_columns_are_taken_or_refused", RefusesWithoutSayingWhat, "names no side and column"),
+    (
+        "masked_columns_are_taken_or_refused",
+        BlamesTheOtherSide,
+        "with [0] of the student at minus infinity the error is: the teacher's",
+    ),
     ("half_precision_agrees", SoftmaxInHalfPrecision, "bfloat16 and float64 differ in value"),
     ("parts_sum_to_the_value", NoParts, "there are no parts"),
     ("parts_sum_to_the_value", PartsDoNotSum, "the parts do not sum to the value"),
@@ -362,6 +487,9 @@ BROKEN = [
     ("a_second_call_gives_the_same", RemembersTheLastValue, "forward wrote to ['last']"),
     ("a_second_call_gives_the_same", CountsItsCalls, "forward changed calls"),
     ("a_second_call_gives_the_same", DependsOnEarlierCalls, ", then "),
+    ("a_checkpoint_changes_nothing", ReadsSavedTensorsTwice, "it does not run in a checkpoint"),
+    ("compiling_changes_nothing", TellsACompiler, "compiling changes the value"),
+    ("compiling_changes_nothing", TellsACompilerInTheGradient, "compiling changes the gradient"),
     ("state_dict_round_trip", StateDoesNotRoundTrip, "the value changed"),
     ("runs_on_the_meta_device", AsksForANumber, "does not run without numbers"),
     ("runs_on_the_meta_device", ShapeDependsOnData, "does not run without numbers"),

@@ -15,6 +15,7 @@ from ctkd.chunks import (
     last_positions,
     pair_rows,
 )
+from ctkd.divergences import LOG_FLOOR
 from ctkd.errors import SettingError
 from ctkd.loss import (
     Loss,
@@ -253,5 +254,5 @@ def _log_likelihood_of_others(side: Side, compared: Tensor, temperature: float) 
     chunk_ids = cast(Tensor, side.chunk_ids).clamp_min(0)
     position = torch.arange(chunk_ids.shape[1], device=chunk_ids.device)
     is_compared = compared.gather(1, chunk_ids) == position
-    others = log_probs.squeeze(-1).masked_fill(is_compared, 0.0)
+    others = log_probs.squeeze(-1).clamp_min(LOG_FLOOR).masked_fill(is_compared, 0.0)
     return chunk_sums(side, others, compared.shape[1])

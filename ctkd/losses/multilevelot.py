@@ -54,10 +54,17 @@ class MultiLevelOT(MultiLevelOTTerms):
             k-th scored positions, as in the paper. ``"chunk"``: the positions at which both
             models have read the same bytes. SD takes all positions either way.
 
+    Minus infinity:
+        A student column that is minus infinity at all scored positions counts as not there: a
+        teacher column that would get it has no partner, so its whole mass is its difference in
+        L_HAD and C, and L_SL leaves it out. Minus infinity at some positions only makes L_SL
+        infinite where t is above 0; on a CPU that is refused.
+
     Raises:
         SettingError: If a setting lies outside its range.
-        BatchError: If ``"assignment"`` meets more than ``max_columns`` columns, or chunks are to
-            be paired and the batch has none.
+        BatchError: If ``"assignment"`` meets more than ``max_columns`` columns, chunks are to be
+            paired and the batch has none, or a student's logit of minus infinity makes L_SL
+            infinite.
 
     Example:
         One token on both sides and k = 1: t = 0.75, s = 0.5. HAD is 0.25, SL is -0.75 log 0.5.

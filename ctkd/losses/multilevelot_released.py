@@ -52,9 +52,9 @@ class MultiLevelOTReleased(Loss):
     Differs from the released file:
         A sequence without scored tokens on one side adds 0 to HAD, where the file gives NaN, and
         rows of zeros to the other terms; a teacher
-        answer longer than the student's logits works, where the file stops with an error. As in
-        the file, a row with a logit of minus infinity, or with one logit only, gives NaN: it has
-        no standard deviation.
+        answer longer than the student's logits works, where the file stops with an error. A row
+        with a logit of minus infinity, which has no standard deviation, is refused on a CPU; on
+        other devices, and with one logit only, it gives NaN, as in the file.
 
     Shape:
         Student (B, S, V), teacher (B, T, W). ``count`` is B.
@@ -65,6 +65,7 @@ class MultiLevelOTReleased(Loss):
 
     Raises:
         SettingError: If a temperature is not above 0.
+        BatchError: If a scored position has a logit of minus infinity.
 
     Example:
         >>> import ctkd
@@ -125,7 +126,8 @@ class MultiLevelOTReleased(Loss):
             for probs in (student, teacher)
         )
         paired = paired_positions(batch)
-        longest = torch.maximum(batch.student.mask.sum(1).amax(), batch.teacher.mask.sum(1).amax())
+        lengths = torch.cat([batch.student.mask.sum(1), batch.teacher.mask.sum(1)])
+        longest = F.pad(lengths, (0, 1)).amax()  # 0 in a batch without sequences
         used = (torch.arange(rows, device=paired.device) < longest).expand(student.shape[0], -1)
 
         had = (student - teacher).abs().sum(-1)[:, : paired.shape[1]]

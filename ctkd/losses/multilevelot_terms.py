@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ctkd.batch import Batch
+from ctkd.batch import Batch, Side
 from ctkd.chunks import PAIRINGS, pair_positions
 from ctkd.errors import SettingError
 from ctkd.logits import Logits
@@ -176,7 +176,7 @@ class MultiLevelOTTerms(Loss):
         student = _log_probs(batch.student.logits, match.student_ids, temperatures)
         with torch.no_grad():
             teacher = _log_probs(batch.teacher.logits, match.teacher_ids, temperatures)
-        missing = ~match.found.unsqueeze(1)
+        missing = ~match.found.unsqueeze(1) | _masked(batch.student, student)
         pairs = pair_positions(batch, self.pairing)
 
         parts = {}
@@ -210,6 +210,12 @@ def _log_probs(logits: Logits, ids: Tensor, temperatures: dict[str, float]) -> d
     distinct = sorted(set(temperatures.values()))
     answers = dict(zip(distinct, logits.log_probs_at(ids.unsqueeze(1), distinct), strict=True))
     return {name: answers[temperature] for name, temperature in temperatures.items()}
+
+
+def _masked(side: Side, log_probs: dict[str, Tensor]) -> Tensor:
+    """Columns that are minus infinity wherever the side is scored, (B, 1, K): as if not there."""
+    impossible = next(iter(log_probs.values())) == -torch.inf
+    return (impossible | ~side.mask.unsqueeze(-1)).all(1, keepdim=True)
 
 
 def check_some_weight(**weights: float) -> None:

@@ -9,10 +9,14 @@ from torch import Tensor
 from ctkd import rows as rows_module
 from ctkd.dense_logits import DenseLogits
 from ctkd.errors import BatchError
+from ctkd.head_logits import HeadLogits
+from ctkd.logits import Logits
 from ctkd.row_logits import RowLogits
 from ctkd.row_pairs import map_row_pairs
 from ctkd.row_sources import TensorRows
 from ctkd.sorting import stable_top_ids
+from ctkd.top_k import TopK
+from ctkd.top_k_logits import TopKLogits
 
 B, S, V = 3, 5, 11
 LENGTHS = (5, 3, 0)
@@ -361,6 +365,34 @@ def test_equal_columns_have_equal_sums_on_cuda():
 def test_what_does_not_fit_is_refused(settings, message):
     with pytest.raises(BatchError, match=message):
         DenseLogits(**{"tensor": torch.zeros(1, 2, 5), **settings})
+
+
+def kinds_of_logits(dtype: torch.dtype) -> dict[str, Logits]:
+    """Logits of 2 positions and 5 columns."""
+    dense = DenseLogits(randn(1, 2, 5).to(dtype))
+    head = HeadLogits(randn(1, 2, 3).to(dtype), randn(5, 3).to(dtype))
+    stored = TopKLogits(TopK.of(dense, torch.zeros(1, 2, dtype=torch.int64), 5, [1.0]))
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    return {
+        "dense": dense,
+        "head": head,
+        "stored": stored,
+        "cut": DenseLogits(randn(1, 2, 8).to(dtype), vocab_size=5),
+        "nothing scored": dense.masked(nothing),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", kinds_of_logits(torch.float64))
+def test_more_entries_than_there_are_columns_are_refused(kind, dtype):
+    logits = kinds_of_logits(dtype)[kind]
+    for ask in (logits.top_ids, logits.sorted_probs):
+        assert ask(5).shape == (1, 2, 5)
+        for k in (6, -1):
+            with pytest.raises(
+                BatchError, match=rf"the largest {k} entries .* ask for min\(k, 5\)"
+            ):
+                ask(k)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1, 3), (1, 3, 3)])

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 import ctkd
 from ctkd import rows as rows_module
 from ctkd.batch import Batch
+from ctkd.errors import BatchError
 from ctkd.loss import (
     average,
     masked_sum,
@@ -294,18 +295,14 @@ def test_columns_of_minus_infinity(name, settings):
     if name.startswith("multilevelot") and name != "multilevelot_released":
         settings = {**settings, "k": 3 if settings.get("matching") == "assignment" else 6}
     loss = ctkd.get_loss(name, pair=make_pair(10, 8), **settings)
-    value, count, gradient = loss_and_gradient(loss, inputs)
-    if "pair" in loss.needs:
-        # Where only the student's column is gone, a divergence may well be infinite.
-        assert not value.isnan() and not gradient.isnan().any()
-    elif name == "multilevelot_released":
-        assert value.isnan()  # documented: such a row has no standard deviation
-    elif settings.get("matching") in ("greedy", "assignment_topk"):
-        # A column of zeros may be the nearest, and the log term is then infinite.
-        output = loss(Batch.from_causal_lm(**inputs))
-        assert output.parts["sl"] == torch.inf and gradient.isfinite().all()
-        assert output.parts["had"].isfinite() and output.parts["sd"].isfinite()
+    if name == "multilevelot_released":
+        # Such a row has no standard deviation.
+        with pytest.raises(BatchError, match=r"student's .* column 2 .* teacher's .* column 2 "):
+            loss_and_gradient(loss, inputs)
+    elif "pair" in loss.needs:
+        finite_or_refused(loss, inputs)
     else:
+        value, count, gradient = loss_and_gradient(loss, inputs)
         expected, expected_count, expected_gradient = loss_and_gradient(loss, removed)
         kept_gradient = gradient[..., [0, 1, 3, 4, 5, 6, 8, 9]]
         same((value, count, kept_gradient), (expected, expected_count, expected_gradient))
@@ -321,12 +318,45 @@ def test_columns_of_minus_infinity_on_both_sides_beyond_the_finite_ones(name, se
     for side in ("student", "teacher"):
         inputs[f"{side}_labels"] = inputs[f"{side}_labels"].clamp_max(4)
     loss = ctkd.get_loss(name, pair=PAIR, **settings)
-    value, _, gradient = loss_and_gradient(loss, inputs)
     if "pair" in loss.needs:
         # A finite column of the teacher may have a partner that is not.
-        assert not value.isnan() and not gradient.isnan().any()
+        finite_or_refused(loss, inputs)
+    else:
+        value, _, gradient = loss_and_gradient(loss, inputs)
+        assert value.isfinite() and gradient.isfinite().all()
+
+
+def finite_or_refused(loss, inputs):
+    """Where only the student's column is gone, a divergence may well be infinite."""
+    try:
+        value, _, gradient = loss_and_gradient(loss, inputs)
+    except BatchError as error:
+        assert "the student's logits are minus infinity in column" in str(error)
     else:
         assert value.isfinite() and gradient.isfinite().all()
+
+
+def test_the_column_of_a_scored_token_is_named_first():
+    inputs = ragged_inputs(7)
+    labels = inputs["student_labels"]
+    labels[labels == 0] = 1
+    sequence, place = (labels[:, 1:] >= 0).nonzero()[-1].tolist()
+    place += 1
+    column = int(labels[sequence, place])
+    inputs["student_logits"][..., 0] = -torch.inf  # no token's
+    inputs["student_logits"][sequence, place - 1, column] = -torch.inf
+    position = int((labels[sequence, 1:place] >= 0).sum())
+    message = rf"column {column} \(sequence {sequence}, position {position}\)"
+    with pytest.raises(BatchError, match=message):
+        ctkd.get_loss("mined", pair=PAIR)(Batch.from_causal_lm(**inputs))
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_logits_that_are_wrong_themselves_are_let_pass(wrong):
+    inputs = ragged_inputs(7)
+    inputs["student_logits"][..., 2] = -torch.inf
+    inputs["student_logits"][..., 3] = wrong
+    assert not ctkd.get_loss("alm")(Batch.from_causal_lm(**inputs)).value.isfinite()
 
 
 @by_form

@@ -28,6 +28,7 @@ HEAVY = (
     "accelerate",
     "scipy",
     "numba",
+    "torch._dynamo",
 )
 LOSSES = {name: ctkd.get_loss_class(name) for name in ctkd.list_losses()}
 by_module = pytest.mark.parametrize("name", ["ctkd", *CORE])

@@ -1,0 +1,72 @@
+"""Columns of minus infinity, where a loss has no finite value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ctkd.batch import Batch, Side
+from ctkd.errors import BatchError
+from ctkd.row_logits import RowLogits
+
+__all__ = ["refuse_masked_columns"]
+
+
+@torch.no_grad()
+def refuse_masked_columns(batch: Batch, value: Tensor) -> None:
+    """Refuse a value that is infinite or nan because logits are minus infinity.
+
+    Values that come from logits which are nan or infinite themselves are let pass: a trainer looks
+    for those.
+
+    Raises:
+        BatchError: If the value lies on the CPU, where looking at it makes no device wait, is not
+            finite, and a scored position has a logit of minus infinity.
+    """
+    if value.device.type != "cpu" or type(value) is not Tensor or bool(value.isfinite().all()):
+        return
+    found = []
+    for name, side in (("student", batch.student), ("teacher", batch.teacher)):
+        if isinstance(side.logits, RowLogits):
+            finite, place = _masked_column(side, side.logits)
+            if not finite:
+                return
+            if place:
+                sequence, position, column = place
+                found.append(
+                    f"the {name}'s logits are minus infinity in column {column} "
+                    f"(sequence {sequence}, position {position})"
+                )
+    if found:
+        raise BatchError(
+            f"{' and '.join(found)}, and this loss has no finite value there; mask no column that "
+            "a scored token or the other side needs, cut off padded ones with student_vocab_size "
+            "or teacher_vocab_size, or use a loss that takes probabilities of 0, such as uld"
+        )
+
+
+def _masked_column(side: Side, logits: RowLogits) -> tuple[bool, tuple[int, int, int] | None]:
+    """Whether no logit is nan or infinity, and where one is minus infinity.
+
+    That of a scored token comes first: no likelihood of a text survives it.
+    """
+    scored, labels = side.mask.flatten(), side.token_ids.flatten()
+    first: tuple[int, int, int] | None = None
+    for position, block in logits.blocks():
+        kept = scored[position]
+        position, block = position[kept], block[kept]
+        if not bool((block < torch.inf).all()):
+            return False, None
+        masked = block == -torch.inf
+        of_labels = masked.gather(1, labels[position].unsqueeze(1))
+        for which, columns in ((of_labels, labels[position].unsqueeze(1)), (masked, None)):
+            if not which.any() or (first and columns is None):
+                continue
+            row, column = which.nonzero()[0].tolist()
+            if columns is not None:
+                column = int(columns[row])
+            place = *divmod(int(position[row]), logits.shape[1]), column
+            if columns is not None:
+                return True, place
+            first = place
+    return True, first
