@@ -58,10 +58,14 @@ def stable_top_ids(values: Tensor, k: int) -> Tensor:
     Shape:
         ``values`` (N, V); the answer is (N, k) int64.
 
+    Raises:
+        BatchError: If k is above V.
+
     Example:
         >>> stable_top_ids(torch.tensor([[1.0, 3.0, 3.0]]), 2)
         tensor([[1, 2]])
     """
+    _check_count(k, values.shape[-1])
     if values.dtype == torch.float64:
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     if has_kernels(values.device, torch.float32):
@@ -90,8 +94,7 @@ def top_of(rows: RowArray, width: int, k: int) -> tuple[Tensor, Tensor]:
     """
     from ctkd.kernels.top import put_top
 
-    if k > width:
-        raise BatchError(f"each row has {width} entries, of which the largest {k} cannot be taken")
+    _check_count(k, width)
     shape = len(rows.starts), k
     found, found_entries = np.empty(shape, np.int64), np.empty(shape, np.float32)
 
@@ -101,3 +104,8 @@ def top_of(rows: RowArray, width: int, k: int) -> tuple[Tensor, Tensor]:
     if k:
         over_rows(len(found), put)
     return torch.from_numpy(found), torch.from_numpy(found_entries)
+
+
+def _check_count(k: int, width: int) -> None:
+    if k > width:
+        raise BatchError(f"each row has {width} entries, of which the largest {k} cannot be taken")
