@@ -284,7 +284,7 @@ class RowLogits(Logits):
         for position, block in self.blocks():
             found, probs = softmax_statistics(block, temperatures, standardise, workspace)
             for table, one in zip(tables, found, strict=True):
-                table[self.flat_rows[position]] = one
+                self.note(table, position, one)
             if mask is not None or not skips_padding(self.device):
                 probs.masked_fill_(~selected[position].unsqueeze(-1), 0.0)
             add_rows_(mass, position // max(positions, 1), probs)

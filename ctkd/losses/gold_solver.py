@@ -92,9 +92,15 @@ class GoldSolver:
             self._room("exponents", student_logits, width),
             self._room("probs", student_logits, width),
         )
-        # The gradient is put where the teacher has been.
-        room = self._room("teacher", student_logits, max(2 * teacher_width, width))
-        teacher_rooms = room[:, :teacher_width], room[:, teacher_width : 2 * teacher_width]
+        # Both sides' columns lie side by side in memory: powers of rows that lie apart may round
+        # otherwise, and a student that is the teacher would differ from it. The gradient is put
+        # where the teacher has been.
+        rows = len(student_logits)
+        room = self._room("teacher", student_logits, max(teacher_width, width)).view(-1)
+        teacher_rooms = (
+            room[: rows * teacher_width].view(rows, teacher_width),
+            self._room("teacher probs", student_logits, teacher_width),
+        )
         student = _Rows.of(
             student_logits, self.columns.student, self.student_temperature, student_scale, rooms
         )
@@ -131,7 +137,8 @@ class GoldSolver:
         change.addcmul_(student.probs, total.neg())
         if self.student_temperature != 1.0:
             change.div_(self.student_temperature)
-        gradient = room[:, :width].scatter_(1, self.columns.student.expand_as(change), change)
+        gradient = room[: rows * width].view(rows, width)
+        gradient.scatter_(1, self.columns.student.expand_as(change), change)
         if per_pair is None:
             return RowSolution(values, gradient)
         return RowSolution(values, gradient, torch.cat([total, torch.zeros_like(total)], dim=-1))

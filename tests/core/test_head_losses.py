@@ -18,6 +18,7 @@ from tests.head_inputs import (
 )
 from tests.losses.test_stored_teacher import build, forms
 from tests.ragged_batches import ragged_inputs
+from tests.rounding import rounding
 
 
 def agree(actual: object, expected: object, tolerance: float = 1e-11) -> None:
@@ -115,7 +116,9 @@ def test_narrow_tensors_are_read_as_the_same_numbers_in_float32(
         assert leaf.grad.dtype == dtype
         found[dtype] = value, leaf.grad.float()
     (value, gradient), (expected, wanted) = found.values()
-    assert value == expected and wanted.abs().max() > 1e-4
+    assert wanted.abs().max() > 1e-4
+    # Widened rows lie otherwise in memory, so that sums and powers may round otherwise.
+    torch.testing.assert_close(value, expected, rtol=rounding(torch.float32, 11), atol=0)
     # A gradient is rounded once when it is known, and once when it has its weight.
     torch.testing.assert_close(gradient, wanted, rtol=2**-7, atol=1e-9)
 

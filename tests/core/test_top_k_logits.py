@@ -189,10 +189,11 @@ def test_another_mask(kind, k, dtype):
     assert narrowed.mask is fewer and narrowed.shape == logits.shape
     kept = TopK.of(DenseLogits(tensor, mask=fewer), labels, k, TEMPERATURES)
     expected = TopKLogits(kept, mask=fewer)
-    for answer, wanted in zip(
-        answers_to_everything(narrowed, k), answers_to_everything(expected, k), strict=True
-    ):
-        assert torch.equal(answer, wanted)
+    *answers, top_ids = answers_to_everything(narrowed, k)
+    *wanted, expected_ids = answers_to_everything(expected, k)
+    for answer, one in zip(answers, wanted, strict=True):
+        agree(answer, one, dtype)
+    assert torch.equal(top_ids, expected_ids)
     for question in (0, 4):
         answer = answers_to_everything(narrowed, k)[question]
         assert not torch.equal(answer, answers_to_everything(logits, k)[question])

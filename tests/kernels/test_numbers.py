@@ -1,13 +1,15 @@
 """Arithmetic of compiled loops against float64."""
 
+import importlib
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from ctkd.kernels import numbers
-from ctkd.kernels.compiling import compiled
+pytest.importorskip("numba", exc_type=ImportError)
+numbers = importlib.import_module("ctkd.kernels.numbers")
+compiled = importlib.import_module("ctkd.kernels.compiling").compiled
 
 SPECIAL = [0.0, -0.0, 1e-43, -1e-43, 1.0, -1.0, 3e38, -3e38, math.inf, -math.inf]
 

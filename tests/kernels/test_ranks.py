@@ -1,5 +1,7 @@
 """The distance between ranked rows without sorting, held against torch's stable sort."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ctkd.kernels.ranks import put_rank_signs
 from ctkd.sorting import ranked_l1
 from tests.sorted_rows import KINDS, probs_of
+
+pytest.importorskip("numba", exc_type=ImportError)
+put_rank_signs = importlib.import_module("ctkd.kernels.ranks").put_rank_signs
 
 
 def by_counting(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,6 +152,7 @@ def same_model(ties: bool = False) -> dict[str, Any]:
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("shared", [range(8), [0, 3, 4], []], ids=["all", "some", "none"])
 def test_a_student_that_is_the_teacher_gives_exactly_zero(merging, beta, shared):
+    """Both sides go the same way through memory of one layout, so no machine tells them apart."""
     pair = Tokens(list(shared), list(shared), sizes=(8, 8))
     loss = ctkd.get_loss("gold", pair=pair, merging=merging, beta=beta)
     for ties in (False, True):

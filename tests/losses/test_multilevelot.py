@@ -18,6 +18,7 @@ from ctkd.losses.multilevelot_terms import (
 from ctkd.matching import MATCHINGS, ColumnMatch
 from tests.golden_values import entries_of, gradient_norm, load, paper_case, unequal_case
 from tests.ragged_batches import answer_rows, loss_and_gradient, ragged_inputs, side_of
+from tests.rounding import rounding
 
 PAPER = load("multilevelot_paper")["cases"]
 UNEQUAL = load("multilevelot_unequal")["cases"]
@@ -238,13 +239,15 @@ def test_the_whole_is_the_sum_of_its_halves(matching, settings):
             parts |= loss(Batch.from_causal_lm(**inputs)).parts
     loss = ctkd.get_loss("multilevelot", **settings)
     value, count, gradient = loss_and_gradient(loss, inputs)
-    torch.testing.assert_close(sum(half[0] for half in halves), value, rtol=1e-15, atol=0)
+    # Three terms in two orders, each from a softmax over 9 or 11 columns.
+    rtol = rounding(torch.float64, 3 * 11)
+    torch.testing.assert_close(sum(half[0] for half in halves), value, rtol=rtol, atol=0)
     torch.testing.assert_close(sum(half[2] for half in halves), gradient, rtol=1e-13, atol=1e-17)
     assert all(half[1] == count for half in halves)
     whole = loss(Batch.from_causal_lm(**inputs)).parts
     # One exponential serves temperatures 1 and 2, so that asking for both may round otherwise.
     assert {name: part.item() for name, part in whole.items()} == pytest.approx(
-        {name: part.item() for name, part in parts.items()}, rel=1e-15
+        {name: part.item() for name, part in parts.items()}, rel=rtol
     )
 
 
@@ -266,7 +269,8 @@ def test_equal_sides(matching):
     rows = answer_rows(inputs, "student")
     batch = Batch(student=side_of(*rows), teacher=side_of(*rows))
     parts = ctkd.get_loss("multilevelot", k=4, matching=matching)(batch).parts
-    assert parts["had"] == 0
+    # A difference of two probabilities has the rounding of both; all of them add up to 2.
+    assert parts["had"] <= 2 * rounding(torch.float64, 9)
     assert parts["sl"] > 0.01 and parts["sd"] > 0.001
 
 
@@ -277,9 +281,9 @@ def test_the_transport_moves_the_mass_of_the_student():
     batch = Batch(student=side_of(student), teacher=side_of(teacher))
     settings = {"sd_weight": 1.0, "sd_temperature": 1.0, "k": 1}
     output = ctkd.get_loss("multilevelot_sequence", **settings)(batch)
-    assert output.value.item() == pytest.approx(0.0, abs=1e-15)
+    assert output.value.item() == pytest.approx(0.0, abs=rounding(torch.float64, 15))
     output = ctkd.get_loss("multilevelot_sequence", **settings, matching="greedy")(batch)
-    assert output.value.item() == pytest.approx(0.0, abs=1e-15)
+    assert output.value.item() == pytest.approx(0.0, abs=rounding(torch.float64, 15))
     settings = {**settings, "k": 2, "matching": "mass"}
     flat = torch.tensor([[0.5, 0.5]] * 5, dtype=torch.float64).log()
     batch = Batch(student=side_of(flat), teacher=side_of(teacher))
