@@ -21,7 +21,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from ctkd.distill.peak_memory import PeakMemory
+from ctkd.distill.devices import PeakMemory
 
 RESULTS = Path(__file__).with_name("results")
 _ROOT = Path(__file__).parents[1]
@@ -167,7 +167,7 @@ def draw_bars(
         across: What the values are.
         limits: By name, what a value should not exceed; drawn as a mark, and red where exceeded.
     """
-    from ctkd.distill.compare import drawing
+    from ctkd.compare.report import drawing
 
     limits = limits or {}
     count = sum(len(values) for values in panels.values())
@@ -213,7 +213,7 @@ def draw_lines(
     """
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    from ctkd.distill.compare import drawing
+    from ctkd.compare.report import drawing
 
     figure = drawing.new_figure(3.4 * len(panels))
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
@@ -240,7 +240,7 @@ def draw_lines(
 
 
 def _save(figure: Any, path: Path) -> None:
-    from ctkd.distill.compare import drawing
+    from ctkd.compare.report import drawing
 
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".svg":

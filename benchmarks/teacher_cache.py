@@ -24,11 +24,11 @@ import ctkd
 from benchmarks.measuring import append_row, environment, time_in_turn
 from benchmarks.options import note_option, results_option
 from benchmarks.steps import Prepared
-from ctkd.distill.collator import Collator, padding_id
-from ctkd.distill.encoded import EncodedPair
-from ctkd.distill.models import head_width, last_logits
+from ctkd.distill.data.collator import Collator, padding_id
+from ctkd.distill.data.encoding import EncodedPair
+from ctkd.distill.models.loading import head_width, last_logits
 from ctkd.distill.preparing import Models
-from ctkd.distill.teacher_cache import TeacherCache
+from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.errors import CtkdError
 from ctkd.loss import Loss
 from ctkd.top_k import TopK

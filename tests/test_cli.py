@@ -11,8 +11,9 @@ from transformers import T5Config
 
 import ctkd
 from ctkd.cli import main
-from ctkd.distill import models, training
 from ctkd.distill.config import TrainConfig
+from ctkd.distill.models import loading as models
+from ctkd.distill.training import run as training
 from tests import tiny
 from tests.tiny_runs import Workplace, error_of, finish, invoke, save
 
@@ -204,7 +205,7 @@ def test_a_reader_that_leaves_is_no_error_of_ours(monkeypatch):
     def closed(*arguments, **settings):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("ctkd.cli.list_losses", closed)
+    monkeypatch.setattr("ctkd.cli.losses.list_losses", closed)
     result = invoke("losses")
     assert result.exit_code == 1
     assert "unexpected" not in result.output

@@ -3,10 +3,9 @@
 import pytest
 
 from ctkd.cli import main
-from ctkd.distill import cache_writing
-from ctkd.distill.cache_writing import DEFAULT_K, DEFAULT_TEMPERATURES
-from ctkd.distill.config import TrainConfig
-from ctkd.distill.teacher_cache import TeacherCache
+from ctkd.distill.config import CacheSettings, TrainConfig
+from ctkd.distill.teachers import cache_writing
+from ctkd.distill.teachers.cache import TeacherCache
 from tests.tiny_caches import CachePlace
 from tests.tiny_runs import error_of, finish, invoke, record
 
@@ -160,8 +159,8 @@ def test_help_has_examples_and_defaults():
     assert "\\b" not in shown
     assert "  ctkd train --loss multilevelot --teacher-cache teacher-cache\n" in shown
     options = {option.name: option for option in main.commands["cache"].params}
-    assert options["k"].default == DEFAULT_K
-    assert DEFAULT_TEMPERATURES == (1.0, 2.0)
+    assert f"[{CacheSettings().k}]" in options["k"].help
+    assert CacheSettings().temperatures == (1.0, 2.0)
     assert "[1 and 2]" in options["temperatures"].help
     for name, value in TrainConfig().as_dict().items():
         if name in options and value not in (None, {}):

@@ -14,12 +14,11 @@ from transformers import TrainingArguments
 
 import ctkd
 from ctkd.batch import Batch, Side
-from ctkd.distill.collator import Collator, padding_id
-from ctkd.distill.encoded import EncodedPair, EncodedSide
-from ctkd.distill.encoding import encode_pair
-from ctkd.distill.prompts import PLAIN, PromptForm
-from ctkd.distill.tasks import Example
-from ctkd.distill.trainer import CrossTokenizerTrainer
+from ctkd.distill.data.collator import Collator, padding_id
+from ctkd.distill.data.encoding import EncodedPair, EncodedSide, encode_pair
+from ctkd.distill.data.prompts import PLAIN, PromptForm
+from ctkd.distill.data.tasks import Example
+from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import BatchError, DataError, SettingError
 from ctkd.tokenization import TokenBytes, TokenizerPair
 from tests import tiny

@@ -4,9 +4,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ctkd.distill.collator import Collator, padding_id
-from ctkd.distill.encoding import encode_pair
-from ctkd.distill.tasks import Example
+from ctkd.distill.data.collator import Collator, padding_id
+from ctkd.distill.data.encoding import encode_pair
+from ctkd.distill.data.tasks import Example
 
 TEXTS = [
     "The cat sat on the mat.",

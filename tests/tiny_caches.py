@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ctkd.distill.cache_writing import write_cache
-from ctkd.distill.config import TrainConfig
-from ctkd.distill.teacher_cache import TeacherCache
+from ctkd.distill.config import CacheSettings, TrainConfig
+from ctkd.distill.teachers.cache import TeacherCache
+from ctkd.distill.teachers.cache_writing import write_cache
 from tests import tiny
 from tests.tiny_runs import Workplace
 
@@ -45,7 +45,9 @@ class CachePlace(Workplace):
         own = {"k", "temperatures", "texts", "shard_rows"}
         settings = {key: value for key, value in options.items() if key not in own}
         given = {key: value for key, value in options.items() if key in own}
-        return write_cache(self.config(**settings), self.folder / name, say=say, **given)
+        return write_cache(
+            self.config(**settings), self.folder / name, CacheSettings(**given), say=say
+        )
 
     def cached(self, cache: TeacherCache, output: str, **settings: Any) -> TrainConfig:
         """The settings of a run that asks the cache."""

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctkd.distill.config import TrainConfig
-from ctkd.distill.data import EMBEDDED, load_rows, split_off
-from ctkd.distill.encoded import EncodedExamples, EncodedSide
-from ctkd.distill.encoding import encode_pair
-from ctkd.distill.models import (
+from ctkd.distill.data.encoding import EncodedExamples, EncodedSide, encode_pair
+from ctkd.distill.data.prompts import PromptForm, choose_shots
+from ctkd.distill.data.rows import is_embedded, load_rows
+from ctkd.distill.data.tasks import Example, examples, split_off
+from ctkd.distill.models.loading import (
     check_token_ids,
     head_width,
     load_model,
     load_tokenizer,
     most_positions,
 )
-from ctkd.distill.prompts import PromptForm, choose_shots
-from ctkd.distill.tasks import Example, examples
-from ctkd.distill.teacher_cache import TeacherCache
-from ctkd.distill.teacher_texts import TeacherTexts
+from ctkd.distill.teachers.cache import TeacherCache
+from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.errors import DataError, ModelError, SettingError
 from ctkd.tokenization.pair import TokenizerPair
 
@@ -32,9 +30,7 @@ __all__ = [
     "Models",
     "answerable",
     "answered_by_teacher",
-    "choose_device",
     "encode",
-    "is_embedded",
     "load_examples",
     "load_models",
     "teacher_dtype",
@@ -93,11 +89,6 @@ def load_examples(
         held_out = held_out[: config.eval_limit]
     say(f"{len(found)} training examples, {len(held_out)} held out")
     return found, held_out
-
-
-def is_embedded(source: str) -> bool:
-    """Whether the name, which says no split, is that of an embedded set and of no file."""
-    return source in EMBEDDED and not Path(source).exists()
 
 
 def load_models(
@@ -293,19 +284,3 @@ def _longest(config: TrainConfig, models: Models, room: int) -> int:
             )
         longest = min(longest, positions - room)
     return longest
-
-
-def choose_device(name: str) -> torch.device:
-    """Find the device of that name; "auto" takes a GPU where there is one.
-
-    Raises:
-        SettingError: If it is none of "auto", "cpu" and "cuda".
-        ModelError: If it is not there.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise SettingError(f"device must be one of auto, cpu, cuda, got {name!r}")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device cuda was asked for, but torch finds none; use --device cpu")
-    return torch.device(name)

@@ -149,8 +149,14 @@ class Thresholds:
         SettingError: If one lies outside its range.
     """
 
-    min_coverage: float = 0.95
-    min_one_to_one: float = 0.05
+    min_coverage: float = field(
+        default=0.95,
+        metadata={"help": "Unsound if less of the answers' bytes is spelled alike on both sides."},
+    )
+    min_one_to_one: float = field(
+        default=0.05,
+        metadata={"help": "Unsound if fewer of the chunks are one token on both sides."},
+    )
 
     def __post_init__(self) -> None:
         for name in ("min_coverage", "min_one_to_one"):

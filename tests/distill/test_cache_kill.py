@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ctkd.distill.teacher_cache import TeacherCache
+from ctkd.distill.teachers.cache import TeacherCache
 from tests.tiny_caches import CachePlace
 
 ROOT = Path(__file__).parents[2]
@@ -19,11 +19,12 @@ GROUP = 4
 DRIVER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from ctkd.distill import cache_writing, teacher_texts
-from ctkd.distill.asked_teacher import AskedTeacher
-from ctkd.distill.cache_writing import write_cache
+from ctkd.distill.teachers import cache_writing
+from ctkd.distill.teachers import texts as teacher_texts
+from ctkd.distill.teachers.cache_writing import LazyTeacher
+from ctkd.distill.teachers.cache_writing import write_cache
 from ctkd.distill.config import TrainConfig
-from ctkd.distill.teacher_cache import row_key
+from ctkd.distill.teachers.cache import row_key
 from tests.tiny_caches import CachePlace
 
 place, name, log, kills = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
@@ -34,7 +35,7 @@ def write(*words):
     os.write(out, (" ".join(map(str, words)) + "\\n").encode())
 
 def child(attempt):
-    top_k, save, generate = AskedTeacher.top_k, cache_writing._save, teacher_texts.generate_ends
+    top_k, save, generate = LazyTeacher.top_k, cache_writing._save, teacher_texts.generate_ends
     append = teacher_texts.TeacherTexts._append
 
     def asking(self, sides, record):
@@ -62,7 +63,7 @@ def child(attempt):
         for prompt in answering.last:
             write(attempt, "kept", "prompt-" + "-".join(map(str, prompt)))
 
-    AskedTeacher.top_k, cache_writing._save, teacher_texts.generate_ends = asking, saving, answering
+    LazyTeacher.top_k, cache_writing._save, teacher_texts.generate_ends = asking, saving, answering
     teacher_texts.TeacherTexts._append = appending
     config = CachePlace.__new__(CachePlace)
     config.folder, config.rows = place, place / "rows.jsonl"

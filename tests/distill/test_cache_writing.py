@@ -7,11 +7,12 @@ import filelock
 import pytest
 import torch
 
-from ctkd.distill import asked_teacher, cache_writing, teacher_texts
-from ctkd.distill.asked_teacher import AskedTeacher
-from ctkd.distill.cache_writing import write_cache
-from ctkd.distill.models import load_model
-from ctkd.distill.teacher_cache import TeacherCache
+from ctkd.distill.config import CacheSettings
+from ctkd.distill.models.loading import load_model
+from ctkd.distill.teachers import cache_writing
+from ctkd.distill.teachers import texts as teacher_texts
+from ctkd.distill.teachers.cache import TeacherCache
+from ctkd.distill.teachers.cache_writing import LazyTeacher, write_cache
 from ctkd.errors import CtkdError, DataError, OutputError, SettingError
 from tests.tiny_caches import CachePlace, save_teacher, write_ragged_rows
 from tests.tiny_runs import save
@@ -41,7 +42,7 @@ def copied(place, made, tmp_path):
 def asked(monkeypatch) -> dict[str, list]:
     """The teachers that were loaded, the rows asked about, and the prompts answered."""
     found = {"loaded": [], "rows": [], "prompts": []}
-    load, top_k = asked_teacher.load_model, AskedTeacher.top_k
+    load, top_k = cache_writing.load_model, LazyTeacher.top_k
     generate = teacher_texts.generate_ends
 
     def loading(name, **settings):
@@ -56,8 +57,8 @@ def asked(monkeypatch) -> dict[str, list]:
         found["prompts"] += [tuple(prompt) for prompt in prompts]
         return generate(model, tokenizer, prompts, **settings)
 
-    monkeypatch.setattr(asked_teacher, "load_model", loading)
-    monkeypatch.setattr(AskedTeacher, "top_k", asking)
+    monkeypatch.setattr(cache_writing, "load_model", loading)
+    monkeypatch.setattr(LazyTeacher, "top_k", asking)
     monkeypatch.setattr(teacher_texts, "generate_ends", answering)
     return found
 
@@ -70,7 +71,7 @@ def files(folder) -> dict[str, bytes]:
 def test_two_processes_do_not_write_one_cache(place, made, copied):
     with filelock.FileLock(copied / ".lock"):
         with pytest.raises(OutputError, match="another process writes the teacher cache"):
-            write_cache(place.config(), copied, **GIVEN, say=lambda line: None)
+            write_cache(place.config(), copied, CacheSettings(**GIVEN), say=lambda line: None)
 
 
 def test_the_folder_holds_what_it_says(made):
@@ -113,7 +114,7 @@ def test_exactly_what_is_damaged_is_asked_again(place, made, copied, asked, dama
     else:
         shard.unlink()
     said = []
-    write_cache(place.config(), copied, **GIVEN, say=said.append)
+    write_cache(place.config(), copied, CacheSettings(**GIVEN), say=said.append)
     assert f"{shard} is missing or damaged and is computed again" in said
     assert files(copied) == files(made.path)
     assert len(asked["rows"]) == 4
@@ -123,7 +124,7 @@ def test_exactly_what_is_damaged_is_asked_again(place, made, copied, asked, dama
 def test_exactly_the_texts_that_are_missing_are_written_again(place, made, copied, asked):
     lines = (copied / "texts.jsonl").read_bytes().splitlines(keepends=True)
     (copied / "texts.jsonl").write_bytes(lines[1])
-    found = write_cache(place.config(), copied, **GIVEN)
+    found = write_cache(place.config(), copied, CacheSettings(**GIVEN))
     assert len(found.texts) == 2
     assert asked["rows"] == []
     # They are answered in groups, and these two are one.
@@ -131,12 +132,12 @@ def test_exactly_the_texts_that_are_missing_are_written_again(place, made, copie
 
 
 def test_more_texts_are_added_to_a_cache(place, made, copied, asked):
-    found = write_cache(place.config(), copied, **{**GIVEN, "texts": "all"})
+    found = write_cache(place.config(), copied, CacheSettings(**{**GIVEN, "texts": "all"}))
     assert len(found.texts) == 20
     assert len(asked["prompts"]) == 18
     assert asked["rows"] == []
     assert len(TeacherCache.open(copied).texts) == 20
-    assert len(write_cache(place.config(), copied, **GIVEN).texts) == 20
+    assert len(write_cache(place.config(), copied, CacheSettings(**GIVEN)).texts) == 20
 
 
 def test_equal_rows_are_asked_about_once(place, tmp_path, asked):
@@ -144,7 +145,7 @@ def test_equal_rows_are_asked_about_once(place, tmp_path, asked):
     text = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(text + text.replace('"id": "r', '"id": "s'))
     config = place.config(data=str(tmp_path / "rows.jsonl"))
-    found = write_cache(config, tmp_path / "cache", **GIVEN)
+    found = write_cache(config, tmp_path / "cache", CacheSettings(**GIVEN))
     assert len(found) == len(asked["rows"]) == 20
 
 
@@ -190,10 +191,10 @@ def test_another_question_in_the_same_folder_is_refused(
     own = {name: changes.pop(name) for name in list(changes) if name in (*GIVEN, "temperatures")}
     before = files(copied)
     if message is None:
-        write_cache(place.config(**changes), copied, **{**GIVEN, **own})
+        write_cache(place.config(**changes), copied, CacheSettings(**{**GIVEN, **own}))
     else:
         with pytest.raises(OutputError, match=message):
-            write_cache(place.config(**changes), copied, **{**GIVEN, **own})
+            write_cache(place.config(**changes), copied, CacheSettings(**{**GIVEN, **own}))
     assert files(copied) == before
 
 

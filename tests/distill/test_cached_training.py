@@ -5,12 +5,14 @@ import torch
 from transformers import TrainingArguments
 
 import ctkd
-from ctkd.distill import measuring, preparing, training
-from ctkd.distill.collator import Collator, padding_id
+from ctkd.distill import preparing
+from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.preparing import Forms, encode, load_examples, load_models
-from ctkd.distill.teacher_cache import TeacherCache
-from ctkd.distill.trainer import CrossTokenizerTrainer
-from ctkd.distill.training import train
+from ctkd.distill.teachers.cache import TeacherCache
+from ctkd.distill.training import measuring
+from ctkd.distill.training import run as training
+from ctkd.distill.training.run import train
+from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import DataError, ModelError, SettingError
 from tests import tiny
 from tests.tiny_caches import CachePlace, save_teacher, write_ragged_rows

@@ -3,10 +3,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ctkd.batch import Side
-from ctkd.distill.collator import Collator, padding_id
-from ctkd.distill.encoded import EncodedPair, EncodedSide
-from ctkd.distill.encoding import encode_pair
-from ctkd.distill.tasks import Example
+from ctkd.distill.data.collator import Collator, padding_id
+from ctkd.distill.data.encoding import EncodedPair, EncodedSide, encode_pair
+from ctkd.distill.data.tasks import Example
 from ctkd.errors import BatchError
 from tests import trained_tokenizers as trained
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ctkd.distill.config import TrainConfig, parse_loss_option, read_config_file
+from ctkd.distill.config import TrainConfig
+from ctkd.distill.options import parse_loss_option, read_config_file
 from ctkd.errors import CtkdError, SettingError
 from ctkd.loss import Weights
 

@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
 
-from ctkd.distill.coverage import Coverage, RowCoverage, kept_bytes, shared_ends
-from ctkd.distill.encoded import EncodedPair
-from ctkd.distill.encoding import encode_pair
-from ctkd.distill.tasks import Example
+from ctkd.distill.data.coverage import Coverage, RowCoverage, kept_bytes, shared_ends
+from ctkd.distill.data.encoding import EncodedPair, encode_pair
+from ctkd.distill.data.tasks import Example
 from ctkd.errors import DataError
 from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.token_bytes import TokenBytes

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from ctkd.distill import measuring, training
-from ctkd.distill.progress import StepReport
-from ctkd.distill.summary import summarize
-from ctkd.distill.training import Interrupted, train
+from ctkd.distill.training import measuring
+from ctkd.distill.training import run as training
+from ctkd.distill.training.measuring import summarize
+from ctkd.distill.training.progress import StepReport
+from ctkd.distill.training.run import Interrupted, train
 from ctkd.errors import OutputError
 from tests.tiny_caches import CachePlace
 from tests.tiny_runs import finish, record, weights

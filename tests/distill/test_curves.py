@@ -5,7 +5,7 @@ import sys
 import pytest
 from matplotlib.figure import Figure
 
-from ctkd.distill.curves import plot_curves
+from ctkd.distill.training.curves import plot_curves
 from ctkd.errors import OutputError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -190,7 +190,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 def test_leaves_pyplot_alone_and_loads_matplotlib_late(tmp_path):
     code = (
-        "import sys, ctkd.distill.curves as c; assert 'matplotlib' not in sys.modules;"
+        "import sys, ctkd.distill.training.curves as c; assert 'matplotlib' not in sys.modules;"
         "c.plot_curves([{'step': 1, 'ce': 1.0}], sys.argv[1]);"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctkd.distill.data import EMBEDDED, Rows, load_rows, split_off
-from ctkd.distill.tasks import Example
+from ctkd.distill.data.rows import EMBEDDED, Rows, load_rows
+from ctkd.distill.data.tasks import Example, split_off
 from ctkd.errors import DataError, SettingError
 
 # Each value is one that `datasets` alone reads as something other than text.
@@ -190,7 +190,7 @@ def test_a_hub_id_goes_to_datasets(monkeypatch):
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
     code = (
-        "from ctkd.distill.data import load_rows\n"
+        "from ctkd.distill.data.rows import load_rows\n"
         "from ctkd.errors import DataError\n"
         "try: load_rows('pocket-qa')\n"
         "except DataError as error: print(error)\n"

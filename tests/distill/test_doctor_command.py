@@ -9,10 +9,17 @@ from tokenizers import normalizers
 from transformers import T5Config
 
 import ctkd
-from ctkd.distill import loss_advice, models
-from ctkd.distill.doctor_command import DoctorRequest, read_head_width, run_doctor
-from ctkd.distill.doctor_page import printable, render, visible
-from ctkd.distill.loss_advice import advise, advise_on
+from ctkd.cli.doctor_page import doctor_page
+from ctkd.distill.config import DoctorRequest
+from ctkd.distill.evaluation import doctor as doctor
+from ctkd.distill.evaluation.doctor import (
+    advise,
+    advise_on,
+    read_head_width,
+    run_doctor,
+)
+from ctkd.distill.models import loading as models
+from ctkd.distill.printable import printable, visible
 from ctkd.errors import ModelError, PluginError, SettingError
 from ctkd.loss import Paper, Weights
 from ctkd.registry import LossFacts, describe
@@ -83,7 +90,7 @@ def test_every_registered_loss_has_a_line(place, report):
     assert [loss.name for loss in report.losses] == ctkd.list_losses()
     assert {loss.suits for loss in report.losses} <= LEVELS
     assert all(loss.reason for loss in report.losses)
-    page = report.page()
+    page = doctor_page(report)
     assert all(f"  {loss.name} " in page for loss in report.losses)
 
 
@@ -274,7 +281,7 @@ def test_plugins_are_judged_by_their_needs(report, monkeypatch):
     def broken(name):
         raise PluginError("it\nfails")
 
-    monkeypatch.setattr(loss_advice, "describe", broken)
+    monkeypatch.setattr(doctor, "describe", broken)
     assert {(one.suits, one.reason) for one in advise(found, min_coverage=0.95)} == {
         ("unsuited", "it fails")
     }
@@ -289,7 +296,7 @@ def test_chunks_are_marked_on_both_lines_and_long_rows_start_where_they_differ(r
         teacher=(*(Piece(text="x", chunk=n) for n in range(9)), Piece(text=" yz", chunk=9)),
     )
     found = with_answers(report, worst=(row,))
-    coloured = render("title", found, report.losses, report.verdict)
+    coloured = doctor_page(replace(report, examination=found))
     page = click.unstyle(coloured)
     assert "student   … [x][x][␣y|z]{QQQ" in page
     assert "teacher   … [x][x][␣yz]" in page
@@ -310,7 +317,14 @@ def test_data_cannot_steer_the_terminal(report):
     found = with_answers(report, worst=(row,), differing=1, differing_rows=(differing,))
     verdict = replace(report.verdict, reasons=(evil,))
     losses = [replace(report.losses[0], reason=evil)]
-    page = click.unstyle(render(evil, replace(found, asymmetries=(evil,)), losses, verdict))
+    evil_report = replace(
+        report,
+        request=replace(report.request, student=evil),
+        examination=replace(found, asymmetries=(evil,)),
+        losses=losses,
+        verdict=verdict,
+    )
+    page = click.unstyle(doctor_page(evil_report))
     assert "\x1b" not in page
     assert "\u202e" not in page
     assert visible(" \t\n\x1b") == "␣⇥⏎\\x1b"

@@ -4,12 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctkd.distill import encoding
-from ctkd.distill.data import load_rows
-from ctkd.distill.encoded import EncodedSide
-from ctkd.distill.encoding import encode_pair, encode_side
-from ctkd.distill.prompts import encode_prompt, leading_ids
-from ctkd.distill.tasks import Example, examples
+from ctkd.distill.data import encoding
+from ctkd.distill.data.encoding import EncodedSide, encode_pair, encode_side
+from ctkd.distill.data.prompts import encode_prompt, leading_ids
+from ctkd.distill.data.rows import load_rows
+from ctkd.distill.data.tasks import Example, examples
 from ctkd.errors import DataError, SettingError
 from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.token_bytes import TokenBytes
@@ -312,7 +311,7 @@ def test_wrong_settings_are_refused():
 
 @pytest.mark.models
 def test_the_packaged_models_encode_the_embedded_set():
-    from ctkd.distill.models import load_tokenizer
+    from ctkd.distill.models.loading import load_tokenizer
 
     student, teacher = load_tokenizer("smollm2-135m-instruct"), load_tokenizer("gemma-3-270m")
     found = encode_pair(examples(load_rows("pocketqa"), "qa"), student, teacher, max_length=512)

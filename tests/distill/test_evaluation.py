@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 import ctkd
-from ctkd.distill import evaluate_command, measuring
-from ctkd.distill.evaluation import answer, held_out_losses
-from ctkd.distill.generation import generate
-from ctkd.distill.prompts import encode_prompt
+from ctkd.distill.config import EvaluateRequest
+from ctkd.distill.data.prompts import encode_prompt
+from ctkd.distill.evaluation import evaluate as evaluate_command
+from ctkd.distill.evaluation.evaluate import answer, held_out_losses
+from ctkd.distill.models.generation import generate
+from ctkd.distill.training import measuring
 from tests import tiny
 from tests.tiny_runs import ANSWER, Workplace, error_of, finish, invoke, record
 
@@ -144,9 +146,9 @@ def test_the_embedded_sets_test_part_is_the_default(monkeypatch):
 
     monkeypatch.setattr(evaluate_command, "load_rows", rows)
     monkeypatch.setattr(evaluate_command, "examples", lambda *arguments: [1, 2, 3])
-    request = evaluate_command.EvaluateRequest(limit=2)
+    request = EvaluateRequest(limit=2)
     assert evaluate_command._examples(request) == [1, 2]
-    evaluate_command._examples(evaluate_command.EvaluateRequest(data="rows.jsonl"))
+    evaluate_command._examples(EvaluateRequest(data="rows.jsonl"))
     assert asked == [("pocketqa", "test"), ("rows.jsonl", None)]
 
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ctkd.distill.generation import Generated, generate, generate_ends
+from ctkd.distill.models.generation import Generated, generate, generate_ends
 from ctkd.errors import DataError, ModelError, SettingError
 
 EOS = 256

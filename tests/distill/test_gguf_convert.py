@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
-from ctkd.distill import gguf_convert
-from ctkd.distill.gguf_convert import convert_gguf, converted_folder
+from ctkd.distill.models import gguf_convert
+from ctkd.distill.models.gguf_convert import convert_gguf, converted_folder
 from ctkd.errors import ModelError
 from tests.distill.gguf_files import byte_level_backend, tiny_llama, write_gguf
 
@@ -189,7 +189,7 @@ def test_file_that_is_no_gguf(path):
 def test_file_with_a_missing_weight(path, monkeypatch):
     write_gguf(path)
     monkeypatch.setattr(
-        "ctkd.distill.gguf_convert.AutoModelForCausalLM.from_pretrained",
+        "ctkd.distill.models.gguf_convert.AutoModelForCausalLM.from_pretrained",
         lambda *args, **kwargs: (tiny_llama(300), {"missing_keys": {"model.norm.weight"}}),
     )
     with pytest.raises(ModelError, match="lack 1 of the model's weights, model.norm.weight"):
@@ -199,7 +199,8 @@ def test_file_with_a_missing_weight(path, monkeypatch):
 def test_encoder_decoder_file(path, monkeypatch):
     write_gguf(path)
     monkeypatch.setattr(
-        "ctkd.distill.gguf_convert.AutoConfig.from_pretrained", lambda *args, **kwargs: T5Config()
+        "ctkd.distill.models.gguf_convert.AutoConfig.from_pretrained",
+        lambda *args, **kwargs: T5Config(),
     )
     with pytest.raises(ModelError, match=r"encoder-decoder model \(t5\)"):
         convert_gguf(path)

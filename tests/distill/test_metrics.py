@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ctkd.distill.metrics import (
+from ctkd.distill.evaluation.metrics import (
     Prediction,
     exact_match,
     f1,
@@ -324,7 +324,7 @@ def test_matching_refuses_repeated_examples_and_shortens_long_lists():
 
 def test_scoring_needs_no_transformers():
     code = (
-        "import sys, ctkd.distill.metrics as m; m.score(['a'], [['a']]);"
+        "import sys, ctkd.distill.evaluation.metrics as m; m.score(['a'], [['a']]);"
         "sys.exit('transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 
-from ctkd.distill import model_fingerprint as module
-from ctkd.distill.model_fingerprint import file_sha256, model_fingerprint
+from ctkd.distill.models import fingerprint as module
+from ctkd.distill.models.fingerprint import file_sha256, model_fingerprint
 from ctkd.errors import ModelError
 from tests.tiny_runs import save
 

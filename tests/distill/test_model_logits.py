@@ -16,8 +16,8 @@ from transformers import (
 
 from ctkd.batch import Side
 from ctkd.dense_logits import DenseLogits
-from ctkd.distill.model_logits import ModelLogits
-from ctkd.distill.models import last_logits
+from ctkd.distill.models.loading import last_logits
+from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.head_logits import HeadLogits
 
 WORDS, LENGTH = 37, 7

@@ -20,9 +20,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ctkd.distill import models
-from ctkd.distill.loading import quiet
-from ctkd.distill.models import (
+from ctkd.distill.models import loading as models
+from ctkd.distill.models.checks import quiet
+from ctkd.distill.models.loading import (
     accepts_position_ids,
     check_token_ids,
     head_width,
@@ -31,7 +31,7 @@ from ctkd.distill.models import (
     resolve,
     supports_logits_to_keep,
 )
-from ctkd.distill.packaged import PACKAGED
+from ctkd.distill.models.packaged import PACKAGED
 from ctkd.errors import ModelError
 from tests.distill.gguf_files import byte_level_backend, tiny_llama, write_gguf
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from ctkd.distill.output_folder import RECORD, OutputFolder, try_to_write
+from ctkd.distill.training.output_folder import RECORD, OutputFolder, try_to_write
 from ctkd.errors import OutputError
 
 SETTINGS = {"loss": "uld", "seed": 0, "logging_steps": 5}
@@ -124,7 +124,7 @@ def test_an_overwriting_that_is_cut_short_cannot_be_resumed(tmp_path, monkeypatc
     def full(folder):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("ctkd.distill.output_folder.shutil.rmtree", full)
+    monkeypatch.setattr("ctkd.distill.training.output_folder.shutil.rmtree", full)
     with pytest.raises(OutputError, match="Input/output error; choose another --output"):
         prepare(path, overwrite=True)
     monkeypatch.undo()

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctkd.distill import packaged
-from ctkd.distill.models import check_token_ids, load_model, load_tokenizer
-from ctkd.distill.packaged import PACKAGED, PackagedModel, prepare
+from ctkd.distill.models.loading import check_token_ids, load_model, load_tokenizer, packaged
+from ctkd.distill.models.packaged import PACKAGED, PackagedModel, prepare
 from ctkd.errors import ModelError
 from tests.distill.gguf_files import write_gguf
 

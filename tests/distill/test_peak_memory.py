@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from ctkd.distill import peak_memory
-from ctkd.distill.peak_memory import PeakMemory
+from ctkd.distill import devices as peak_memory
+from ctkd.distill.devices import PeakMemory
 
 SIZE = 64 << 20
 

@@ -26,7 +26,7 @@ def parse(text: str) -> list[Row]:
 
 
 def load(split: str) -> list[Row]:
-    folder = files("ctkd.distill") / "pocketqa"
+    folder = files("ctkd.distill.data") / "pocketqa"
     return parse((folder / f"{split}.jsonl").read_text(encoding="utf-8"))
 
 
@@ -186,7 +186,9 @@ def test_text_reaches_beyond_ascii(train: list[Row], test: list[Row]) -> None:
 
 def test_lines_are_plain_utf8() -> None:
     for split in ("train", "test"):
-        text = (files("ctkd.distill") / "pocketqa" / f"{split}.jsonl").read_text(encoding="utf-8")
+        text = (files("ctkd.distill.data") / "pocketqa" / f"{split}.jsonl").read_text(
+            encoding="utf-8"
+        )
         assert text.endswith("}\n")
         assert "\\u" not in text
         rows = parse(text)
@@ -194,7 +196,7 @@ def test_lines_are_plain_utf8() -> None:
 
 
 def test_readme_states_the_counts(train: list[Row], test: list[Row]) -> None:
-    readme = (files("ctkd.distill") / "pocketqa" / "README.md").read_text(encoding="utf-8")
+    readme = (files("ctkd.distill.data") / "pocketqa" / "README.md").read_text(encoding="utf-8")
     for split, rows in (("train", train), ("test", test)):
         assert f"| `{split}.jsonl` | {len(contexts(rows))} | {len(rows)} |" in readme
     lengths = [len(context.split()) for context in contexts(train + test).values()]

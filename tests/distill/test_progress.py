@@ -8,7 +8,7 @@ import threading
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from ctkd.distill.progress import StepClock, StepReport, StopOnSignal, loss_line
+from ctkd.distill.training.progress import StepClock, StepReport, StopOnSignal, loss_line
 
 
 class Terminal(io.StringIO):
@@ -67,7 +67,7 @@ def test_the_time_of_a_step_is_the_median(monkeypatch):
     report = StepReport(print, clock)
     assert report.seconds_per_step is None
     ticks = iter([0.0, 1.0, 50.0, 52.0, 100.0, 190.0])
-    monkeypatch.setattr("ctkd.distill.progress.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("ctkd.distill.devices.time.perf_counter", lambda: next(ticks))
     begin(report)
     for _ in range(3):
         clock.start()

@@ -2,11 +2,11 @@
 
 import pytest
 
-from ctkd.distill.encoding import encode_pair
-from ctkd.distill.evaluation import answer
-from ctkd.distill.generation import generate
-from ctkd.distill.prompts import PLAIN, PromptForm, choose_shots, encode_prompt
-from ctkd.distill.tasks import Example
+from ctkd.distill.data.encoding import encode_pair
+from ctkd.distill.data.prompts import PLAIN, PromptForm, choose_shots, encode_prompt
+from ctkd.distill.data.tasks import Example
+from ctkd.distill.evaluation.evaluate import answer
+from ctkd.distill.models.generation import generate
 from ctkd.errors import DataError, ModelError, SettingError
 from ctkd.tokenization.token_bytes import TokenBytes
 from tests import tiny

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctkd.distill import measuring
-from ctkd.distill.output_folder import OutputFolder
+from ctkd.distill.training import measuring
+from ctkd.distill.training.output_folder import OutputFolder
 from tests.tiny_runs import Workplace, error_of, finish, invoke, record, weights
 
 ROOT = Path(__file__).parents[2]

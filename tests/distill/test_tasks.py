@@ -1,7 +1,7 @@
 import pytest
 
-from ctkd.distill.data import Rows, load_rows
-from ctkd.distill.tasks import TASKS, examples, get_task
+from ctkd.distill.data.rows import Rows, load_rows
+from ctkd.distill.data.tasks import TASKS, examples, get_task
 from ctkd.errors import DataError, SettingError
 
 QA = {"context": "Oslo is in Norway.", "question": "Where is Oslo?", "answers": ["Norway"]}

@@ -6,10 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ctkd.distill import measuring, preparing, teacher_texts, training
-from ctkd.distill.generation import Generated
+from ctkd.distill import preparing
+from ctkd.distill.models.generation import Generated
 from ctkd.distill.preparing import Forms, load_examples, load_models
-from ctkd.distill.training import train
+from ctkd.distill.teachers import texts as teacher_texts
+from ctkd.distill.training import measuring
+from ctkd.distill.training import run as training
+from ctkd.distill.training.run import train
 from ctkd.errors import DataError, OutputError, SettingError
 from tests.tiny_caches import CachePlace
 from tests.tiny_runs import weights

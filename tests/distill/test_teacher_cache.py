@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 import ctkd
 from ctkd.dense_logits import DenseLogits
-from ctkd.distill.encoded import EncodedSide
-from ctkd.distill.models import load_model
+from ctkd.distill.data.encoding import EncodedSide
+from ctkd.distill.models.loading import load_model
 from ctkd.distill.preparing import Forms, encode, load_examples, load_models
-from ctkd.distill.teacher_cache import TeacherCache, row_key
+from ctkd.distill.teachers.cache import TeacherCache, row_key
 from ctkd.errors import DataError, SettingError
 from ctkd.top_k import TopK
 from tests import tiny

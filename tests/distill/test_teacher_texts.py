@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from ctkd.distill import teacher_texts
-from ctkd.distill.generation import Generated, generate, generate_ends
-from ctkd.distill.teacher_texts import TeacherTexts
+from ctkd.distill.models.generation import Generated, generate, generate_ends
+from ctkd.distill.teachers import texts as teacher_texts
+from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.errors import OutputError
 from tests import tiny
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import ctkd
-from ctkd.distill.trainer import LOSS_FILE, CrossTokenizerTrainer
+from ctkd.distill.training.trainer import LOSS_FILE, CrossTokenizerTrainer
 from ctkd.errors import SettingError
 from ctkd.loss import LossOutput
 from tests.tiny import Setup

@@ -8,10 +8,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ctkd
-from ctkd.distill import measuring, preparing, training
+from ctkd.distill import preparing
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.preparing import load_examples
-from ctkd.distill.summary import summarize
+from ctkd.distill.training import measuring
+from ctkd.distill.training import run as training
+from ctkd.distill.training.measuring import summarize
 from ctkd.errors import DataError, SettingError
 from tests.tiny_runs import ANSWER, Workplace, error_of, finish, invoke, record, weights, write_rows
 

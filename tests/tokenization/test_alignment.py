@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctkd.distill.data import Rows
-from ctkd.distill.tasks import examples
+from ctkd.distill.data.rows import Rows
+from ctkd.distill.data.tasks import examples
 from ctkd.errors import BatchError, DataError
 from ctkd.tokenization.alignment import Aligner, Difference
 from ctkd.tokenization.token_bytes import TokenBytes

@@ -16,7 +16,7 @@ from tests import trained_tokenizers as trained
 
 
 def _model(name):
-    from ctkd.distill.models import load_tokenizer
+    from ctkd.distill.models.loading import load_tokenizer
 
     return load_tokenizer(name)
 

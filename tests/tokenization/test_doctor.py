@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ctkd.distill.encoding import encode_pair
-from ctkd.distill.models import check_token_ids
+from ctkd.distill.data.encoding import encode_pair
+from ctkd.distill.models.loading import check_token_ids
 from ctkd.errors import DataError, ModelError, SettingError
 from ctkd.tokenization import doctor, kind_audit
 from ctkd.tokenization.answer_facts import AnswerIds, measure_answers

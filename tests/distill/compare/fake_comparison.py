@@ -5,7 +5,8 @@ import math
 import random
 from typing import Any
 
-from ctkd.distill.compare.records import METRICS, TEACHER, UNTRAINED, Answer, Comparison, Record
+from ctkd.compare.records import TEACHER, UNTRAINED, Answer, Comparison, Record
+from ctkd.distill.evaluation.metrics import METRICS
 
 METHODS = ("sft", "uld kd_weight=1.5", "mined", "multilevelot")
 WORDS = (

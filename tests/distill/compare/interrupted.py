@@ -13,9 +13,10 @@ from pathlib import Path
 
 import rouge_score.rouge_scorer  # noqa: F401  # so that no process has to
 
-from ctkd.distill import measuring, output_folder, progress, teacher_texts
-from ctkd.distill.compare import runner
-from ctkd.distill.compare.config import CompareConfig
+from ctkd.compare.plan.config import CompareConfig
+from ctkd.compare.run import runner
+from ctkd.distill.teachers import texts as teacher_texts
+from ctkd.distill.training import measuring, output_folder, progress
 
 
 class Moments:

@@ -5,14 +5,14 @@ import re
 import numpy as np
 import pytest
 
-from ctkd.distill.compare.analysis import analyse
-from ctkd.distill.compare.records import TEACHER, UNTRAINED, Answer, Comparison, Record
-from ctkd.distill.compare.statistics import (
+from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.analysis.statistics import (
     cluster_bootstrap,
     holm,
     seed_interval,
     smallest_detectable_difference,
 )
+from ctkd.compare.records import TEACHER, UNTRAINED, Answer, Comparison, Record
 from ctkd.errors import DataError, SettingError
 
 CLUSTERS, EACH = 20, 3

@@ -7,12 +7,13 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from ctkd import cli_compare
-from ctkd.distill.compare import config as settings_of
-from ctkd.distill.compare import report, runner
-from ctkd.distill.compare.analysis import analyse
-from ctkd.distill.compare.config import CompareConfig
-from ctkd.distill.compare.runner import Outcome
+from ctkd.cli import compare as cli_compare
+from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.plan import config as settings_of
+from ctkd.compare.plan.config import CompareConfig
+from ctkd.compare.report import report
+from ctkd.compare.run import runner
+from ctkd.compare.run.runner import Outcome
 from tests.distill.compare.fake_comparison import fake_comparison
 
 

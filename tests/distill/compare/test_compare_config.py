@@ -4,8 +4,8 @@ import shlex
 
 import pytest
 
-from ctkd.distill.compare.config import DEMONSTRATION_STEPS, SAVE_STEPS, CompareConfig
-from ctkd.distill.compare.methods import Method, parse_method, parse_sweep
+from ctkd.compare.plan.config import DEMONSTRATION_STEPS, SAVE_STEPS, CompareConfig
+from ctkd.compare.plan.methods import Method, parse_method, parse_sweep
 from ctkd.distill.config import TrainConfig
 from ctkd.errors import SettingError
 

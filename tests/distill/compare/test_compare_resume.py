@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ctkd.distill.compare.records import Record, read_records
+from ctkd.compare.records import Record
+from ctkd.compare.run.folder import read_records
 from tests.tiny_runs import Workplace
 
 ROOT = Path(__file__).parents[3]

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctkd.distill.compare import drawing, pictures
-from ctkd.distill.compare.analysis import analyse
-from ctkd.distill.compare.drawing import METHOD_COLOURS, colours_of, short_names, spread
-from ctkd.distill.compare.histories import Curve, last_common, mean_at
+from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.report import drawing, pictures
+from ctkd.compare.report.drawing import METHOD_COLOURS, colours_of, short_names, spread
+from ctkd.compare.report.pictures import Curve, last_common, mean_at
 from tests.distill.compare.fake_comparison import (
     METHODS,
     fake_comparison,
@@ -104,7 +104,7 @@ def test_labels_beside_lines_do_not_lie_over_each_other(name):
 def test_equal_records_give_equal_files_in_every_process():
     program = (
         "from tests.distill.compare.fake_comparison import fake_comparison;"
-        "from ctkd.distill.compare.pictures import learning_curves;"
+        "from ctkd.compare.report.pictures import learning_curves;"
         "import hashlib;"
         "print(hashlib.sha256(learning_curves(fake_comparison()).encode()).hexdigest())"
     )

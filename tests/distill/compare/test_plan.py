@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ctkd.distill.compare import plan as plans
-from ctkd.distill.compare.config import CompareConfig
-from ctkd.distill.compare.plan import Job, Plan, best_trial
-from ctkd.distill.compare.records import Record
-from ctkd.distill.compare.splits import Split, Splits
+from ctkd.compare.plan import jobs as plans
+from ctkd.compare.plan.config import CompareConfig
+from ctkd.compare.plan.jobs import Job, Plan, best_trial
+from ctkd.compare.plan.splits import Split, Splits
+from ctkd.compare.records import Record
 from ctkd.errors import SettingError
 from ctkd.registry import describe
 from tests import tiny
@@ -240,6 +240,6 @@ def test_there_is_nothing_to_choose_from_without_trials():
 
 
 def test_the_demonstration_is_shorter_than_a_pass(monkeypatch):
-    monkeypatch.setattr("ctkd.distill.compare.config.DEMONSTRATION_STEPS", 2)
+    monkeypatch.setattr("ctkd.compare.plan.config.DEMONSTRATION_STEPS", 2)
     assert plan().steps == 2
     assert plan(common={"epochs": 1.0}).steps == 3

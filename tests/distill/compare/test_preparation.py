@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ctkd.distill.compare import preparation
-from ctkd.distill.compare.config import CompareConfig
-from ctkd.distill.compare.state import STATE, ComparisonFolder
+from ctkd.compare.plan.config import CompareConfig
+from ctkd.compare.run import preparation
+from ctkd.compare.run.folder import STATE, ComparisonFolder
 from ctkd.errors import OutputError
 from ctkd.registry import list_losses
 

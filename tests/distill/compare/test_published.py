@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from ctkd.distill.compare.published import (
+from ctkd.compare.report.published import (
     PlacedCell,
     PublishedCell,
     PublishedTable,

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from ctkd.distill.compare import records
-from ctkd.distill.compare.records import Answer, Record, append_record, read_records
+from ctkd.compare import records
+from ctkd.compare.records import Answer, Record
+from ctkd.compare.run.folder import append_record, read_records
 from ctkd.errors import DataError, OutputError
 
 

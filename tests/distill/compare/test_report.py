@@ -8,12 +8,18 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ctkd.distill.compare import report as report_module
-from ctkd.distill.compare.analysis import analyse
-from ctkd.distill.compare.generations import choose_examples, question_tail
-from ctkd.distill.compare.published import PublishedCell, PublishedTable
-from ctkd.distill.compare.records import METRICS, Answer
-from ctkd.distill.compare.report import as_json, terminal, write_report
+from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.records import Answer
+from ctkd.compare.report import report as report_module
+from ctkd.compare.report.published import PublishedCell, PublishedTable
+from ctkd.compare.report.report import (
+    as_json,
+    choose_examples,
+    question_tail,
+    terminal,
+    write_report,
+)
+from ctkd.distill.evaluation.metrics import METRICS
 from ctkd.errors import OutputError
 from tests.distill.compare.fake_comparison import METHODS, fake_comparison
 
@@ -377,6 +383,6 @@ def test_equal_comparisons_give_equal_reports(tmp_path, usual):
 
 
 def test_importing_the_report_does_not_load_matplotlib():
-    program = "import sys, ctkd.distill.compare.report; print('matplotlib' in sys.modules)"
+    program = "import sys, ctkd.compare.report.report; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctkd.distill.compare import drawing
-from ctkd.distill.compare.analysis import analyse
-from ctkd.distill.compare.report import write_report
+from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.report import drawing
+from ctkd.compare.report.report import write_report
 from tests.distill.compare.fake_comparison import METHODS, fake_comparison
 
 CHROMIUM = shutil.which("chromium")

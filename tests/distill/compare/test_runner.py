@@ -8,10 +8,13 @@ import pytest
 import torch
 
 import ctkd
-from ctkd.distill import measuring, models, training
-from ctkd.distill.compare import evaluating, runner
-from ctkd.distill.compare.config import CompareConfig
-from ctkd.distill.compare.records import TEACHER, UNTRAINED, read_records
+from ctkd.compare.plan.config import CompareConfig
+from ctkd.compare.records import TEACHER, UNTRAINED
+from ctkd.compare.run import evaluating, runner
+from ctkd.compare.run.folder import read_records
+from ctkd.distill.models import loading as models
+from ctkd.distill.training import measuring
+from ctkd.distill.training import run as training
 from ctkd.errors import DataError, OutputError, SettingError
 from ctkd.registry import describe
 from tests.tiny_runs import Workplace, record

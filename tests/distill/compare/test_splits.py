@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ctkd.distill.compare.config import CompareConfig
-from ctkd.distill.compare.splits import COLUMNS, Splits, prepare_splits
-from ctkd.distill.data import load_rows
+from ctkd.compare.plan.config import CompareConfig
+from ctkd.compare.plan.splits import COLUMNS, Splits, prepare_splits
+from ctkd.distill.data.rows import load_rows
+from ctkd.distill.data.tasks import examples
 from ctkd.distill.preparing import Models
-from ctkd.distill.tasks import examples
 from ctkd.errors import DataError, OutputError
 from ctkd.tokenization.pair import TokenizerPair
 from tests import tiny

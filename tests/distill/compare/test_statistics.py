@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from ctkd.distill.compare import statistics
-from ctkd.distill.compare.statistics import (
+from ctkd.compare.analysis import statistics
+from ctkd.compare.analysis.statistics import (
     Bootstrap,
     cluster_bootstrap,
     holm,

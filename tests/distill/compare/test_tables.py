@@ -4,11 +4,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ctkd.distill.compare import tables
-from ctkd.distill.compare.analysis import analyse
-from ctkd.distill.compare.published import PublishedCell, PublishedTable
-from ctkd.distill.compare.records import TEACHER, UNTRAINED
-from ctkd.distill.compare.tables import NOTHING, Column, Table, decimal, markdown_text
+from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.records import TEACHER, UNTRAINED
+from ctkd.compare.report import tables
+from ctkd.compare.report.published import PublishedCell, PublishedTable
+from ctkd.compare.report.tables import NOTHING, Column, Table, decimal, markdown_text
 from tests.distill.compare.fake_comparison import METHODS, fake_comparison
 
 HOSTILE = 'a|b <script>alert("1")</script> `c` *d* \x1b[31m\nnext & https://e.org www.e.org [f](g)'
