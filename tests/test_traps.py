@@ -17,7 +17,7 @@ from ctkd.batch import Batch, Side
 from ctkd.losses.alm import binary_kl
 from ctkd.testing import make_pair
 from ctkd.tokenization import TokenBytes, TokenizerPair
-from tests import tiny
+from tests.distill import tiny
 from tests.ragged_batches import loss_and_gradient, ragged_inputs
 
 # Every registered loss, and the forms of it that take another way through the code.

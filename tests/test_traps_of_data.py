@@ -21,9 +21,9 @@ from ctkd.distill.data.tasks import Example
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import BatchError, DataError, SettingError
 from ctkd.tokenization import TokenBytes, TokenizerPair
-from tests import tiny
-from tests import trained_tokenizers as trained
+from tests.distill import tiny
 from tests.ragged_batches import loss_and_gradient, ragged_inputs
+from tests.tokenization import trained_tokenizers as trained
 
 FOREIGN = " Der Fluß fließt nach Süden. Ça va, niño? naïve café 日本語 👩\u200d👧"
 

@@ -15,7 +15,8 @@ from ctkd.tokenization.answer_facts import AnswerIds, measure_answers
 from ctkd.tokenization.doctor import NamedToken, Thresholds, examine, judge
 from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.token_bytes import TokenBytes
-from tests import real_tokenizers, tiny, trained_tokenizers
+from tests.distill import tiny
+from tests.tokenization import real_tokenizers, trained_tokenizers
 
 STUDENT = TokenBytes((b" a", b"b", b"c", b"1", b"2"), ("text",) * 5)
 TEACHER = TokenBytes((b" ab", b"c", b"12", b" a", b"b"), ("text",) * 5)

@@ -10,7 +10,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ctkd.errors import DataError, ModelError
 from ctkd.tokenization.token_bytes import TokenBytes, _byte_alphabet
-from tests import trained_tokenizers as trained
+from tests.tokenization import trained_tokenizers as trained
 
 
 def spelled(tokenizer, text: str) -> str:
