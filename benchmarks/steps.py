@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from ctkd.distill.config import CacheSettings, TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
-from ctkd.distill.data.encoding import EncodedPair
+from ctkd.distill.data.encoding import EncodedExample
 from ctkd.distill.data.rows import load_rows
 from ctkd.distill.models.loading import head_width, load_tokenizer
 from ctkd.distill.preparing import Forms, Models, encode, load_examples, load_models
@@ -50,7 +50,7 @@ class Prepared:
     config: TrainConfig
     models: Models
     cache: TeacherCache
-    rows: list[EncodedPair]
+    rows: list[EncodedExample]
 
     @classmethod
     def make(

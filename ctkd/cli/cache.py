@@ -22,12 +22,12 @@ Examples:
 """
 # Settings of a run on which the contents of a cache depend, and those of reading the teacher.
 _OF_RUN = (
-    "teacher",
     "student",
+    "teacher",
     "data",
+    "eval_data",
     "task",
     "columns",
-    "eval_data",
     "answers",
     "max_length",
     "on_long",

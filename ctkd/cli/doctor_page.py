@@ -1,7 +1,7 @@
 """The page that ``ctkd doctor`` prints.
 
-It only writes down what was measured. Colours are terminal codes, which `click.echo` leaves away
-where the output is no terminal; everything that a colour says is also there in characters.
+It only writes down what was measured. Colors are terminal codes, which `click.echo` leaves away
+where the output is no terminal; everything that a color says is also there in characters.
 """
 
 import unicodedata
@@ -27,27 +27,27 @@ __all__ = ["doctor_page"]
 _WIDTH = 100
 _LABEL = 22
 _COLUMN = 28
-_CHUNK_COLOURS = ("cyan", "yellow", "green", "magenta", "blue")
-_LEVEL_COLOURS = {"good": "green", "careful": "yellow", "unsuited": "red"}
+_CHUNK_COLORS = ("cyan", "yellow", "green", "magenta", "blue")
+_LEVEL_COLORS = {"good": "green", "careful": "yellow", "unsuited": "red"}
 _SHAPES = 4
 
 
 def doctor_page(report: DoctorReport) -> str:
     """Everything that was measured, on a page for the terminal."""
-    found, losses, verdict = report.examination, report.losses, report.verdict
+    examination, losses, verdict = report.examination, report.losses, report.verdict
     request = report.request
     title = f"{request.student} learns from {request.teacher}, on {request.data}"
     lines = [click.style(printable(title), bold=True)]
-    lines += [_heading("VOCABULARIES", "student", "teacher"), *_vocabularies(found)]
-    lines += [_heading("SPECIAL TOKENS", "student", "teacher"), *_special(found)]
+    lines += [_heading("VOCABULARIES", "student", "teacher"), *_vocabularies(examination)]
+    lines += [_heading("SPECIAL TOKENS", "student", "teacher"), *_special(examination)]
     lines += [_heading("KINDS OF TEXT", "tokens, student : teacher", "cut into, student:teacher")]
-    lines += map(_kind, found.kinds)
-    if found.numerals_split_on_one_side:
-        told = "numerals are whole tokens on one side, digits on the other: no token pairs there"
-        lines.append(_warning(told))
-    lines += [_heading(f"ANSWERS ({found.answers.answers})"), *_answers(found.answers)]
+    lines += map(_kind, examination.kinds)
+    if examination.numerals_split_on_one_side:
+        note = "numerals are whole tokens on one side, digits on the other: no token pairs there"
+        lines.append(_warning(note))
+    lines += [_heading(f"ANSWERS ({examination.answers.answers})"), *_answers(examination.answers)]
     lines += [_heading("LOSSES"), *_losses(losses)]
-    return "\n".join([*lines, *_verdict(found, verdict)])
+    return "\n".join([*lines, *_verdict(examination, verdict)])
 
 
 def _heading(*columns: str) -> str:
@@ -58,12 +58,12 @@ def _row(label: str, *columns: str) -> str:
     return _cells((f"  {label}", *columns))
 
 
-def _line(label: str, told: str) -> str:
-    return _padded(f"  {label}", _LABEL) + told
+def _line(label: str, text: str) -> str:
+    return _padded(f"  {label}", _LABEL) + text
 
 
-def _warning(told: str) -> str:
-    return click.style(f"  ! {printable(told)}", fg="yellow")
+def _warning(text: str) -> str:
+    return click.style(f"  ! {printable(text)}", fg="yellow")
 
 
 def _cells(columns: Sequence[str]) -> str:
@@ -77,16 +77,16 @@ def _padded(text: str, width: int) -> str:
 
 
 def _columns(text: str) -> int:
-    """How many columns of the terminal a text takes."""
+    """The columns of the terminal that a text takes."""
     return sum(
         0 if unicodedata.combining(sign) else 2 if unicodedata.east_asian_width(sign) in "WF" else 1
         for sign in text
     )
 
 
-def _vocabularies(found: Examination) -> list[str]:
-    sides, answers = (found.student, found.teacher), found.answers
-    shared, spelled = found.overlap.shared, found.overlap.spelled_alike
+def _vocabularies(examination: Examination) -> list[str]:
+    sides, answers = (examination.student, examination.teacher), examination.answers
+    shared, spelled = examination.overlap.shared, examination.overlap.spelled_alike
     weighted = (answers.student_shared, answers.teacher_shared)
     return [
         _row("tokens", *(f"{side.size:,}" for side in sides)),
@@ -112,8 +112,8 @@ def _head(head: Head) -> str:
     return f"{head.width:,}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _special(found: Examination) -> list[str]:
-    sides = (found.student, found.teacher)
+def _special(examination: Examination) -> list[str]:
+    sides = (examination.student, examination.teacher)
     lines = [
         _row(name.upper(), *(_token(getattr(side, name)) for side in sides))
         for name in ("bos", "eos", "pad")
@@ -124,7 +124,7 @@ def _special(found: Examination) -> list[str]:
     ]
     lines.append(_row("what a text becomes", *added))
     lines.append(_row("chat template", *("yes" if side.chat_template else "no" for side in sides)))
-    return lines + [_warning(told) for told in found.asymmetries]
+    return lines + [_warning(asymmetry) for asymmetry in examination.asymmetries]
 
 
 def _token(token: NamedToken | None) -> str:
@@ -143,17 +143,17 @@ def _kind(kind: KindAudit) -> str:
         ]
         probes.append(f"{visible(probe.text)} {':'.join(counts)}")
     tokens = f"{kind.student_tokens:,} : {kind.teacher_tokens:,}"
-    told = _row(kind.name, tokens, "   ".join(probes))
+    row = _row(kind.name, tokens, "   ".join(probes))
     lost = any(not (probe.student_exact and probe.teacher_exact) for probe in kind.probes)
-    return told + ("   (? = not spelled exactly)" if lost else "")
+    return row + ("   (? = not spelled exactly)" if lost else "")
 
 
 def _answers(facts: AnswerFacts) -> list[str]:
     shapes = list(facts.chunk_shapes.items())
     total = max(facts.chunks, 1)
-    told = [f"{shape} {percent(count / total)}" for shape, count in shapes[:_SHAPES]]
+    shares = [f"{shape} {percent(count / total)}" for shape, count in shapes[:_SHAPES]]
     if rest := sum(count for _, count in shapes[_SHAPES:]):
-        told.append(f"other {percent(rest / total)}")
+        shares.append(f"other {percent(rest / total)}")
     ours, theirs = (
         f"{tokens / facts.answers:.1f}" for tokens in (facts.student_tokens, facts.teacher_tokens)
     )
@@ -164,7 +164,7 @@ def _answers(facts: AnswerFacts) -> list[str]:
             f"{facts.chunks:,} chunks one token to one token",
         ),
         _line("tokens per answer", f"student {ours}, teacher {theirs}"),
-        _line("tokens per chunk", f"student:teacher  {'   '.join(told) or 'no chunks'}"),
+        _line("tokens per chunk", f"student:teacher  {'   '.join(shares) or 'no chunks'}"),
         _line(
             "paired by index",
             f"{percent(facts.in_step)} of {facts.paired_by_index:,} positions in step; "
@@ -220,16 +220,16 @@ def _first_to_show(row: AlignedRow) -> int:
 def _pieces(side: Sequence[Piece], start: int) -> str:
     """Write tokens in their chunks, from one chunk on, as far as the line goes."""
     first = next((at for at, piece in enumerate(side) if piece.chunk >= start), 0)
-    room = _WIDTH - _LABEL - 2
+    width = _WIDTH - _LABEL - 2
     shown = "… " if first else ""
-    room -= len(shown)
+    width -= len(shown)
     for chunk, pieces in _runs(side[first:]):
         opening, closing = "[]" if chunk >= 0 else "{}"
         text = opening + "|".join(visible(piece) for piece in pieces) + closing
-        if _columns(text) > room:
-            return shown + (click.style(_fitted(text, max(room, 1)), fg=_colour(chunk)))
-        shown += click.style(text, fg=_colour(chunk))
-        room -= _columns(text)
+        if _columns(text) > width:
+            return shown + (click.style(_fitted(text, max(width, 1)), fg=_color(chunk)))
+        shown += click.style(text, fg=_color(chunk))
+        width -= _columns(text)
     return shown
 
 
@@ -242,40 +242,42 @@ def _runs(side: Iterable[Piece]) -> list[tuple[int, list[str]]]:
     return runs
 
 
-def _colour(chunk: int) -> str:
-    return _CHUNK_COLOURS[chunk % len(_CHUNK_COLOURS)] if chunk >= 0 else "red"
+def _color(chunk: int) -> str:
+    return _CHUNK_COLORS[chunk % len(_CHUNK_COLORS)] if chunk >= 0 else "red"
 
 
 def _losses(losses: Sequence[LossAdvice]) -> list[str]:
     width = max((len(loss.name) for loss in losses), default=0) + 4
     return [
         _padded(f"  {loss.name}", width)
-        + click.style(f"{loss.suits:10}", fg=_LEVEL_COLOURS[loss.suits])
+        + click.style(f"{loss.suits:10}", fg=_LEVEL_COLORS[loss.suits])
         + printable(loss.reason)
         for loss in losses
     ]
 
 
-def _verdict(found: Examination, verdict: Verdict) -> list[str]:
-    asked = verdict.thresholds
+def _verdict(examination: Examination, verdict: Verdict) -> list[str]:
+    thresholds = verdict.thresholds
     if verdict.sound:
-        known = all(side.head.width is not None for side in (found.student, found.teacher))
-        told = (
-            f"SOUND: at least {percent(asked.min_coverage)} of the bytes in chunks and "
-            f"{percent(asked.min_one_to_one)} of the chunks one to one; "
+        known = all(
+            side.head.width is not None for side in (examination.student, examination.teacher)
+        )
+        text = (
+            f"SOUND: at least {percent(thresholds.min_coverage)} of the bytes in chunks and "
+            f"{percent(thresholds.min_one_to_one)} of the chunks one to one; "
             + ("heads wide enough" if known else "heads not looked at, for want of a config.json")
         )
-        return [click.style(told, fg="green", bold=True)]
+        return [click.style(text, fg="green", bold=True)]
     return [
         click.style("UNSOUND", fg="red", bold=True),
         *(f"  - {printable(reason)}" for reason in verdict.reasons),
     ]
 
 
-def _fitted(text: str, room: int = _WIDTH) -> str:
+def _fitted(text: str, width: int = _WIDTH) -> str:
     """Cut a text to so many columns."""
-    if _columns(text) <= room:
+    if _columns(text) <= width:
         return text
-    while text and _columns(text) > room - 1:
+    while text and _columns(text) > width - 1:
         text = text[:-1]
     return text + "…"

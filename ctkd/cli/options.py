@@ -63,7 +63,7 @@ def given(options: Mapping[str, Any], settings: type) -> dict[str, Any]:
     Raises:
         SettingError: If one cannot be read.
     """
-    found = {}
+    values = {}
     for name, field in _options(settings).items():
         value = options.get(name)
         if value is None or value == ():
@@ -72,8 +72,8 @@ def given(options: Mapping[str, Any], settings: type) -> dict[str, Any]:
         if field.metadata.get("repeated") and parse is not None:
             entries = [parse(one) for one in value]
             value = dict(entries) if isinstance(entries[0], tuple) else tuple(entries)
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def read_settings(

@@ -21,7 +21,7 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a model answered to one held-out prompt.
+    """The answer of a model to one held-out prompt.
 
     Args:
         id: The example's.
@@ -88,12 +88,12 @@ class Record:
     @classmethod
     def from_json(cls, line: str) -> Record:
         """Read a line that `as_json` made."""
-        found = json.loads(line)
-        found["answers"] = tuple(
-            Answer(**{**one, "references": tuple(one["references"])}) for one in found["answers"]
+        fields = json.loads(line)
+        fields["answers"] = tuple(
+            Answer(**{**one, "references": tuple(one["references"])}) for one in fields["answers"]
         )
-        found["history"] = tuple(found["history"])
-        return cls(**found)
+        fields["history"] = tuple(fields["history"])
+        return cls(**fields)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,10 +132,10 @@ class Comparison:
 
     @property
     def is_demonstration(self) -> bool:
-        """Whether there is one seed only, so that nothing can be ranked."""
+        """True if there is one seed only, so that nothing can be ranked."""
         return len(self.seeds) < 2
 
     def of(self, method: str) -> list[Record]:
         """The reported runs of one method, by seed."""
-        found = [record for record in self.finals if record.method == method]
-        return sorted(found, key=lambda record: -1 if record.seed is None else record.seed)
+        runs = [record for record in self.finals if record.method == method]
+        return sorted(runs, key=lambda record: -1 if record.seed is None else record.seed)

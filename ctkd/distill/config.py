@@ -60,8 +60,8 @@ class TrainConfig:
         repeated=True,
         parse=parse_loss_option,
     )
-    teacher: str = option("gemma-3-270m", "Packaged name, folder, GGUF file or hub id.")
-    student: str = option("smollm2-135m-instruct", "The same for the student.")
+    student: str = option("smollm2-135m-instruct", "Packaged name, folder, GGUF file or hub id.")
+    teacher: str = option("gemma-3-270m", "The same for the teacher.")
     teacher_cache: str | None = option(
         None, "Folder of `ctkd cache`, asked in the teacher's place."
     )
@@ -69,6 +69,7 @@ class TrainConfig:
         "data", "Answers to train on: those of the data, or the teacher's own."
     )
     data: str = option("pocketqa", "pocketqa, a file, a folder or a hub id.")
+    eval_data: str | None = option(None, "Held-out data. Default: a part of --data, by passage.")
     task: str = option("qa", "qa, summarization or text.")
     columns: dict[str, str] = option(
         {},
@@ -78,10 +79,9 @@ class TrainConfig:
         repeated=True,
         parse=parse_column,
     )
-    eval_data: str | None = option(None, "Held-out data. Default: a part of --data, by passage.")
     output: str | None = option(None, "Folder of the run.", unset="runs/LOSS-seedN")
-    max_steps: int | None = option(None, "Optimizer steps; goes before --epochs.")
     epochs: float = option(1.0, "Passes over the data.")
+    max_steps: int | None = option(None, "Optimizer steps; goes before --epochs.")
     batch_size: int = option(4, "Sequences per micro-batch.")
     grad_accumulation: int = option(1, "Micro-batches per optimizer step.")
     learning_rate: float = option(
@@ -177,12 +177,12 @@ class TrainConfig:
 
     @property
     def distils(self) -> bool:
-        """Whether a loss between student and teacher takes part."""
+        """True if there is a loss between student and teacher."""
         return self.loss != SFT
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a teacher takes part, by a loss or by what it writes."""
+        """True if there is a teacher, for a loss or for its answers."""
         return self.distils or self.answers == "teacher"
 
     @property
@@ -313,10 +313,8 @@ class DoctorRequest:
         SettingError: If the limit is below 1 or a threshold lies outside its range.
     """
 
-    student: str = same_as(
-        TrainConfig, "student", help="Packaged name, folder, GGUF file or hub id."
-    )
-    teacher: str = same_as(TrainConfig, "teacher", help="The same for the teacher.")
+    student: str = same_as(TrainConfig, "student")
+    teacher: str = same_as(TrainConfig, "teacher")
     data: str = same_as(TrainConfig, "data")
     task: str = same_as(TrainConfig, "task")
     columns: dict[str, str] = same_as(TrainConfig, "columns")

@@ -50,7 +50,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def is_cpu(device: torch.device) -> bool:
-    """Whether a device is the processor itself, with no memory of its own to copy to."""
+    """True if a device is the processor itself, with no memory of its own to copy to."""
     return device.type == "cpu"
 
 

@@ -87,21 +87,21 @@ def same_as(settings: type, name: str, **changes: Any) -> Any:
         name: The field.
         **changes: Arguments of `option` that differ.
     """
-    there = _fields(settings)[name]
+    original = _fields(settings)[name]
     default = default_of(settings, name)
     if "default" in changes:
         default = changes.pop("default")
         if default is None:
             changes.setdefault("unset", default_text(settings, name))
-    return _field(default, {**there.metadata, **changes})
+    return _field(default, {**original.metadata, **changes})
 
 
 def default_of(settings: type, name: str) -> Any:
     """The default of a field."""
-    found = _fields(settings)[name]
-    if found.default_factory is not dataclasses.MISSING:
-        return found.default_factory()
-    return found.default
+    field = _fields(settings)[name]
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def default_text(settings: type, name: str) -> str | None:

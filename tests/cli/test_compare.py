@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ctkd.cli import compare as cli_compare
-from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.analysis.analyze import analyze
 from ctkd.compare.plan import config as settings_of
 from ctkd.compare.plan.config import CompareConfig
 from ctkd.compare.report import report
@@ -22,7 +22,7 @@ def given(monkeypatch, tmp_path) -> list[CompareConfig]:
     """What comparisons were begun with; none is carried out."""
     found = []
     comparison = fake_comparison(seeds=(0, 1))
-    analysis = analyse(comparison, resamples=200)
+    analysis = analyze(comparison, resamples=200)
 
     def compare(config, *, say):
         found.append(config)
@@ -154,7 +154,7 @@ def test_every_setting_has_an_option():
         if isinstance(option, click.Option)
     }
     fields = set(CompareConfig.__dataclass_fields__) - {"common"}
-    shared = set(CompareConfig().base.as_dict()) - set(settings_of._NOT_SHARED)
+    shared = set(CompareConfig().base.as_dict()) - set(settings_of.NOT_SHARED)
     # They belong to a method, or to one run's folder.
     left_out = {"ce_weight", "score_eos", "keep_checkpoints", "report_to"}
     assert fields | shared - left_out <= options
@@ -162,6 +162,6 @@ def test_every_setting_has_an_option():
 
 def test_the_report_of_a_comparison_is_written_where_the_runner_says(tmp_path):
     comparison = fake_comparison()
-    path = report.write_report(comparison, analyse(comparison, resamples=200), tmp_path)
+    path = report.write_report(comparison, analyze(comparison, resamples=200), tmp_path)
     assert path.with_suffix(".md").is_file()
     assert isinstance(path, Path)

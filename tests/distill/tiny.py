@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctkd.distill.data.collator import Collator, padding_id
-from ctkd.distill.data.encoding import encode_pair
+from ctkd.distill.data.encoding import encode_examples
 from ctkd.distill.data.tasks import Example
 
 TEXTS = [
@@ -76,7 +76,7 @@ class Setup:
         # The student's head is wider than its tokenizer, as padded heads are.
         self.student = model(len(self.student_tokenizer) + 6, seed=1)
         self.teacher = model(len(self.teacher_tokenizer), seed=2, hidden=24)
-        self.rows = encode_pair(
+        self.rows = encode_examples(
             examples(count),
             self.student_tokenizer,
             self.teacher_tokenizer,

@@ -1,4 +1,4 @@
-"""What a comparison shows, and what it does not: means, intervals, tests and sentences.
+"""The analysis of a comparison: means, intervals, tests and sentences.
 
 Every difference is taken to the baseline, example by example, between the same seeds. A method is
 called better or worse only if the interval of its seed-averaged difference, from a bootstrap over
@@ -29,7 +29,7 @@ from ctkd.compare.records import Comparison, Record
 from ctkd.distill.evaluation.metrics import METRICS
 from ctkd.errors import DataError, SettingError
 
-__all__ = ["Analysis", "Difference", "MethodResult", "analyse", "listed", "sentences_of"]
+__all__ = ["Analysis", "Difference", "MethodResult", "analyze", "listed", "sentences_of"]
 
 POWER = 0.8
 
@@ -110,7 +110,7 @@ class MethodResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Analysis:
-    """What a report says in numbers.
+    """The numbers of a report.
 
     Args:
         heading: "demonstration, no ranking", or over how many seeds this is.
@@ -145,11 +145,11 @@ class Analysis:
     power: float = POWER
 
     def sentences(self) -> list[str]:
-        """What this shows and does not show, one statement each."""
+        """The analysis in plain English, one statement each."""
         return sentences_of(self)
 
 
-def analyse(
+def analyze(
     comparison: Comparison, *, alpha: float = 0.05, resamples: int = 10_000, seed: int = 0
 ) -> Analysis:
     """Work out what a comparison shows.
@@ -189,8 +189,8 @@ def analyse(
         if not comparison.is_demonstration and len(one.seeds) > 1 and boots[method].p_value
     ]
     comparisons = max(1, len(tested) or len(differences))
-    found = bootstrap(_scores(comparison.of(baseline)[0], metric))
-    can_decide = (found.smallest_p_value or 1.0) <= alpha / comparisons
+    of_baseline = bootstrap(_scores(comparison.of(baseline)[0], metric))
+    can_decide = (of_baseline.smallest_p_value or 1.0) <= alpha / comparisons
     for method, one in differences.items():
         detectable = _detectable(boots[method], alpha, comparisons) if can_decide else None
         differences[method] = replace(one, smallest_detectable=detectable)
@@ -213,7 +213,7 @@ def analyse(
         ),
         references=tuple(result([record]) for record in comparison.references),
         examples=len(groups),
-        clusters=found.clusters,
+        clusters=of_baseline.clusters,
         comparisons=comparisons,
         can_decide=can_decide,
         resamples=resamples,
@@ -376,7 +376,9 @@ def sentences_of(analysis: Analysis) -> list[str]:
     """One statement each, in the order in which they are to be read."""
     baseline = analysis.baseline
     differences = {
-        found.method: found.difference for found in analysis.methods if found.difference is not None
+        result.method: result.difference
+        for result in analysis.methods
+        if result.difference is not None
     }
     lines = [
         f"{METRICS[analysis.metric]} over {_count(analysis.examples, 'held-out example')} in "
@@ -421,15 +423,15 @@ def _detectable_sentence(analysis: Analysis, differences: Sequence[Difference]) 
             f"With {_count(analysis.clusters, 'cluster')}, {analysis.resamples:,} resamples and "
             f"{family}, no difference of any size could be told from 0."
         )
-    found = sorted(
+    detectable = sorted(
         one.smallest_detectable for one in differences if one.smallest_detectable is not None
     )
-    if not found:
+    if not detectable:
         return (
             "What this design could detect cannot be estimated: no difference to "
             f"{analysis.baseline} varies between clusters."
         )
-    low, high = f"{found[0]:.1f}", f"{found[-1]:.1f}"
+    low, high = f"{detectable[0]:.1f}", f"{detectable[-1]:.1f}"
     points = f"{low} points or more"
     if low != high:
         points = f"{low} to {high} points or more, depending on the method"
@@ -472,18 +474,18 @@ def _verdicts(analysis: Analysis, differences: Mapping[str, Difference]) -> list
 
 
 def _over_seeds(analysis: Analysis, differences: Mapping[str, Difference]) -> list[str]:
-    """What the verdicts do not count: the same methods trained with other seeds."""
-    found = [
+    """Intervals over seeds, which the verdicts do not count."""
+    intervals = [
         f"{name} {one.seed_interval.low:+.1f} to {one.seed_interval.high:+.1f}"
         for name, one in differences.items()
         if one.seed_interval is not None
     ]
-    if not found:
+    if not intervals:
         return []
     return [
         "Verdicts are about these trained models: examples were drawn again, runs were not. How "
         "far other seeds would move a difference, its interval over seeds tells, here at "
-        f"{100 * (1 - analysis.alpha):g} %: {'; '.join(found)}."
+        f"{100 * (1 - analysis.alpha):g} %: {'; '.join(intervals)}."
     ]
 
 
@@ -509,7 +511,7 @@ def _disagreements(differences: Mapping[str, Difference]) -> list[str]:
 
 
 def _missing_seeds(analysis: Analysis, differences: Mapping[str, Difference]) -> list[str]:
-    seeds = {found.method: set(found.seeds) for found in analysis.methods}
+    seeds = {result.method: set(result.seeds) for result in analysis.methods}
     lines = []
     for name, one in differences.items():
         left_out = sorted((seeds[name] | seeds[analysis.baseline]) - set(one.seeds))

@@ -1,4 +1,4 @@
-"""How far a mean of scores can be trusted: intervals, p values, Holm, detectable differences.
+"""Statistics of mean scores: intervals, p values, Holm, detectable differences.
 
 Plain functions of numbers; what they are applied to is in `ctkd.compare.analysis.analyze`. Nothing
 here knows that trained models differ from seed to seed except `seed_interval`: a bootstrap over
@@ -39,7 +39,7 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside; an end that is 0 counts as inside."""
+        """True if 0 lies outside; an end that is 0 counts as inside."""
         return self.low > 0 or self.high < 0
 
 
@@ -97,7 +97,7 @@ class Bootstrap:
 
     @property
     def smallest_p_value(self) -> float | None:
-        """What `p_value` is when every resampled mean lies on one side of 0."""
+        """The `p_value` when every resampled mean lies on one side of 0."""
         return None if self.reason else self._p_of_tail(0.0)
 
     def interval(self, level: float = 0.95) -> Interval | None:
@@ -326,7 +326,7 @@ def smallest_detectable_difference(
     comparisons: int = 1,
     degrees: float = math.inf,
 ) -> float:
-    r"""The true difference that would be found with the given chance.
+    r"""The true difference that a test detects with the given chance.
 
     .. math:: (z_{1-\alpha/(2m)} + z_{\text{power}})\, \text{SE}
 

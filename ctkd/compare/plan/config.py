@@ -186,17 +186,17 @@ class CompareConfig:
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """What is compared, each with its grid."""
+        """The methods, each with its grid."""
         return with_grids([parse_method(text) for text in self.losses], self.sweep)
 
     @property
     def base(self) -> TrainConfig:
-        """What all runs share, as settings of plain training."""
+        """Settings that all runs share, as those of plain training."""
         return TrainConfig(loss=SFT, **self._shared)
 
     @property
-    def asking(self) -> TrainConfig:
-        """What all runs share, as settings of a run that asks the teacher about every row."""
+    def teacher_base(self) -> TrainConfig:
+        """Settings that all runs share, as those of a run that queries the teacher on every row."""
         return TrainConfig(loss="uld", **self._shared)
 
     @property

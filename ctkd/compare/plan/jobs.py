@@ -1,4 +1,4 @@
-"""From a comparison's settings to its runs: what is trained, and what is measured of it.
+"""The runs of a comparison, and the measurements of each.
 
 One training serves every measurement of the same settings and seed: the run that won on the
 development split is the one that is reported for its seed, measured once more on the test split.

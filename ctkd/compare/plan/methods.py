@@ -1,4 +1,4 @@
-"""What is compared: a loss with settings of its own, and the grid that is tried for it."""
+"""Methods: a loss with settings of its own, and the grid that is tried for it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Method:
 
     @property
     def distils(self) -> bool:
-        """Whether there is a loss between two models."""
+        """True if there is a loss between two models."""
         return self.loss not in (SFT, SEQKD)
 
     def points(self) -> list[dict[str, Any]]:
@@ -99,8 +99,8 @@ def parse_method(text: str) -> Method:
     _check_loss(loss)
     settings = {}
     for one in given:
-        setting, found, _ = one.partition("=")
-        if not found:
+        setting, equals, _ = one.partition("=")
+        if not equals:
             raise SettingError(
                 f"{text!r}: a method's setting is SETTING=VALUE, got {one!r}; write it as in "
                 "uld:kd_weight=1.5"

@@ -25,7 +25,7 @@ __all__ = ["COLUMNS", "CURVE_ROWS", "Split", "Splits", "prepare_splits"]
 
 CURVE_ROWS = 32
 COLUMNS = {"id": "id", "group": "group"}
-"""What a run must be told of the columns of the files written here."""
+"""Columns of the files written here that a run has to map."""
 
 Say = Callable[[str], None]
 
@@ -59,19 +59,19 @@ class Splits:
         test: What is reported.
         curve: The first rows of the development split, of the test split if there is none, at most
             `CURVE_ROWS`: held-out cross-entropy while training is averaged over them.
-        asked: Held-out rows that the teacher is asked about: those of the test split and the curve.
+        held_out: Held-out rows of the teacher cache: those of the test split and the curve.
     """
 
     train: Split
     dev: Split | None
     test: Split
     curve: Split
-    asked: Split
+    held_out: Split
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each split by name."""
-        found = (self.train, self.dev, self.test, self.curve)
-        return {one.name: one.fingerprint for one in found if one is not None}
+        splits = (self.train, self.dev, self.test, self.curve)
+        return {one.name: one.fingerprint for one in splits if one is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,10 @@ def prepare_splits(config: CompareConfig, models: Models, folder: Path, say: Say
         OutputError: If the folder holds other rows already, or cannot be written.
     """
     train, dev, test, cuts = _cut(config, say)
-    train, forms = _readable_training(config.asking, models, train, say)
+    train, forms = _readable_training(config.teacher_base, models, train, say)
     if dev is not None:
-        dev = _readable(config.asking, models, dev, forms, "held-out", say)
-    test = _readable(config.asking, models, test, forms, "held-out", say)
+        dev = _readable(config.teacher_base, models, dev, forms, "held-out", say)
+    test = _readable(config.teacher_base, models, test, forms, "held-out", say)
     _warn_of_overlap({"training": train, "development": dev or [], "test": test}, say)
     curve = (dev or test)[:CURVE_ROWS]
     task = config.base.task
@@ -106,7 +106,7 @@ def prepare_splits(config: CompareConfig, models: Models, folder: Path, say: Say
         dev=_write("dev", dev, folder, task, cuts.get("dev")) if dev else None,
         test=_write("test", test, folder, task, cuts.get("test")),
         curve=_write("curve", curve, folder, task),
-        asked=_write("asked", [*curve, *test] if dev else test, folder, task),
+        held_out=_write("held-out", [*curve, *test] if dev else test, folder, task),
     )
     say(
         f"{len(train)} training examples, {f'{len(dev)} for development, ' if dev else ''}"
@@ -147,9 +147,10 @@ def _cut(
 
 def _load(source: str, split: str | None, base: TrainConfig) -> list[_Row]:
     rows = load_rows(source, split=split)
-    found = examples(rows, base.task, base.columns)
+    parsed = examples(rows, base.task, base.columns)
     return [
-        _Row(example, _fields(base, row, example)) for row, example in zip(rows, found, strict=True)
+        _Row(example, _fields(base, row, example))
+        for row, example in zip(rows, parsed, strict=True)
     ]
 
 
@@ -171,27 +172,29 @@ def _split_off(rows: list[_Row], fraction: float, seed: int) -> tuple[list[_Row]
 
 
 def _readable_training(
-    asking: TrainConfig, models: Models, rows: list[_Row], say: Say
+    teacher_base: TrainConfig, models: Models, rows: list[_Row], say: Say
 ) -> tuple[list[_Row], Forms]:
     while True:
-        forms = Forms.of(asking, [row.example for row in rows])
-        kept = _readable(asking, models, rows, forms, "training", say)
+        forms = Forms.of(teacher_base, [row.example for row in rows])
+        kept = _readable(teacher_base, models, rows, forms, "training", say)
         # A row that is left out may have been a shot, and other shots leave other room.
-        if len(kept) == len(rows) or not asking.teacher_shots:
+        if len(kept) == len(rows) or not teacher_base.teacher_shots:
             return kept, forms
         rows = kept
 
 
 def _readable(
-    asking: TrainConfig, models: Models, rows: list[_Row], forms: Forms, what: str, say: Say
+    teacher_base: TrainConfig, models: Models, rows: list[_Row], forms: Forms, what: str, say: Say
 ) -> list[_Row]:
-    room = asking.max_new_tokens if what == "held-out" else 0
-    encoded = encode(asking, models, [row.example for row in rows], forms, what, say, room=room)
+    reserved = teacher_base.max_new_tokens if what == "held-out" else 0
+    encoded = encode(
+        teacher_base, models, [row.example for row in rows], forms, what, say, reserved=reserved
+    )
     kept = {row.id for row in encoded.rows}
-    found = [row for row in rows if row.example.id in kept]
-    if not found:
+    readable = [row for row in rows if row.example.id in kept]
+    if not readable:
         raise DataError(f"no {what} row is left; raise max_length, or give other data")
-    return found
+    return readable
 
 
 def _warn_of_overlap(splits: Mapping[str, Sequence[_Row]], say: Say) -> None:
@@ -210,8 +213,8 @@ def _write(
     name: str, rows: Sequence[_Row], folder: Path, task: str, cut: str | None = None
 ) -> Split:
     path = folder / f"{name}.jsonl"
-    # The teacher may be asked about rows of two sources, whose ids need not differ.
-    ids = name != "asked"
+    # These are rows of two sources, whose ids need not differ.
+    ids = name != "held-out"
     text = "".join(
         json.dumps(
             {

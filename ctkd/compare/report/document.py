@@ -130,7 +130,7 @@ def _printable_lines(text: str) -> str:
 
 
 def _style() -> str:
-    dark = "".join(f"--c{light[1:]}:{colour};" for light, colour in DARK.items())
+    dark = "".join(f"--c{light[1:]}:{color};" for light, color in DARK.items())
     return _STYLE.replace("DARK", dark)
 
 
@@ -152,7 +152,7 @@ _PAGE = """<!DOCTYPE html>
 </html>
 """
 
-# Names of colours are those that the pictures are drawn in.
+# Names of colors are those that the pictures are drawn in.
 _STYLE = """
 :root{color-scheme:light dark;--ink:var(--c1f2430,#1f2430);--faint:var(--c667085,#667085);
 --line:var(--ce5e7eb,#e5e7eb);--paper:var(--cffffff,#ffffff);--alarm:var(--cb42318,#b42318)}

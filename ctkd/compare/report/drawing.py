@@ -1,4 +1,4 @@
-"""How pictures of a comparison look: colours, labels, and SVG that a page can take in.
+"""The look of pictures: colors, labels, and SVG that a page can take in.
 
 Pictures are drawn without a display. Their text stays text. Equal data give equal files.
 """
@@ -21,10 +21,10 @@ __all__ = [
     "FAINT",
     "GRID",
     "INK",
-    "METHOD_COLOURS",
+    "METHOD_COLORS",
     "PAPER",
     "Label",
-    "colours_of",
+    "colors_of",
     "dress",
     "for_page",
     "label_at_right",
@@ -41,8 +41,8 @@ GRID = "#e5e7eb"
 PAPER = "#ffffff"
 ALARM = "#b42318"
 
-# Chosen by search: 3:1 on paper at least, and apart with any of the three colour blindnesses.
-METHOD_COLOURS = (
+# Chosen by search: 3:1 on paper at least, and apart with any of the three color blindnesses.
+METHOD_COLORS = (
     "#022d6c",
     "#e17017",
     "#08a979",
@@ -54,7 +54,7 @@ METHOD_COLOURS = (
 )
 """One per method, in order; a ninth method has the first one's."""
 
-_DARK_COLOURS = (
+_DARK_COLORS = (
     "#0268fd",
     "#b05001",
     "#15faad",
@@ -71,9 +71,9 @@ DARK = {
     GRID: "#333844",
     PAPER: "#15181e",
     ALARM: "#ff8a7a",
-    **dict(zip(METHOD_COLOURS, _DARK_COLOURS, strict=True)),
+    **dict(zip(METHOD_COLORS, _DARK_COLORS, strict=True)),
 }
-"""What each colour of a picture becomes on a dark page."""
+"""Each color of a picture and its counterpart on a dark page."""
 
 WIDTH = 7.4
 _LONGEST_NAME = 26
@@ -81,10 +81,10 @@ _LINE_OF_TEXT = 0.17
 _HASHED = re.compile(r"#([0-9a-f]{6})\b")
 
 
-def colours_of(methods: Sequence[str]) -> dict[str, str]:
-    """Each method's colour, the same in every picture."""
+def colors_of(methods: Sequence[str]) -> dict[str, str]:
+    """Each method's color, the same in every picture."""
     return {
-        method: METHOD_COLOURS[place % len(METHOD_COLOURS)] for place, method in enumerate(methods)
+        method: METHOD_COLORS[place % len(METHOD_COLORS)] for place, method in enumerate(methods)
     }
 
 
@@ -95,13 +95,13 @@ def short_names(methods: Sequence[str], longest: int = _LONGEST_NAME) -> dict[st
         >>> short_names(["uld", "multilevelot kd_weight=0.15"], longest=17)
         {'uld': 'uld', 'multilevelot kd_weight=0.15': 'multilev…ght=0.15'}
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for place, method in enumerate(methods, 1):
         name = _cut(printable(method), longest)
-        if name in found.values():
+        if name in names.values():
             name = _cut(f"{place}: {printable(method)}", longest)
-        found[method] = name
-    return found
+        names[method] = name
+    return names
 
 
 def _cut(name: str, longest: int) -> str:
@@ -182,7 +182,7 @@ def _tick(value: float, _: int) -> str:
 
 
 def tell(figure: Any, text: str) -> None:
-    """Say in a picture why there is nothing in it."""
+    """Write in an empty picture why it is empty."""
     figure.text(0.5, 0.5, text, color=FAINT, fontsize=13, ha="center", va="center")
 
 
@@ -192,7 +192,7 @@ class Label:
 
     height: float
     text: str
-    colour: str
+    color: str
 
 
 def label_at_right(axes: Any, labels: Iterable[Label], *, inches: float) -> None:
@@ -215,7 +215,7 @@ def label_at_right(axes: Any, labels: Iterable[Label], *, inches: float) -> None
             (1.005, 1.04),
             (at, placed),
             transform=axes.transAxes,
-            color=label.colour,
+            color=label.color,
             linewidth=1.4,
             marker="o",
             markersize=5.5,
@@ -230,7 +230,7 @@ def label_at_right(axes: Any, labels: Iterable[Label], *, inches: float) -> None
             placed,
             label.text,
             transform=axes.transAxes,
-            # Small text needs more contrast than a line's colour has.
+            # Small text needs more contrast than a line's color has.
             color=INK,
             fontsize=9,
             fontweight="bold",
@@ -317,7 +317,7 @@ def _prefix_ids(root: ElementTree.Element, name: str) -> None:
 
 
 def for_page(picture: str, label: str) -> str:
-    """Make a picture part of a page: scalable, named, in colours that the page may change.
+    """Make a picture part of a page: scalable, named, in colors that the page may change.
 
     Args:
         picture: From `svg_text`.
@@ -336,6 +336,6 @@ def for_page(picture: str, label: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _variable(found: re.Match[str]) -> str:
-    colour = found.group()
-    return f"var(--c{found.group(1)}, {colour})" if colour in DARK else colour
+def _variable(match: re.Match[str]) -> str:
+    color = match.group()
+    return f"var(--c{match.group(1)}, {color})" if color in DARK else color

@@ -16,7 +16,7 @@ from ctkd.compare.report.drawing import (
     INK,
     PAPER,
     Label,
-    colours_of,
+    colors_of,
     dress,
     label_at_right,
     new_figure,
@@ -111,7 +111,7 @@ def equal_effort(comparison: Comparison) -> str:
         curves = {method: [way(run.points) for run in runs] for method, runs in lines.items()}
         mark = last_common(_unbroken(lines, way))
         drawn = _draw_lines(axes, comparison, lines, way)
-        told = "no place in common" if mark is None else f"values at {unit} {_rounded(mark)}"
+        common = "no place in common" if mark is None else f"values at {unit} {_rounded(mark)}"
         every = [curve for found in curves.values() for curve in found] + list(drawn.values())
         later = [
             up
@@ -123,8 +123,10 @@ def equal_effort(comparison: Comparison) -> str:
         later += [value for value in values.values() if value is not None]
         hidden = _limit(axes, later, [up for curve in drawn.values() for up in curve.up])
         if mark is not None:
-            _mark(axes, mark, values, drawn, colours_of(comparison.methods))
-        dress(axes, f"{title}: {told}", **_note(lines, hidden), across=across, up="nats per token")
+            _mark(axes, mark, values, drawn, colors_of(comparison.methods))
+        dress(
+            axes, f"{title}: {common}", **_note(lines, hidden), across=across, up="nats per token"
+        )
         _label(axes, comparison, {m: line.up[-1] for m, line in drawn.items() if line.up}, values)
     return svg_text(figure, "equal-effort")
 
@@ -145,13 +147,13 @@ def _rounded(place: float) -> str:
 
 
 def _read_all(comparison: Comparison, key: str, *, smooth: bool) -> dict[str, list[Run]]:
-    found = {}
+    by_method = {}
     for method in comparison.methods:
         runs = [read_run(record, key) for record in comparison.of(method)]
         if smooth:
             runs = [Run(smoothed(run.points), run.left_out) for run in runs]
-        found[method] = runs
-    return found
+        by_method[method] = runs
+    return by_method
 
 
 def _draw_lines(
@@ -161,16 +163,16 @@ def _draw_lines(
     way: Callable[[Points], Curve],
 ) -> dict[str, Curve]:
     """Draw runs thin and means thick; returns the means."""
-    colours = colours_of(comparison.methods)
+    colors = colors_of(comparison.methods)
     means = {}
     for method, runs in lines.items():
         if len(runs) > 1:
             for run in runs:
                 line = way(run.points)
-                axes.plot(line.across, line.up, color=colours[method], linewidth=0.8, alpha=0.4)
+                axes.plot(line.across, line.up, color=colors[method], linewidth=0.8, alpha=0.4)
         mean = way(mean_points(runs))
         marker = "o" if len(mean.across) == 1 else ""
-        axes.plot(mean.across, mean.up, color=colours[method], linewidth=2.0, marker=marker)
+        axes.plot(mean.across, mean.up, color=colors[method], linewidth=2.0, marker=marker)
         means[method] = mean
     return means
 
@@ -183,9 +185,9 @@ def _limit(axes: Any, wanted: Sequence[float], every: Sequence[float] = ()) -> b
     upper = statistics.quantiles(wanted, n=4)[2] if len(wanted) > 1 else high
     if high > upper + 4 * (upper - low) > low:
         high = upper + 4 * (upper - low)
-    room = 0.06 * (high - low) or max(0.02 * abs(high), 0.02)
-    axes.set_ylim(low - room, high + room)
-    return any(value > high + room for value in (*wanted, *every))
+    margin = 0.06 * (high - low) or max(0.02 * abs(high), 0.02)
+    axes.set_ylim(low - margin, high + margin)
+    return any(value > high + margin for value in (*wanted, *every))
 
 
 def _note(lines: dict[str, list[Run]], hidden: bool) -> dict[str, Any]:
@@ -206,13 +208,13 @@ def _label(
     values: dict[str, float | None] | None = None,
 ) -> None:
     """Name the lines beside the panel; with values, at their heights and with their numbers."""
-    colours, names = colours_of(comparison.methods), short_names(comparison.methods)
+    colors, names = colors_of(comparison.methods), short_names(comparison.methods)
     labels = []
     for method, end in ends.items():
         value = None if values is None else values[method]
         number = "" if values is None else f" {decimal(value, 3)}"
         height = end if value is None else value
-        labels.append(Label(height, names[method] + number, colours[method]))
+        labels.append(Label(height, names[method] + number, colors[method]))
     label_at_right(axes, labels, inches=_PANEL * _CURVES)
 
 
@@ -221,7 +223,7 @@ def _mark(
     mark: float,
     values: dict[str, float | None],
     drawn: dict[str, Curve],
-    colours: dict[str, str],
+    colors: dict[str, str],
 ) -> None:
     furthest = max((line.across[-1] for line in drawn.values() if line.across), default=mark)
     end = min(furthest, mark * _MOST_BEYOND)
@@ -233,11 +235,11 @@ def _mark(
     for method, value in values.items():
         if value is not None:
             axes.plot(
-                [mark, end], [value, value], color=colours[method], linewidth=0.8,
+                [mark, end], [value, value], color=colors[method], linewidth=0.8,
                 linestyle=(0, (1, 2)), zorder=4,
             )  # fmt: skip
             axes.plot(
-                [mark], [value], marker="o", markersize=6, color=colours[method],
+                [mark], [value], marker="o", markersize=6, color=colors[method],
                 markeredgecolor=PAPER, clip_on=False, zorder=5,
             )  # fmt: skip
 
@@ -248,24 +250,24 @@ def metric_intervals(comparison: Comparison, analysis: Analysis) -> str:
     Lines mark the untrained student and the teacher.
     """
     results = list(analysis.methods)
-    colours = colours_of(comparison.methods)
+    colors = colors_of(comparison.methods)
     figure = new_figure(1.5 + _ROW * len(results))
     axes = figure.subplots()
     for row, result in enumerate(results):
-        colour = colours[result.method]
+        color = colors[result.method]
         if result.interval is not None:
             axes.plot(
-                (result.interval.low, result.interval.high), (row, row), color=colour, linewidth=6,
+                (result.interval.low, result.interval.high), (row, row), color=color, linewidth=6,
                 alpha=0.4, solid_capstyle="butt",
             )  # fmt: skip
         axes.plot(
-            [result.mean], [row], marker="D", markersize=8, color=colour, markeredgecolor=PAPER,
+            [result.mean], [row], marker="D", markersize=8, color=color, markeredgecolor=PAPER,
             zorder=5,
         )  # fmt: skip
         seeds = list(result.seed_means)
         axes.plot(
             seeds, [row + 0.3] * len(seeds), linestyle="", marker="o", markersize=4.5,
-            markerfacecolor="none", color=colour,
+            markerfacecolor="none", color=color,
         )  # fmt: skip
     title = METRICS[comparison.metric]
     dress(axes, "", across=f"{title} on the held-out test split")
@@ -305,14 +307,14 @@ def _draw_references(axes: Any, references: Sequence[MethodResult]) -> None:
     low, high = axes.get_xlim()
     values = [one.mean for one in references if math.isfinite(one.mean)]
     low, high = min([low, *values]), max([high, *values])
-    room = 0.03 * (high - low)
-    axes.set_xlim(low - room, high + room)
+    margin = 0.03 * (high - low)
+    axes.set_xlim(low - margin, high + margin)
     for line, result in enumerate(references):
         if not math.isfinite(result.mean):
             continue
-        colour = INK if result.method == TEACHER else FAINT
+        color = INK if result.method == TEACHER else FAINT
         style = (0, (6, 2)) if result.method == TEACHER else (0, (2, 2))
-        axes.axvline(result.mean, color=colour, linewidth=1.3, linestyle=style, zorder=1)
+        axes.axvline(result.mean, color=color, linewidth=1.3, linestyle=style, zorder=1)
         right_half = result.mean > (low + high) / 2
         axes.annotate(
             f"{result.method} {result.mean:.1f}",
@@ -322,7 +324,7 @@ def _draw_references(axes: Any, references: Sequence[MethodResult]) -> None:
             xycoords=axes.get_xaxis_transform(),
             textcoords="offset points",
             ha="right" if right_half else "left",
-            color=colour,
+            color=color,
             fontsize=9,
             annotation_clip=False,
         )
@@ -335,13 +337,13 @@ def costs(comparison: Comparison, analysis: Analysis) -> str:
     sized = [(r.peak_memory / _GIB if r.peak_memory is not None else None) for r in results]
     timed = [result.seconds_per_step for result in results]
     panels = (("Seconds per step (median)", "s", timed), ("Peak memory", "GiB", sized))
-    colours = colours_of(comparison.methods)
+    colors = colors_of(comparison.methods)
     for axes, (title, unit, values) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         dress(axes, title, across=unit)
         axes.grid(axis="x", color=GRID, linewidth=0.8)
         longest = max([value for value in values if value is not None], default=0.0)
         for row, (result, value) in enumerate(zip(results, values, strict=True)):
-            axes.barh(row, value or 0.0, height=0.62, color=colours[result.method])
+            axes.barh(row, value or 0.0, height=0.62, color=colors[result.method])
             text = "not measured" if value is None else f"{value:.2f}"
             axes.annotate(
                 text, (value or 0.0, row), (4, 0), textcoords="offset points", va="center",
@@ -409,21 +411,21 @@ def by_seconds(points: Points) -> Curve:
 
 def mean_points(runs: Sequence[Run]) -> Points:
     """Seconds and values averaged over seeds, at the steps that all of them have."""
-    found = [run.points for run in runs if run.points]
-    if not found:
+    series = [run.points for run in runs if run.points]
+    if not series:
         return {}
-    steps = [step for step in found[0] if all(step in points for points in found)]
+    steps = [step for step in series[0] if all(step in points for points in series)]
     return {
         step: (
-            statistics.fmean(points[step][0] for points in found),
-            statistics.fmean(points[step][1] for points in found),
+            statistics.fmean(points[step][0] for points in series),
+            statistics.fmean(points[step][1] for points in series),
         )
         for step in steps
     }
 
 
 def smoothed(points: Points) -> Points:
-    """Average each value with its neighbours, fewer of them towards the ends."""
+    """Average each value with its neighbors, fewer of them toward the ends."""
     rows = list(points.items())
     reach = len(rows) // 20 + 1 if len(rows) > 8 else 0
     smooth = {}
@@ -442,11 +444,11 @@ def last_common(curves: Iterable[Curve]) -> float | None:
         >>> last_common([Curve([0.0, 10.0], [3.0, 2.0]), Curve([0.0, 8.0], [3.0, 1.0])])
         8.0
     """
-    found = [curve.across for curve in curves if curve.across]
-    if not found:
+    series = [curve.across for curve in curves if curve.across]
+    if not series:
         return None
-    last = min(across[-1] for across in found)
-    return last if last >= max(across[0] for across in found) else None
+    last = min(across[-1] for across in series)
+    return last if last >= max(across[0] for across in series) else None
 
 
 def mean_at(runs: Iterable[Curve], place: float | None) -> float | None:

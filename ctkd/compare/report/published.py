@@ -184,15 +184,15 @@ def _keys(
 
 
 def _cell(row: Any, where: str) -> PublishedCell:
-    found = _keys(row, PublishedCell, where)
+    content = _keys(row, PublishedCell, where)
     return PublishedCell(
-        method=_text(found, "method", where),
-        label=_text(found, "label", where),
-        student=_text_or_none(found, "student", where),
-        teacher=_text_or_none(found, "teacher", where),
-        task=_lower(found, "task", where),
-        metric=_lower(found, "metric", where),
-        value=_number(found, "value", where),
+        method=_text(content, "method", where),
+        label=_text(content, "label", where),
+        student=_text_or_none(content, "student", where),
+        teacher=_text_or_none(content, "teacher", where),
+        task=_lower(content, "task", where),
+        metric=_lower(content, "metric", where),
+        value=_number(content, "value", where),
     )
 
 
@@ -209,22 +209,22 @@ def _refuse_twins(cells: tuple[PublishedCell, ...], path: Path) -> None:
         seen[place] = number
 
 
-def _text(found: Mapping[str, Any], key: str, where: str) -> str:
-    value = found[key]
+def _text(content: Mapping[str, Any], key: str, where: str) -> str:
+    value = content[key]
     if not isinstance(value, str) or not value.strip():
         raise DataError(f'{where}: expected "{key}" to be text; got {_shown(value)}')
     return value
 
 
-def _text_or_none(found: Mapping[str, Any], key: str, where: str) -> str | None:
-    value = found[key]
+def _text_or_none(content: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = content[key]
     if value is not None and (not isinstance(value, str) or not value.strip()):
         raise DataError(f'{where}: expected "{key}" to be text or null; got {_shown(value)}')
     return value
 
 
-def _lower(found: Mapping[str, Any], key: str, where: str) -> str:
-    value = _text(found, key, where)
+def _lower(content: Mapping[str, Any], key: str, where: str) -> str:
+    value = _text(content, key, where)
     if value != value.lower() or value != value.strip():
         raise DataError(
             f'{where}: expected "{key}" in lower case, without white space around it; '
@@ -233,8 +233,8 @@ def _lower(found: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _number(found: Mapping[str, Any], key: str, where: str) -> float:
-    value = found[key]
+def _number(content: Mapping[str, Any], key: str, where: str) -> float:
+    value = content[key]
     if type(value) in (int, float):
         try:
             number = float(value)

@@ -94,13 +94,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def terminal(comparison: Comparison, analysis: Analysis) -> str:
-    """What a comparison ends with in the terminal: heading, table and sentences."""
-    told = [f"- {printable(sentence)}" for sentence in analysis.sentences()]
+    """The summary for the terminal: heading, table and sentences."""
+    sentences = [f"- {printable(sentence)}" for sentence in analysis.sentences()]
     heading = printable(analysis.heading)
     table = tables.results(comparison, analysis)
     spent = [f"{name} {seconds:.0f} s" for name, seconds in comparison.preparation.items()]
     apart = ["", f"Before any run: {printable(', '.join(spent))}."] if spent else []
-    return "\n".join([heading, "", table.plain(), "", *told, *apart])
+    return "\n".join([heading, "", table.plain(), "", *sentences, *apart])
 
 
 def as_json(comparison: Comparison, analysis: Analysis) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def as_json(comparison: Comparison, analysis: Analysis) -> dict[str, Any]:
 
     A number that is not finite becomes None, so that the result is JSON by the letter.
     """
-    found = {
+    content = {
         "heading": analysis.heading,
         "settings": comparison.settings,
         "metric": comparison.metric,
@@ -120,7 +120,7 @@ def as_json(comparison: Comparison, analysis: Analysis) -> dict[str, Any]:
         "trials": [_run_facts(record) for record in comparison.trials],
         "preparation": comparison.preparation,
     }
-    plain: dict[str, Any] = _plain(found)
+    plain: dict[str, Any] = _plain(content)
     return plain
 
 
@@ -255,7 +255,7 @@ def _how_to_read(comparison: Comparison, analysis: Analysis) -> Iterator[str]:
     yield (
         "All runs make as many steps; those of one seed see the same rows in one order. Another "
         "seed varies the order, which rows are seen where the steps do not reach all of them, and "
-        "dropout if the student has any. It is no other initialisation: every run starts from the "
+        "dropout if the student has any. It is no other initialization: every run starts from the "
         "same student."
     )
     yield (
@@ -345,11 +345,11 @@ def first_runs(comparison: Comparison) -> list[Record]:
 
 
 def _scores_by_id(records: Sequence[Record], metric: str) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for record in records:
         for answer in record.answers:
-            found.setdefault(answer.id, []).append(answer.scores[metric])
-    return found
+            scores.setdefault(answer.id, []).append(answer.scores[metric])
+    return scores
 
 
 def _pick(
@@ -396,11 +396,11 @@ def generation_blocks(comparison: Comparison) -> Iterator[Block]:
     if seeds:
         yield Text(f"Answers of seed {' or '.join(map(str, seeds))}, by greedy decoding.")
     for shown in choose_examples(comparison):
-        asked = next(found[shown.id] for found in answers if shown.id in found)
-        yield Heading(question_tail(asked.prompt) or "(an empty prompt)", level=3)
-        yield Text(f"{shown.id}, {shown.why}. Accepted: {' | '.join(asked.references)}")
-        yield _answers(comparison, records, [found.get(shown.id) for found in answers])
-        yield Folded("the whole prompt", asked.prompt)
+        answer = next(by_id[shown.id] for by_id in answers if shown.id in by_id)
+        yield Heading(question_tail(answer.prompt) or "(an empty prompt)", level=3)
+        yield Text(f"{shown.id}, {shown.why}. Accepted: {' | '.join(answer.references)}")
+        yield _answers(comparison, records, [by_id.get(shown.id) for by_id in answers])
+        yield Folded("the whole prompt", answer.prompt)
 
 
 def _answers(

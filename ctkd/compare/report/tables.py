@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 NOTHING = "–"
-"""What stands where there is no number."""
+"""Shown where there is no number."""
 
 _GIB = 1 << 30
 # An underscore inside a word is only itself; so are signs of lists except at the start.
@@ -192,10 +192,12 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
 def _difference(result: MethodResult, baseline: str, is_reference: bool) -> tuple[str, str]:
     if not is_reference and result.method == baseline:
         return NOTHING, "baseline"
-    found: Difference | None = result.difference
-    if found is None:
+    difference: Difference | None = result.difference
+    if difference is None:
         return NOTHING, NOTHING
-    return _with_interval(found.mean, found.adjusted_interval, signed=True), found.verdict
+    return _with_interval(
+        difference.mean, difference.adjusted_interval, signed=True
+    ), difference.verdict
 
 
 def trials(comparison: Comparison) -> Table | None:
@@ -233,7 +235,7 @@ def _by_method(comparison: Comparison) -> Any:
 
 
 def common_settings(comparison: Comparison) -> Table | None:
-    """What all runs have in common, by name."""
+    """Settings that all runs share, by name."""
     shared = dict(comparison.settings)
     for name in _setting_names(comparison.finals):
         values = [record.settings.get(name) for record in comparison.finals]
@@ -269,7 +271,7 @@ def _setting_names(records: Iterable[Record]) -> list[str]:
 
 
 def preparation_costs(comparison: Comparison) -> Table | None:
-    """What was done once, before any run."""
+    """Work done once, before any run."""
     if not comparison.preparation:
         return None
     rows = tuple((name, decimal(spent, 1)) for name, spent in comparison.preparation.items())
@@ -281,7 +283,7 @@ def preparation_costs(comparison: Comparison) -> Table | None:
 def published_numbers(
     published: Sequence[PublishedTable], comparison: Comparison, analysis: Analysis
 ) -> list[Table]:
-    """What papers printed about this comparison's data, one table for each of theirs.
+    """Published numbers about this comparison's data, one table for each published one.
 
     Beside it stand this comparison's means of the same metrics. Which of their data sets this is,
     ``settings["published task"]`` says: tables about others are left out. Without it tables are
@@ -334,14 +336,14 @@ def _means(results: Sequence[MethodResult], metric: str) -> str:
 
 def _results_by_loss(comparison: Comparison, analysis: Analysis) -> dict[str, list[MethodResult]]:
     """Results by the name that published tables have; several if a loss ran more than once."""
-    found = {result.method: [result] for result in analysis.references}
+    by_loss = {result.method: [result] for result in analysis.references}
     for result in analysis.methods:
         settings = comparison.of(result.method)[0].settings
         loss = settings.get("loss", result.method.split()[0])
         # Such a run has the loss "sft", but published as "sft" is training on the data's answers.
         name = SEQKD if loss == SFT and settings.get("answers") == "teacher" else loss
-        found.setdefault(name, []).append(result)
-    return found
+        by_loss.setdefault(name, []).append(result)
+    return by_loss
 
 
 def _setting_title(teacher: str | None, student: str | None, task: str, metric: str) -> str:
@@ -376,8 +378,8 @@ def _gib(size: int | None) -> str:
 
 
 def _settings_text(settings: dict[str, Any]) -> str:
-    pairs = [f"{name}={_value_text(value)}" for name, value in settings.items()]
-    return ", ".join(pairs) or "defaults"
+    texts = [f"{name}={_value_text(value)}" for name, value in settings.items()]
+    return ", ".join(texts) or "defaults"
 
 
 def _value_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""How well a student on disk answers a split; an answer once given is never computed again."""
+"""Answers of a student on disk to a split; each is computed once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctkd.compare.plan.splits import Split
 from ctkd.compare.records import Answer
 from ctkd.distill.config import TrainConfig
-from ctkd.distill.data.encoding import EncodedPair, encode_pair
+from ctkd.distill.data.encoding import EncodedExample, encode_examples
 from ctkd.distill.data.prompts import PromptForm
 from ctkd.distill.data.tasks import Example
 from ctkd.distill.devices import choose_device, is_cpu
@@ -39,7 +39,7 @@ class Evaluator:
         self.base, self.tokenizer, self.say = base, tokenizer, say
         self.form = PromptForm(template=base.student_template)
         self.device = choose_device(base.device)
-        self._rows: dict[str, list[EncodedPair]] = {}
+        self._rows: dict[str, list[EncodedExample]] = {}
 
     def measure(
         self, source: str, folder: Path, split: Split
@@ -72,18 +72,18 @@ class Evaluator:
             batch_size=self.base.batch_size,
             use_cpu=is_cpu(self.device),
         )
-        found = [
+        predictions = [
             Prediction(
                 prediction=one.prediction, id=one.id, references=one.references, prompt=one.prompt
             )
             for one in answers
         ]
-        write_predictions(folder / f"predictions-{split.name}.jsonl", found)
+        write_predictions(folder / f"predictions-{split.name}.jsonl", predictions)
         return answers, losses
 
-    def _encoded(self, split: Split) -> list[EncodedPair]:
+    def _encoded(self, split: Split) -> list[EncodedExample]:
         if split.name not in self._rows:
-            self._rows[split.name] = encode_pair(
+            self._rows[split.name] = encode_examples(
                 list(split.examples),
                 self.tokenizer,
                 None,
@@ -94,7 +94,7 @@ class Evaluator:
 
 
 def scored(examples: Sequence[Example], texts: Sequence[str]) -> tuple[Answer, ...]:
-    """Put examples, what was answered to them, and its scores together."""
+    """Examples with their answers and scores."""
     scores = score(list(texts), [one.references for one in examples])
     each = {name: getattr(scores, f"{name}_each") for name in METRICS}
     return tuple(

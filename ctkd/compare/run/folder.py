@@ -71,8 +71,8 @@ class ComparisonFolder:
     @property
     def preparation(self) -> dict[str, float]:
         """Seconds of what was done before any run, by name."""
-        found: dict[str, float] = self.record["preparation"]
-        return found
+        seconds: dict[str, float] = self.record["preparation"]
+        return seconds
 
     def spent(self, name: str, seconds: float, *, finished: bool) -> None:
         """Keep how long a preparation took.
@@ -93,16 +93,16 @@ class ComparisonFolder:
         self.preparation[name] = round(total, 1)
         self.write()
 
-    def check_same(self, name: str, found: Mapping[str, str | None]) -> None:
+    def check_same(self, name: str, fingerprints: Mapping[str, str | None]) -> None:
         """Keep fingerprints, or refuse if they are others than when the comparison was begun.
 
         Raises:
             OutputError: If they are.
         """
-        before = self.record.setdefault(name, dict(found))
-        changed = [one for one in found if before.get(one) != found[one]]
-        if changed or before.keys() != found.keys():
-            what = ", ".join(changed or sorted({*before} ^ {*found}))
+        before = self.record.setdefault(name, dict(fingerprints))
+        changed = [one for one in fingerprints if before.get(one) != fingerprints[one]]
+        if changed or before.keys() != fingerprints.keys():
+            what = ", ".join(changed or sorted({*before} ^ {*fingerprints}))
             raise OutputError(
                 f"{self.path} was begun with other {name} ({what}); restore them, or choose "
                 "another --output"
@@ -264,7 +264,7 @@ def read_records(folder: Path) -> dict[str, Record]:
             f"cannot read {path}: {error.strerror or error}; make it readable, or choose another "
             "--output"
         ) from error
-    found = {}
+    records = {}
     # Bytes, as a kill may cut a line inside a character.
     for number, line in enumerate(content.split(b"\n"), 1):
         try:
@@ -277,5 +277,5 @@ def read_records(folder: Path) -> dict[str, Record]:
                 f"{path} line {number} is not a record of a comparison; remove the line, its run "
                 "is then repeated"
             ) from error
-        found[record.key] = record
-    return found
+        records[record.key] = record
+    return records

@@ -51,7 +51,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What runs are made from.
+    """Inputs of all runs.
 
     Args:
         splits: The rows.
@@ -96,18 +96,20 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
             f"the teacher cache {cache.path} holds answers of {cache.record['max_new_tokens']} "
             f"tokens, but max_new_tokens is {base.max_new_tokens}; give the same"
         )
-    asking = config.asking
-    forms = Forms.of(asking, splits.train.examples)
+    teacher_base = config.teacher_base
+    forms = Forms.of(teacher_base, splits.train.examples)
     if config.cache is not None and not config.live_teacher:
         for split, what in ((splits.train, "training"), (splits.curve, "held-out")):
-            encoded = encode(asking, models, list(split.examples), forms, what, lambda line: None)
+            encoded = encode(
+                teacher_base, models, list(split.examples), forms, what, lambda line: None
+            )
             cache.check_rows(encoded.rows, what)
     if _teaches_in_words(config):
         # Else a run would find out, after hours of others, that the cache lacks training texts.
-        asked, written = answerable(
-            asking, models, splits.train.examples, forms, "training", lambda line: None
+        chosen, prompts = answerable(
+            teacher_base, models, splits.train.examples, forms, "training", lambda line: None
         )
-        answered_by_teacher(asked, written, cache.texts, lambda line: None)
+        answered_by_teacher(chosen, prompts, cache.texts, lambda line: None)
     prompts = forms.teacher.ids(tokenizer, splits.test.examples, side="teacher")
     texts = [cache.texts.text(prompt) for prompt in prompts]
     if None in texts:
@@ -158,17 +160,17 @@ def _cache(
 ) -> TeacherCache:
     if config.cache is not None:
         return TeacherCache.open(config.cache, say=say)
-    asking = config.train_config(
+    teacher_base = config.train_config(
         Method(name="uld", loss="uld"),
         {},
         config.seed_values[0],
         data=str(splits.train.path),
-        eval_data=str(splits.asked.path),
+        eval_data=str(splits.held_out.path),
         columns=dict(COLUMNS),
-        eval_limit=len(splits.asked.examples),
+        eval_limit=len(splits.held_out.examples),
     )
     return write_cache(
-        asking,
+        teacher_base,
         folder.path / TEACHER_FOLDER,
         CacheSettings(
             # A live teacher gives its logits itself; only its texts are kept.
@@ -185,7 +187,7 @@ def _teaches_in_words(config: CompareConfig) -> bool:
 
 
 def _told(config: CompareConfig, cache: TeacherCache) -> str:
-    """How losses see the teacher's logits, for a person."""
+    """A description of the teacher's logits, for a person."""
     if config.live_teacher:
         return f"live, asked in {str(teacher_dtype(config.base)).removeprefix('torch.')}"
     kept = "all" if cache.k == cache.vocab_size else f"top {cache.k}"

@@ -1,4 +1,4 @@
-"""Carrying a comparison out, run by run, so that it can be stopped at any moment.
+"""A comparison carried out run by run, so that it can be stopped at any moment.
 
 Everything that was computed is on disk before the next thing begins. A comparison that was stopped
 is started again with the same settings: it looks up what is there and goes on.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctkd.compare.analysis.analyze import Analysis, analyse
+from ctkd.compare.analysis.analyze import Analysis, analyze
 from ctkd.compare.plan.config import CompareConfig
 from ctkd.compare.plan.jobs import Job, Plan, Training, best_trial, settings_text
 from ctkd.compare.records import TEACHER, UNTRAINED, Answer, Comparison, Record
@@ -41,7 +41,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a comparison ends with.
+    """The result of a comparison.
 
     Args:
         comparison: All records.
@@ -119,7 +119,7 @@ class _Comparing:
             trials=tuple(self.records[job.key] for job in trials),
             preparation=dict(self.folder.preparation),
         )
-        analysis = analyse(comparison)
+        analysis = analyze(comparison)
         path = write_report(comparison, analysis, self.folder.path, published=published)
         return Outcome(comparison=comparison, analysis=analysis, report_path=path)
 
@@ -138,7 +138,7 @@ class _Comparing:
         def teacher() -> tuple[tuple[Answer, ...], dict[str, float]]:
             return scored(test.examples, self.prepared.teacher_texts), {}
 
-        found = []
+        references = []
         for name, measure in ((UNTRAINED, untrained), (TEACHER, teacher)):
             key = self.plan.reference_key(name)
             if key not in self.records:
@@ -157,8 +157,8 @@ class _Comparing:
                         losses=losses,
                     )
                 )
-            found.append(self.records[key])
-        return found
+            references.append(self.records[key])
+        return references
 
     def _do(self, job: Job) -> None:
         """Train what is not trained, measure it, and keep the record."""
@@ -205,12 +205,12 @@ class _Comparing:
         if path.exists():
             # The folder may have been moved, or called otherwise; its name vouches for the rows.
             OutputFolder.relocate(path, {name: settings[name] for name in _PLACES})
-        there = OutputFolder.check(path, settings, resume=True, overwrite=False)
-        lost = "finished" in there.results and not any(
-            found for pattern in _WEIGHTS for found in path.glob(pattern)
+        folder = OutputFolder.check(path, settings, resume=True, overwrite=False)
+        lost = "finished" in folder.results and not any(
+            weights for pattern in _WEIGHTS for weights in path.glob(pattern)
         )
-        if "finished" in there.results and not lost:
-            return there
+        if "finished" in folder.results and not lost:
+            return folder
         try:
             # Else a run would be charged with what runs before it had needed.
             give_back_freed_memory()
@@ -226,12 +226,12 @@ class _Comparing:
     def _note(self, environment: dict[str, Any]) -> None:
         """Keep what a run was trained with; a comparison may go on elsewhere."""
         before = self.folder.record.get("environment", {})
-        found = {
+        merged = {
             name: list(dict.fromkeys([*before.get(name, []), value]))
             for name, value in environment.items()
         }
-        if {**before, **found} != before:
-            self.folder.keep("environment", {**before, **found})
+        if {**before, **merged} != before:
+            self.folder.keep("environment", {**before, **merged})
 
     def _keep(self, record: Record) -> None:
         append_record(self.folder.path, record)
@@ -248,13 +248,13 @@ class _Comparing:
         }
         before = self.folder.record.get("choices", {})
         choices = {
-            name: {"varied": found.varied, metric: found.metrics[metric], "trial": found.key}
-            for name, found in best.items()
+            name: {"varied": trial.varied, metric: trial.metrics[metric], "trial": trial.key}
+            for name, trial in best.items()
         }
         self.folder.keep("choices", {**before, **choices})
-        for name, found in best.items():
-            self.say(f"chosen for {name} on the development split: {settings_text(found.varied)}")
-        return {name: dict(found.varied) for name, found in best.items()}
+        for name, trial in best.items():
+            self.say(f"chosen for {name} on the development split: {settings_text(trial.varied)}")
+        return {name: dict(trial.varied) for name, trial in best.items()}
 
     def _tidy(self, jobs: Sequence[Job]) -> None:
         """Delete the weights of runs that nothing will be asked of any more."""
@@ -272,18 +272,18 @@ class _Comparing:
 
     def _leading(self, trials: Sequence[Job]) -> set[str]:
         """Runs that may still be reported: each method's best trial so far."""
-        found = set()
+        leading = set()
         for method in self.config.methods:
             done = [
                 job for job in trials if job.method.name == method.name and job.key in self.records
             ]
             if done:
                 best = best_trial([self.records[job.key] for job in done], self.config.metric_name)
-                found |= {job.training.key for job in done if job.key == best.key}
-        return found
+                leading |= {job.training.key for job in done if job.key == best.key}
+        return leading
 
     def _settings(self) -> dict[str, Any]:
-        """What all runs have in common."""
+        """Settings that all runs share."""
         config, splits = self.config, self.prepared.splits
         own = {name for method in config.methods for name in (*method.settings, *method.grid)}
         # Weights are the loss's own where none is given: records have them.

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ctkd.batch import IGNORE_INDEX
-from ctkd.distill.data.encoding import EncodedPair, EncodedSide
+from ctkd.distill.data.encoding import EncodedExample, EncodedSide
 from ctkd.errors import BatchError
 
 __all__ = ["KEPT", "Collator", "StoredTeacher", "padded_sides", "padding_id"]
@@ -64,7 +64,7 @@ class Collator:
 
     Example:
         >>> rows = [
-        ...     EncodedPair(id=i, student=EncodedSide(prompt_ids=p, answer_ids=a, eos_id=2))
+        ...     EncodedExample(id=i, student=EncodedSide(prompt_ids=p, answer_ids=a, eos_id=2))
         ...     for i, p, a in [("1", [5, 6, 7], [8]), ("2", [5], [9, 9])]
         ... ]
         >>> batch = Collator(student_pad_id=2)(rows)
@@ -84,7 +84,7 @@ class Collator:
     score_eos: bool = False
     teacher_cache: StoredTeacher | None = None
 
-    def __call__(self, rows: Sequence[EncodedPair]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[EncodedExample]) -> dict[str, Tensor]:
         """Make the batch.
 
         Raises:
@@ -125,7 +125,7 @@ class Collator:
             batch[f"{prefix}distill_chunk_ids"] = self._chunks(sides, labels, ends)
         return batch
 
-    def _check_end(self, row: EncodedPair) -> None:
+    def _check_end(self, row: EncodedExample) -> None:
         sides = [row.student] if row.teacher is None else [row.student, row.teacher]
         if row.cut and any(side.eos_id is not None for side in sides):
             raise BatchError(
@@ -153,7 +153,7 @@ class Collator:
             if len(side.chunk_ids) != count:
                 raise BatchError(
                     f"expected one chunk number for each of an answer's {count} tokens, got "
-                    f"{len(side.chunk_ids)}; encode with encode_pair"
+                    f"{len(side.chunk_ids)}; encode with encode_examples"
                 )
             chunks[row, 1 : 1 + count] = torch.tensor(side.chunk_ids)
             if self.score_eos and side.eos_id is not None:

@@ -1,6 +1,6 @@
-"""How much of the answers both tokenizers spell alike, and where an answer can be cut.
+"""Coverage: the share of the answers that both tokenizers spell alike, and places to cut one.
 
-A tokenizer that changes the text (lower case, Unicode normalisation, characters it lacks) is read
+A tokenizer that changes the text (lower case, Unicode normalization, characters it lacks) is read
 as it is: what it makes of an answer is what its model learns. How much of the answers is lost that
 way is counted here, in bytes.
 """
@@ -19,7 +19,7 @@ _SHOWN_ROWS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCoverage:
-    """What became of one answer.
+    """Coverage of one answer.
 
     Args:
         id: The example's id.
@@ -45,13 +45,13 @@ class RowCoverage:
 
     def __str__(self) -> str:
         spelled = [("student", self.student), ("teacher", self.teacher)]
-        told = [
+        differences = [
             f"the {side}'s ids spell {shown(what)}"
             for side, what in spelled
             if what is not None and what != self.text
         ]
         return f"{self.where} ({_percent(self.share)}): expected {shown(self.text)}, " + (
-            " and ".join(told)
+            " and ".join(differences)
         )
 
 
@@ -112,16 +112,16 @@ class Coverage:
 
     def report(self) -> str:
         """Say it in one line."""
-        some = f"{self.answers} answer{'s' if self.answers != 1 else ''}"
+        answers = f"{self.answers} answer{'s' if self.answers != 1 else ''}"
         per_answer = f"{self.student_tokens / max(self.answers, 1):.1f}"
         if self.teacher_tokens is None:
             return (
-                f"encoded {some}: {_percent(self.share)} of bytes kept by the tokenizer, "
+                f"encoded {answers}: {_percent(self.share)} of bytes kept by the tokenizer, "
                 f"{per_answer} tokens per answer"
             )
         single = self.one_to_one_share
         return (
-            f"aligned {some}: {_percent(self.share)} of bytes in chunks, "
+            f"aligned {answers}: {_percent(self.share)} of bytes in chunks, "
             + ("no chunks" if single is None else f"{single:.0%} of chunks one to one").replace(
                 "%", " %"
             )

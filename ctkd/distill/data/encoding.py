@@ -19,7 +19,7 @@ from ctkd.errors import DataError, SettingError
 from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.token_bytes import TokenBytes
 
-__all__ = ["EncodedExamples", "EncodedPair", "EncodedSide", "encode_pair", "encode_side"]
+__all__ = ["EncodedExamples", "EncodedExample", "EncodedSide", "encode_examples", "encode_side"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class EncodedSide:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedPair:
+class EncodedExample:
     """One example in the ids of the student and, if there is one, of the teacher.
 
     Args:
@@ -65,8 +65,8 @@ class EncodedPair:
     teacher: EncodedSide | None = None
     cut: bool = False
 
-    def without_end(self) -> "EncodedPair":
-        """The same answer, told to be cut: neither side ends."""
+    def without_end(self) -> "EncodedExample":
+        """The same answer marked as cut: neither side ends."""
         return replace(
             self,
             student=replace(self.student, eos_id=None),
@@ -74,7 +74,7 @@ class EncodedPair:
             cut=True,
         )
 
-    def cut_to(self, max_length: int, student_bytes: TokenBytes) -> "EncodedPair | None":
+    def cut_to(self, max_length: int, student_bytes: TokenBytes) -> "EncodedExample | None":
         """Cut the answer at the last place at which all sides fit; None if there is none.
 
         Args:
@@ -88,7 +88,7 @@ class EncodedPair:
             both = list(zip(sides, ends, strict=True))
             if all(len(side.prompt_ids) + end <= max_length for side, end in both):
                 student, *teacher = [side.cut_to(end) for side, end in both]
-                return EncodedPair(
+                return EncodedExample(
                     id=self.id, student=student, teacher=teacher[0] if teacher else None, cut=True
                 )
         return None
@@ -96,7 +96,7 @@ class EncodedPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedExamples:
-    """What `encode_pair` made of some examples.
+    """The result of `encode_examples`.
 
     Args:
         rows: The encoded examples, in their order.
@@ -106,7 +106,7 @@ class EncodedExamples:
         cut: The ids of the examples whose answers were cut, each with its lengths before.
     """
 
-    rows: list[EncodedPair]
+    rows: list[EncodedExample]
     coverage: Coverage
     max_length: int
     too_long: tuple[str, ...] = ()
@@ -127,13 +127,13 @@ class EncodedExamples:
             'left out 1 of 1 examples as longer than 64 tokens: 7 (student 90)'
         """
         total = len(self.rows) + len(self.too_long)
-        told = [
+        parts = [
             f"{what} {len(rows)} of {total} examples as longer than {self.max_length} tokens: "
             f"{', '.join(rows[:3])}{', ...' if len(rows) > 3 else ''}"
             for what, rows in (("left out", self.too_long), ("cut", self.cut))
             if rows
         ]
-        return "; ".join(told)
+        return "; ".join(parts)
 
 
 # Aligned together; the tensors are as wide as the longest answer among them.
@@ -175,7 +175,7 @@ def encode_side(
     return encoder.side(prompt_ids, answer_ids, answer, where, exactly=True)
 
 
-def encode_pair(
+def encode_examples(
     examples: Sequence[Example],
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -204,14 +204,14 @@ def encode_pair(
         max_length: The most tokens a side may have: prompt, answer and, where it is read, the end
             of sequence.
         score_eos: Whether distillation scores the end of sequence, on both sides.
-        on_long: What becomes of an example that is too long on either side. "drop": it is left out
+        on_long: Treatment of an example that is too long on either side. "drop": it is left out
             on both and reported. "cut": its answer ends with the last chunk that fits on both, at
             the end of a character, without an end of sequence; without a chunk that fits it is left
             out. "refuse": an error.
         min_coverage: The least share of the answers' bytes, from 0 to 1, that must lie in chunks;
             without a teacher, that the student's tokenizer must keep.
-        student_form: How the student is asked.
-        teacher_form: How the teacher is asked.
+        student_form: The form of the student's prompts.
+        teacher_form: The form of the teacher's prompts.
         pair: The two tokenizers' pair; by default made here.
 
     Raises:
@@ -243,19 +243,19 @@ def encode_pair(
     if teacher_tokenizer is None:
         table = TokenBytes.from_tokenizer(student_tokenizer)
         student = _Encoder(student_tokenizer, table, student_form, "student")
-        pairs, coverage = _alone(examples, student.all(examples), table)
+        aligned, coverage = _alone(examples, student.all(examples), table)
     else:
         if pair is None:
             pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
         table = pair.student_bytes
         student = _Encoder(student_tokenizer, table, student_form, "student")
         teacher = _Encoder(teacher_tokenizer, pair.teacher_bytes, teacher_form, "teacher")
-        pairs, coverage = _aligned(examples, student.all(examples), teacher.all(examples), pair)
+        aligned, coverage = _aligned(examples, student.all(examples), teacher.all(examples), pair)
     coverage.check(min_coverage)
-    rows: list[EncodedPair] = []
+    rows: list[EncodedExample] = []
     too_long: list[str] = []
     cut: list[str] = []
-    for example, whole in zip(examples, pairs, strict=True):
+    for example, whole in zip(examples, aligned, strict=True):
         row = whole if example.ends else whole.without_end()
         lengths = {"student": _length(row.student, with_eos=True)}
         if row.teacher is not None:
@@ -263,17 +263,17 @@ def encode_pair(
         if max(lengths.values()) <= max_length:
             rows.append(row)
             continue
-        told = ", ".join(f"{side} {length}" for side, length in lengths.items())
+        tokens = ", ".join(f"{side} {length}" for side, length in lengths.items())
         if on_long == "refuse":
             raise DataError(
-                f"{_name(example)} is longer than {max_length} tokens ({told}); raise max_length, "
-                "or shorten the row"
+                f"{_name(example)} is longer than {max_length} tokens ({tokens}); raise "
+                "max_length, or shorten the row"
             )
         shorter = row.cut_to(max_length, table) if on_long == "cut" else None
         if shorter is None:
-            too_long.append(f"{example.id} ({told})")
+            too_long.append(f"{example.id} ({tokens})")
         else:
-            cut.append(f"{example.id} ({told})")
+            cut.append(f"{example.id} ({tokens})")
             rows.append(shorter)
     if not rows:
         raise DataError(
@@ -291,7 +291,7 @@ def encode_pair(
 
 @dataclass(frozen=True, slots=True)
 class _Encoder:
-    """What one side does to examples."""
+    """The encoder of one side."""
 
     tokenizer: PreTrainedTokenizerBase
     table: TokenBytes
@@ -339,11 +339,11 @@ class _Encoder:
         )
 
     def _has_special(self, ids: Sequence[int]) -> bool:
-        """Whether the text spells a special token; one for unknown characters is none."""
-        found = {index for index in ids if self.table.roles[index] != "text"}
+        """True if the text spells a special token; one for unknown characters is none."""
+        special = {index for index in ids if self.table.roles[index] != "text"}
         unknown = self.tokenizer.unk_token_id
         # GPT-2 names its end of sequence as unknown, too.
-        return any(index != unknown or self.table.roles[index] != "other" for index in found)
+        return any(index != unknown or self.table.roles[index] != "other" for index in special)
 
 
 def _aligned(
@@ -351,22 +351,22 @@ def _aligned(
     student: Sequence[EncodedSide],
     teacher: Sequence[EncodedSide],
     pair: TokenizerPair,
-) -> tuple[list[EncodedPair], Coverage]:
-    pairs: list[EncodedPair] = []
+) -> tuple[list[EncodedExample], Coverage]:
+    rows: list[EncodedExample] = []
     covered: list[int] = []
     chunks = one_to_one = 0
     for start in range(0, len(examples), _ROWS_AT_ONCE):
         block = slice(start, start + _ROWS_AT_ONCE)
-        found = pair.align(
+        alignment = pair.align(
             [side.answer_ids for side in student[block]],
             [side.answer_ids for side in teacher[block]],
         )
-        chunks += int(found.chunks.sum())
-        one_to_one += int(found.one_to_one.sum())
-        covered += found.covered_bytes.tolist()
-        numbers = (found.student_chunk_ids.tolist(), found.teacher_chunk_ids.tolist())
-        pairs += [
-            EncodedPair(
+        chunks += int(alignment.chunks.sum())
+        one_to_one += int(alignment.one_to_one.sum())
+        covered += alignment.covered_bytes.tolist()
+        numbers = (alignment.student_chunk_ids.tolist(), alignment.teacher_chunk_ids.tolist())
+        rows += [
+            EncodedExample(
                 id=example.id,
                 student=replace(ours, chunk_ids=our_chunks[: len(ours.answer_ids)]),
                 teacher=replace(theirs, chunk_ids=their_chunks[: len(theirs.answer_ids)]),
@@ -381,7 +381,7 @@ def _aligned(
         [pair.student_bytes.decode(side.answer_ids) for side in student],
         [pair.teacher_bytes.decode(side.answer_ids) for side in teacher],
     )
-    return pairs, replace(
+    return rows, replace(
         coverage,
         chunks=chunks,
         one_to_one=one_to_one,
@@ -392,19 +392,19 @@ def _aligned(
 
 def _alone(
     examples: Sequence[Example], student: Sequence[EncodedSide], table: TokenBytes
-) -> tuple[list[EncodedPair], Coverage]:
+) -> tuple[list[EncodedExample], Coverage]:
     spelled = [table.decode(side.answer_ids) for side in student]
     kept = [
         kept_bytes(example.answer.encode(), one)
         for example, one in zip(examples, spelled, strict=True)
     ]
     coverage = _coverage(examples, kept, spelled, [None] * len(spelled))
-    pairs = [
-        EncodedPair(id=example.id, student=side)
+    rows = [
+        EncodedExample(id=example.id, student=side)
         for example, side in zip(examples, student, strict=True)
     ]
     tokens = sum(len(side.answer_ids) for side in student)
-    return pairs, replace(coverage, student_tokens=tokens)
+    return rows, replace(coverage, student_tokens=tokens)
 
 
 def _coverage(

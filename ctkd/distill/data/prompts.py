@@ -1,4 +1,4 @@
-r"""How a model is asked: its prompt as plain text or in its own chat template, and shots.
+r"""Prompts: as plain text or in a model's own chat template, and shots.
 
 Every side renders the prompt by itself, so a teacher never reads the markers of a student's
 template, nor a student those of a teacher's. What a template adds besides markers (a system
@@ -39,8 +39,8 @@ class PromptForm:
 
     Example:
         >>> shot = Example(id="1", prompt="2 + 2 =", answer=" 4", references=("4",), group="a")
-        >>> asked = Example(id="2", prompt="3 + 3 =", answer=" 6", references=("6",), group="b")
-        >>> PromptForm(shots=(shot,)).plain_text(asked)
+        >>> example = Example(id="2", prompt="3 + 3 =", answer=" 6", references=("6",), group="b")
+        >>> PromptForm(shots=(shot,)).plain_text(example)
         '2 + 2 = 4\n\n3 + 3 ='
     """
 

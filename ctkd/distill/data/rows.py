@@ -38,7 +38,7 @@ class Rows:
         rows: A list of mappings, or a `datasets.Dataset`.
 
     Example:
-        >>> rows = Rows("colours", [{"name": "red"}, {"name": "blue", "cold": "yes"}])
+        >>> rows = Rows("colors", [{"name": "red"}, {"name": "blue", "cold": "yes"}])
         >>> len(rows), rows.columns
         (2, ['name', 'cold'])
     """
@@ -62,7 +62,7 @@ class Rows:
 
 
 def is_embedded(source: str) -> bool:
-    """Whether the name, which says no split, is that of an embedded set and of no file."""
+    """True if the name, which says no split, is that of an embedded set and of no file."""
     return source in EMBEDDED and not Path(source).exists()
 
 

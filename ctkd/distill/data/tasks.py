@@ -1,4 +1,4 @@
-"""What the columns of a data set mean: prompts, answers and references.
+"""Tasks: prompts, answers and references from the columns of a data set.
 
 Prompt bodies are those of the MultiLevelOT paper's code. There is no instruction, no example and
 no chat template in them: a prompt reads the same for student and teacher.
@@ -45,7 +45,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """How a row becomes an example.
+    """The columns of a row that make an example, and the prompt made from them.
 
     Args:
         name: What ``--task`` calls it.
@@ -148,8 +148,8 @@ def examples(
     if isinstance(task, str):
         task = get_task(task)
     reader = _Reader.prepare(rows, task, columns or {}, use_title)
-    found = [reader.read(row, number) for number, row in enumerate(rows, 1)]
-    return reader.with_ids(found, rows)
+    read = [reader.read(row, number) for number, row in enumerate(rows, 1)]
+    return reader.with_ids(read, rows)
 
 
 def split_off(
@@ -215,33 +215,33 @@ class _Reader:
     def prepare(
         cls, rows: Rows, task: Task, mapping: Mapping[str, str], use_title: bool
     ) -> "_Reader":
-        there = rows.columns
+        present = rows.columns
         for field, name in mapping.items():
             if field not in task.columns:
                 raise DataError(
                     f"task {task.name} has no field {field!r}{_suggest(field, task.columns)}; "
                     f"its fields: {_list(task.columns)}"
                 )
-            if name not in there:
+            if name not in present:
                 raise DataError(
-                    f"{rows.name} has no column {name!r} for {field!r}{_suggest(name, there)}; "
-                    f"its columns: {_list(there)}"
+                    f"{rows.name} has no column {name!r} for {field!r}{_suggest(name, present)}; "
+                    f"its columns: {_list(present)}"
                 )
         column = {field: mapping.get(field, field) for field in task.columns}
         bodies = {
             fields: body
             for fields, body in task.bodies.items()
-            if all(column[field] in there for field in fields)
+            if all(column[field] in present for field in fields)
         }
         # A field mapped by hand says which body is meant, where the data would serve several.
         fields = max(bodies, key=lambda names: any(n in mapping for n in names), default=None)
         if fields is None:
             wanted = [field for names in task.bodies for field in names]
-            missing = [field for field in wanted if column[field] not in there]
+            missing = [field for field in wanted if column[field] not in present]
             joint = " or " if len(task.bodies) > 1 else " and "
             raise cls.missing(rows, task, missing, joint)
         needed = [task.target, *(["title"] if use_title else [])]
-        missing = [field for field in needed if column[field] not in there]
+        missing = [field for field in needed if column[field] not in present]
         if missing:
             raise cls.missing(rows, task, missing, " and ")
         return cls(
@@ -339,18 +339,18 @@ class _Reader:
             )
         return usable
 
-    def with_ids(self, found: list[Example], rows: Rows) -> list[Example]:
-        """Put the ids of the data in place of row numbers, if they tell the rows apart."""
+    def with_ids(self, examples: list[Example], rows: Rows) -> list[Example]:
+        """Replace row numbers by the ids of the data, if these are distinct."""
         if self.column["id"] not in rows.columns:
-            return found
+            return examples
         seen: dict[str, Example] = {}
-        for row, example in zip(rows, found, strict=True):
+        for row, example in zip(rows, examples, strict=True):
             if not self.id_named and not isinstance(row.get("id"), str | int):
-                return found
+                return examples
             name = self.label(row, "id", example.where)
             if name in seen:
                 if not self.id_named:
-                    return found
+                    return examples
                 raise DataError(
                     f"{example.where} has the id {name!r}, as {seen[name].where} has; map id "
                     "to a column that tells rows apart, or do not map it"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ctkd.distill.config import DoctorRequest
-from ctkd.distill.data.encoding import EncodedPair, encode_pair
+from ctkd.distill.data.encoding import EncodedExample, encode_examples
 from ctkd.distill.data.rows import load_rows
 from ctkd.distill.data.tasks import Example, examples
 from ctkd.distill.models.checks import check_causal, one_line, quiet
@@ -40,7 +40,7 @@ Suits = Literal["good", "careful", "unsuited"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossAdvice:
-    """How well one loss suits the pair, and why."""
+    """A judgment of one loss for the pair, and its reason."""
 
     name: str
     suits: Suits
@@ -65,7 +65,7 @@ class DoctorReport:
 
     @property
     def sound(self) -> bool:
-        """Whether distillation with this pair would be sound."""
+        """True if distillation with this pair would be sound."""
         return self.verdict.sound
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def run_doctor(request: DoctorRequest, *, say: Callable[[str], None] = print) ->
     pair = TokenizerPair(student, teacher, progress=False)
     rows, refused = _encode(chosen, student, teacher, pair)
     text_of = {example.id: example.answer.encode() for example in chosen}
-    found = examine(
+    examination = examine(
         student,
         teacher,
         [_answer(row, text_of[row.id]) for row in rows],
@@ -113,9 +113,9 @@ def run_doctor(request: DoctorRequest, *, say: Callable[[str], None] = print) ->
     )
     return DoctorReport(
         request=request,
-        examination=found,
-        losses=advise(found, min_coverage=request.thresholds.min_coverage),
-        verdict=judge(found, request.thresholds),
+        examination=examination,
+        losses=advise(examination, min_coverage=request.thresholds.min_coverage),
+        verdict=judge(examination, request.thresholds),
     )
 
 
@@ -154,12 +154,12 @@ def _encode(
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
     pair: TokenizerPair,
-) -> tuple[list[EncodedPair], list[str]]:
+) -> tuple[list[EncodedExample], list[str]]:
     """Encode as training does, and tell which rows it would refuse."""
 
-    def encode(some: Sequence[Example]) -> list[EncodedPair]:
-        return encode_pair(
-            some, student, teacher, max_length=_NO_LIMIT, min_coverage=0.0, pair=pair
+    def encode(part: Sequence[Example]) -> list[EncodedExample]:
+        return encode_examples(
+            part, student, teacher, max_length=_NO_LIMIT, min_coverage=0.0, pair=pair
         ).rows
 
     try:
@@ -176,7 +176,7 @@ def _encode(
         return rows, refused
 
 
-def _answer(row: EncodedPair, text: bytes) -> AnswerIds:
+def _answer(row: EncodedExample, text: bytes) -> AnswerIds:
     teacher_ids = [] if row.teacher is None else row.teacher.answer_ids
     return AnswerIds(
         id=row.id, text=text, student_ids=row.student.answer_ids, teacher_ids=teacher_ids
@@ -195,16 +195,16 @@ def advise(examination: Examination, *, min_coverage: float) -> tuple[LossAdvice
         examination: What was measured.
         min_coverage: The share of the answers' bytes in chunks below which training stops.
     """
-    found = []
+    advice = []
     for name in list_losses():
         try:
             facts = describe(name)
         except CtkdError as error:
             reason = " ".join(str(error).split())
-            found.append(LossAdvice(name=name, suits="unsuited", reason=reason))
+            advice.append(LossAdvice(name=name, suits="unsuited", reason=reason))
             continue
-        found.append(advise_on(facts, examination, min_coverage=min_coverage))
-    return tuple(found)
+        advice.append(advise_on(facts, examination, min_coverage=min_coverage))
+    return tuple(advice)
 
 
 def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float) -> LossAdvice:
@@ -212,7 +212,7 @@ def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float
 
     A loss that needs chunks and both vocabularies compares shared tokens; `mined` compares the
     tokens of one-to-one chunks. A loss that needs chunks alone compares chunks. A loss that needs
-    neither pairs positions by their index, which is never worse than careful where it has another
+    neither matches positions by their index, which is never worse than careful where it has another
     `pairing`.
 
     Args:
@@ -241,18 +241,18 @@ def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float
 
 def _of_coverage(examination: Examination, min_coverage: float) -> list[tuple[Suits, str]]:
     share = examination.answers.coverage
-    told = f"{percent(share)} of bytes in chunks"
+    reason = f"{percent(share)} of bytes in chunks"
     if share < min_coverage:
-        return [("unsuited", told)]
-    return [("good" if share >= max(_GOOD, min_coverage) else "careful", told)]
+        return [("unsuited", reason)]
+    return [("good" if share >= max(_GOOD, min_coverage) else "careful", reason)]
 
 
 def _of_one_to_one(examination: Examination) -> tuple[Suits, str]:
     share = examination.answers.one_to_one
-    told = f"{percent(share)} of chunks one to one"
+    reason = f"{percent(share)} of chunks one to one"
     if share < _GOOD_ONE_TO_ONE:
-        told += "; elsewhere it trains on the labels alone"
-    return _level(share, _GOOD_ONE_TO_ONE, _ENOUGH_ONE_TO_ONE), told
+        reason += "; elsewhere it trains on the labels alone"
+    return _level(share, _GOOD_ONE_TO_ONE, _ENOUGH_ONE_TO_ONE), reason
 
 
 def _of_overlap(examination: Examination) -> list[tuple[Suits, str]]:
@@ -274,18 +274,18 @@ def _of_overlap(examination: Examination) -> list[tuple[Suits, str]]:
     if examination.numerals_split_on_one_side:
         judged.append(("careful", "numerals cut into digits on one side only"))
     elif shared_numerals and min(shared_numerals) < _ENOUGH:
-        told = f"only {percent(min(shared_numerals))} of numerals in both vocabularies"
-        judged.append(("careful", told))
+        reason = f"only {percent(min(shared_numerals))} of numerals in both vocabularies"
+        judged.append(("careful", reason))
     return judged
 
 
 def _of_positions(facts: LossFacts, examination: Examination) -> tuple[Suits, str]:
     answers = examination.answers
-    told = f"{percent(answers.in_step)} of positions paired by index in step"
+    reason = f"{percent(answers.in_step)} of positions paired by index in step"
     suits = _level(answers.in_step, _GOOD, _ENOUGH)
     if suits == "good" or "pairing" not in facts.settings:
-        return suits, told
-    return "careful", f"{told}; use --loss-option pairing=chunk"
+        return suits, reason
+    return "careful", f"{reason}; use --loss-option pairing=chunk"
 
 
 def _level(share: float, good: float, enough: float) -> Suits:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from ctkd.distill.config import EvaluateRequest, TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
-from ctkd.distill.data.encoding import EncodedPair, encode_pair
+from ctkd.distill.data.encoding import EncodedExample, encode_examples
 from ctkd.distill.data.prompts import PLAIN, PromptForm
 from ctkd.distill.data.rows import is_embedded, load_rows
 from ctkd.distill.data.tasks import Example, examples
@@ -56,7 +56,7 @@ def answer(
         examples: What to answer.
         max_new_tokens: Longest answer.
         batch_size: Prompts decoded together.
-        form: How the model is asked: as it was in training.
+        form: The form of the prompts: as in training.
         progress: Whether to show a bar, and its text.
     """
     prompts = form.ids(tokenizer, examples)
@@ -82,7 +82,7 @@ def score_predictions(predictions: Sequence[Prediction]) -> Scores:
 def held_out_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[EncodedPair],
+    rows: Sequence[EncodedExample],
     *,
     loss: Loss | None = None,
     teacher: PreTrainedModel | None = None,
@@ -202,7 +202,7 @@ def _losses(
     teacher = load_model(name, device=model.device)
     check_token_ids(teacher, teacher_tokenizer)
     pair = TokenizerPair(tokenizer, teacher_tokenizer)
-    encoded = encode_pair(
+    encoded = encode_examples(
         chosen,
         tokenizer,
         teacher_tokenizer,

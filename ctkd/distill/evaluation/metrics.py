@@ -1,4 +1,4 @@
-"""How good an answer is, given the answers that count as right.
+"""Metrics of answers, given the answers that count as right.
 
 Exact match and F1 follow SQuAD's evaluation, Rouge-LSum follows `rouge-score` with Porter stemming.
 All three take the best of an example's references. The single-example functions return a fraction
@@ -88,7 +88,7 @@ class Referenced(Protocol):
 
     @property
     def id(self) -> str:
-        """What ties a prediction to this example."""
+        """The id that a prediction of this example has."""
 
     @property
     def references(self) -> Sequence[str]:
@@ -110,7 +110,7 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """Return 1 if the normalised answer equals a normalised reference, else 0.
+    """Return 1 if the normalized answer equals a normalized reference, else 0.
 
     Args:
         prediction: The answer.
@@ -129,7 +129,7 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 def f1(prediction: str, references: Sequence[str]) -> float:
     """Return the bag-of-words F1 against the best reference.
 
-    With P the share of the answer's normalised words that the reference holds too, and R the share
+    With P the share of the answer's normalized words that the reference holds too, and R the share
     of the reference's words that the answer holds, counting repeated words as often as both have
     them, F1 = 2PR / (P + R). Both without words: 1. Only one without words: 0. Words are what white
     space separates, so a script written without spaces is one word.
@@ -329,8 +329,8 @@ def match_predictions(
         [i for i in expected if i not in by_id],
         "no prediction for {}; predict every example, or limit the data to those predicted",
     )
-    found = zip((by_id[identity] for identity in expected), examples, strict=True)
-    return [replace(row, references=tuple(example.references)) for row, example in found]
+    matched = zip((by_id[identity] for identity in expected), examples, strict=True)
+    return [replace(row, references=tuple(example.references)) for row, example in matched]
 
 
 def _best(metric: Callable[[str, str], float], prediction: str, references: Sequence[str]) -> float:

@@ -1,4 +1,4 @@
-"""What every way of loading a model shares: silence, one-line causes, and which models fit.
+"""Checks shared by all ways to load a model, silence while loading, one-line causes.
 
 It loads nothing itself.
 """

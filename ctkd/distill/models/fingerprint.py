@@ -1,4 +1,4 @@
-"""Which model a name stands for, told from its files, without loading it."""
+"""Fingerprints of models, from their files, without loading them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def model_fingerprint(name: str) -> str:
     source = resolve(name)
     folder = Path(source)
     if not folder.is_dir():
-        found = try_to_load_from_cache(source, "config.json")
-        return f"{source}@{Path(found).parent.name}" if isinstance(found, str) else source
+        cached = try_to_load_from_cache(source, "config.json")
+        return f"{source}@{Path(cached).parent.name}" if isinstance(cached, str) else source
     digest = hashlib.sha256()
     weights = {
         path

@@ -1,4 +1,4 @@
-"""What a model answers, by greedy decoding.
+"""Answers of a model, by greedy decoding.
 
 Nothing is sampled: settings that a model brings along for chatting (temperature, repetition
 penalty, a sampling switch) are set aside while the answers are made. Models that encode the prompt
@@ -79,7 +79,7 @@ def generate(
             little of the model's positions for the answer.
         ModelError: If the model is an encoder-decoder.
     """
-    found = generate_ends(
+    generated = generate_ends(
         model,
         tokenizer,
         prompts,
@@ -88,7 +88,7 @@ def generate(
         stop_at_newline=stop_at_newline,
         progress=progress,
     )
-    return [one.text for one in found]
+    return [one.text for one in generated]
 
 
 def generate_ends(

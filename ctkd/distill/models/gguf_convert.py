@@ -77,7 +77,7 @@ def convert_gguf(path: Path) -> Path:
 def write_converted(path: Path, folder: Path) -> None:
     """Write a GGUF file's model and tokenizer into a folder that `from_pretrained` reads.
 
-    Weights are dequantised and rounded to bfloat16. The generation configuration, which a GGUF
+    Weights are dequantized and rounded to bfloat16. The generation configuration, which a GGUF
     file has not, is made from the tokenizer's special tokens.
 
     Args:

@@ -121,7 +121,7 @@ def load_model(
 
     Args:
         name: as for `resolve`.
-        dtype: of the weights, whatever the file holds. Quantised checkpoints keep their own.
+        dtype: of the weights, whatever the file holds. Quantized checkpoints keep their own.
         device: where the model goes; by default it stays in main memory.
 
     Raises:
@@ -249,7 +249,7 @@ def last_logits(
 
 
 def most_positions(name: str) -> int | None:
-    """How many tokens a model can read, from its configuration alone; None if it does not say.
+    """The most tokens a model can read, from its configuration alone; None if it does not say.
 
     Raises:
         ModelError: If nothing goes by that name, or it has no configuration that can be read.
@@ -262,8 +262,8 @@ def most_positions(name: str) -> int | None:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"cannot read the configuration of {name}: {_cause(error)}") from error
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if found is None else int(found)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else int(positions)
 
 
 def _cause(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a model says at the last positions of a batch: blocks of its head's logits, or all of them.
+"""Logits of a model at the last positions of a batch: blocks of its head's, or all of them.
 
 Most models end in one linear layer, perhaps scaled or bounded. There its hidden states are taken
 instead, and a loss computes logits a block at a time. Whether that gives the model's own logits is
@@ -29,7 +29,7 @@ _TRIED_TOKENS = 6
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """How the last hidden states become logits; the layer itself is asked for when needed."""
+    """Scale and bound of the head's logits; the layer itself is fetched when needed."""
 
     scale: float
     softcap: float | None
@@ -65,12 +65,12 @@ class ModelLogits:
         """
         if self._head is None:
             return DenseLogits(last_logits(model, self.model, inputs, count))
-        with _hidden_states(self.model) as found:
+        with _hidden_states(self.model) as hidden:
             # The head's own logits, of one position, are dropped.
             last_logits(model, self.model, inputs, 1)
         layer = self.model.get_output_embeddings()
         return HeadLogits(
-            found[0][:, -count:],
+            hidden[0][:, -count:],
             layer.weight,
             layer.bias,
             scale=self._head.scale,
@@ -105,12 +105,12 @@ def _find_head(model: PreTrainedModel) -> _Head | None:
     try:
         # Dropout below the head would not matter, but may write to the state of random numbers.
         model.eval()
-        with _hidden_states(model) as found:
+        with _hidden_states(model) as hidden:
             # Not by calling the model: hooks of others need not hear of it.
             logits = model.forward(input_ids=ids, use_cache=False).logits
     finally:
         model.train(was_training)
-    if not found or found[0].shape[-1] != layer.weight.shape[1] or not logits.isfinite().all():
+    if not hidden or hidden[0].shape[-1] != layer.weight.shape[1] or not logits.isfinite().all():
         return None
     everything = torch.arange(layer.weight.shape[0], device=device).view(1, 1, -1)
     wanted = DenseLogits(logits).log_probs(everything)
@@ -120,7 +120,7 @@ def _find_head(model: PreTrainedModel) -> _Head | None:
         _Head(scale, softcap)
         for scale, softcap in itertools.product(_scales(model), _softcaps(model))
         if _largest_error(
-            HeadLogits(found[0], layer.weight, layer.bias, scale=scale, softcap=softcap),
+            HeadLogits(hidden[0], layer.weight, layer.bias, scale=scale, softcap=softcap),
             everything,
             wanted,
         )
@@ -138,8 +138,8 @@ def _scales(model: PreTrainedModel) -> list[float]:
     """1, and what Cohere (a factor) and Granite (a divisor) keep in their configurations."""
     config = model.config.get_text_config()
     named = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling")]
-    found = [float(one) for one in named if isinstance(one, int | float) and one > 0]
-    return sorted({1.0, *found, *(1.0 / one for one in found)})
+    factors = [float(one) for one in named if isinstance(one, int | float) and one > 0]
+    return sorted({1.0, *factors, *(1.0 / one for one in factors)})
 
 
 def _softcaps(model: PreTrainedModel) -> list[float | None]:
@@ -151,7 +151,7 @@ def _softcaps(model: PreTrainedModel) -> list[float | None]:
 @contextmanager
 def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Catch what goes into the head of a model while it runs."""
-    found: list[Tensor] = []
+    states: list[Tensor] = []
 
     def catch(_: nn.Module, __: Any, output: Any) -> None:
         hidden = getattr(output, "last_hidden_state", None)
@@ -159,10 +159,10 @@ def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         if torch.is_autocast_enabled(hidden.device.type):
             # What the head itself would do.
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        found.append(hidden)
+        states.append(hidden)
 
     handle = model.base_model.register_forward_hook(catch)
     try:
-        yield found
+        yield states
     finally:
         handle.remove()

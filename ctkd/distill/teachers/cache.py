@@ -2,7 +2,7 @@
 
 A cache is a folder:
 
-    cache.json                   what was asked of which teacher, and the shards written so far
+    cache.json                   the teacher, the queries, and the shards written so far
     logits-00000.safetensors     rows of `ctkd.top_k_logits.TopK`, for some examples
     texts.jsonl                  what the teacher wrote to prompts
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ctkd.batch import Batch, Side
-from ctkd.distill.data.encoding import EncodedPair, EncodedSide
+from ctkd.distill.data.encoding import EncodedExample, EncodedSide
 from ctkd.distill.models.fingerprint import file_sha256, model_fingerprint
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.errors import BatchError, DataError, ModelError, SettingError
@@ -118,14 +118,14 @@ class TeacherCache:
                 )
             if number % 100 == 0:
                 say(f"verified {number} of {len(record['shards'])} shards of {folder}")
-        found = cls(folder, record)
-        if len(found.texts) < record["texts"]:
+        cache = cls(folder, record)
+        if len(cache.texts) < record["texts"]:
             raise DataError(
-                f"{found.texts.path} holds {len(found.texts)} of {record['texts']} texts that can "
+                f"{cache.texts.path} holds {len(cache.texts)} of {record['texts']} texts that can "
                 "be read; repeat the `ctkd cache` that made this cache, only what is missing is "
                 "written again"
             )
-        return found
+        return cache
 
     @property
     def k(self) -> int:
@@ -151,9 +151,9 @@ class TeacherCache:
     def fingerprint(self) -> str:
         """Equal for caches that answer alike."""
         names = ("format", "rows", "prompt", "k", "temperatures", "vocab_size", "dtype")
-        asked = {name: self.record[name] for name in (*names, "max_new_tokens")}
+        queries = {name: self.record[name] for name in (*names, "max_new_tokens")}
         teacher = {**self.record["teacher"], "name": None}
-        text = json.dumps({**asked, "teacher": teacher}, sort_keys=True)
+        text = json.dumps({**queries, "teacher": teacher}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -170,7 +170,7 @@ class TeacherCache:
         Args:
             name: What the settings call the teacher.
             table: Of its tokenizer.
-            say: Is told if the teacher's weights are not there to compare.
+            say: Prints a line if the teacher's weights are not there to compare.
 
         Raises:
             SettingError: If the cache was made from other weights or for another tokenizer.
@@ -193,8 +193,8 @@ class TeacherCache:
                 f"(it was made from {made_from['name']}); give that teacher, or cache {name} anew"
             )
 
-    def check_rows(self, rows: Sequence[EncodedPair], what: str) -> None:
-        """Refuse rows that the teacher was not asked about.
+    def check_rows(self, rows: Sequence[EncodedExample], what: str) -> None:
+        """Refuse rows that the cache does not hold.
 
         Raises:
             DataError: If there is such a row.
@@ -210,7 +210,7 @@ class TeacherCache:
 
     @torch.no_grad()
     def check_serves(self, loss: Loss, name: str, student_size: int) -> None:
-        """Refuse a loss that asks what this cache does not know, before anything is trained.
+        """Refuse a loss that this cache cannot serve, before anything is trained.
 
         Args:
             loss: The loss.
@@ -264,16 +264,16 @@ class TeacherCache:
         Raises:
             DataError: If a row is not stored.
         """
-        found: dict[str, list[Tensor]] = {}
+        columns: dict[str, list[Tensor]] = {}
         for side in sides:
             for name, value in self._row(side, positions).items():
                 padded = value.new_zeros((positions, *value.shape[1:]))
                 padded[: value.shape[0]] = value
-                found.setdefault(name, []).append(padded)
-        return {name: torch.stack(values) for name, values in found.items()}
+                columns.setdefault(name, []).append(padded)
+        return {name: torch.stack(values) for name, values in columns.items()}
 
     def as_top_k(self, tensors: dict[str, Tensor]) -> TopK:
-        """What `batch` gave, for `TopKLogits`."""
+        """The tensors of `batch`, for `TopKLogits`."""
         return TopK(**tensors, temperatures=self.temperatures, vocab_size=self.vocab_size)
 
     def _row(self, side: EncodedSide, most: int) -> dict[str, Tensor]:
@@ -285,10 +285,10 @@ class TeacherCache:
             )
         stop = min(place.stop, place.start + most)
         shard = self._shard(place.shard)
-        found = {name: shard.get_slice(name)[place.start : stop] for name in shard.keys()}
+        tensors = {name: shard.get_slice(name)[place.start : stop] for name in shard.keys()}
         return {
             name: value.to(torch.int64) if name.endswith("ids") else value
-            for name, value in found.items()
+            for name, value in tensors.items()
         }
 
     def _shard(self, number: int) -> Any:
@@ -301,7 +301,7 @@ class TeacherCache:
 
 
 def is_whole(file: Path, sha256: str) -> bool:
-    """Whether a file is there and as it was written."""
+    """True if a file is there and as it was written."""
     try:
         return file.is_file() and file_sha256(file) == sha256
     except OSError:

@@ -155,10 +155,10 @@ def _write(
         _save(folder, record)
     written = TeacherTexts(folder / TEXTS_FILE, max_new_tokens=config.max_new_tokens)
     if taught or settings.texts == "all":
-        asked, prompts = answerable(config, models, training, forms, "training", say)
+        chosen, prompts = answerable(config, models, training, forms, "training", say)
         written.complete(prompts, teacher.with_tokenizer, progress="teacher, training prompts")
         if taught:
-            training = answered_by_teacher(asked, prompts, written, say)
+            training = answered_by_teacher(chosen, prompts, written, say)
     if settings.texts != "none":
         _, prompts = answerable(config, models, held_out, forms, "held-out", say)
         written.complete(prompts, teacher.with_tokenizer, progress="teacher, held-out prompts")
@@ -209,7 +209,7 @@ def _described(teacher: LazyTeacher, pair: TokenizerPair, before: Record | None)
 
 
 def _is_occupied(folder: Path) -> bool:
-    """Whether there is more than what a kill leaves before the first record is whole."""
+    """True if there is more than a kill leaves before the first record is whole."""
     if not folder.is_dir():
         return folder.exists()
     left = {f".{CACHE_FILE}.partial", LOCK}
@@ -278,7 +278,7 @@ def _rows(sides: Sequence[EncodedSide]) -> list[list[Any]]:
 def _name_rows(
     folder: Path, before: Record | None, record: Record, sides: Sequence[EncodedSide]
 ) -> None:
-    """Say in the record which rows these are, and refuse a folder that holds others."""
+    """Enter the digest of the rows in the record, and refuse a folder that holds other rows."""
     record["rows"] = hashlib.sha256(json.dumps(_rows(sides)).encode()).hexdigest()
     if before is not None and before["rows"] not in (None, record["rows"]):
         raise OutputError(
@@ -296,14 +296,14 @@ def _write_shards(
     teacher: LazyTeacher,
     say: Callable[[str], None],
 ) -> None:
-    """Write the shards that are not there yet, and say in ``cache.json`` what is there."""
+    """Write the missing shards, and list all of them in ``cache.json``."""
     rows = _rows(sides)
     size = record["shard_rows"]
     starts = range(0, len(sides), size)
-    there = {} if before is None else {shard["file"]: shard for shard in before["shards"]}
+    stored = {} if before is None else {shard["file"]: shard for shard in before["shards"]}
     shards: list[Record | None] = []
     for number in range(len(starts)):
-        shard = there.get(_name(number))
+        shard = stored.get(_name(number))
         if shard is not None and not is_whole(folder / shard["file"], shard["sha256"]):
             say(f"{folder / shard['file']} is missing or damaged and is computed again")
             shard = None

@@ -1,4 +1,4 @@
-"""What a teacher writes to prompts, kept in a file as it comes."""
+"""Answers that a teacher writes to prompts, kept in a file as they come."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ class TeacherTexts:
         for line in path.read_bytes().split(b"\n"):
             try:
                 entry = json.loads(line)
-                key, found = entry["prompt"], Generated(entry["text"], entry["ended"])
-                is_whole = entry["check"] == _check(key, found)
+                key, generated = entry["prompt"], Generated(entry["text"], entry["ended"])
+                is_whole = entry["check"] == _check(key, generated)
             except (ValueError, KeyError, TypeError):
                 # A kill cut it short; what is missing is written again.
                 continue
             if is_whole:
-                self._texts[key] = found
+                self._texts[key] = generated
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def text(self, prompt_ids: Sequence[int]) -> str | None:
         """The answer to a prompt, without white space at its ends; None if there is none yet."""
-        found = self._texts.get(self._key(prompt_ids))
-        return None if found is None else found.text
+        generated = self._texts.get(self._key(prompt_ids))
+        return None if generated is None else generated.text
 
     def ended(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether the model ended the answer itself; else it was cut after the most tokens."""
-        found = self._texts.get(self._key(prompt_ids))
-        return found is not None and found.ended
+        """True if the model ended the answer itself; else it was cut after the most tokens."""
+        generated = self._texts.get(self._key(prompt_ids))
+        return generated is not None and generated.ended
 
     def missing(self, prompts: Sequence[Sequence[int]]) -> int:
-        """How many of the prompts have no answer yet."""
+        """The number of prompts that have no answer yet."""
         return sum(self.text(prompt) is None for prompt in prompts)
 
     def complete(
@@ -114,14 +114,14 @@ class TeacherTexts:
             json.dumps(
                 {
                     "prompt": key,
-                    "text": found.text,
-                    "ended": found.ended,
-                    "check": _check(key, found),
+                    "text": generated.text,
+                    "ended": generated.ended,
+                    "check": _check(key, generated),
                 },
                 ensure_ascii=False,
             )
             + "\n"
-            for key, found in texts.items()
+            for key, generated in texts.items()
         )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +148,6 @@ class TeacherTexts:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _check(key: str, found: Generated) -> str:
+def _check(key: str, generated: Generated) -> str:
     """Tells a line that is as it was written."""
-    return hashlib.sha256(f"{key} {found.ended} {found.text}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{key} {generated.ended} {generated.text}".encode()).hexdigest()[:16]

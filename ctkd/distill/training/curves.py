@@ -19,7 +19,7 @@ _GRID = "#e5e7eb"
 _ALARM = "#b42318"
 _TRAIN = "#1f5fa8"
 _HELD_OUT = "#d1602b"
-# Told apart by colour-blind readers too; the total of a panel is drawn in ink.
+# Told apart by color-blind readers too; the total of a panel is drawn in ink.
 _PARTS = ("#2f7ec7", "#e08214", "#2a9d78", "#b0479b", "#c7a400", "#7a6fd0", "#8a5a3b")
 
 _SMOOTHED_FROM = 40
@@ -35,8 +35,8 @@ class _Line:
     key: str
     held_out: str
     label: str
-    colour: str
-    held_out_colour: str
+    color: str
+    held_out_color: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def plot_curves(
     (`kd`, `kd/<part>`), each with the held-out values (`eval_ce`, `eval_kd`, `eval_kd/<part>`) as
     points. Two low panels show `learning_rate` and `grad_norm`. A panel that nothing was logged for
     is left out; if nothing was logged at all, the picture says so. From 40 values on, a line is a
-    centred running mean and the values themselves are faint. Values that are not finite are left
+    centered running mean and the values themselves are faint. Values that are not finite are left
     out, and their panel says how many.
 
     Args:
@@ -118,9 +118,9 @@ def _main_panels(log: _Log) -> list[_Panel]:
     if len(parts) > 1:
         total = [_Line("kd", "eval_kd", "total", _INK, _INK)] if "kd" in keys else []
         lines = [
-            _Line(key, f"eval_{key}", key.removeprefix("kd/"), colour, colour)
+            _Line(key, f"eval_{key}", key.removeprefix("kd/"), color, color)
             for number, key in enumerate(parts)
-            for colour in [_PARTS[number % len(_PARTS)]]
+            for color in [_PARTS[number % len(_PARTS)]]
         ]
         panels.append(_Panel("Distillation loss and its parts", "loss", (*total, *lines)))
     elif "kd" in keys or parts:
@@ -203,18 +203,18 @@ def _draw_line(axes: Any, line: _Line, log: _Log, zorder: int) -> list[tuple[Any
         label = line.label
         # The learning rate is set, not measured: it has no noise to average out.
         if len(values) >= _SMOOTHED_FROM and line.key != "learning_rate":
-            axes.plot(steps, values, color=line.colour, linewidth=0.8, alpha=0.3, zorder=zorder)
+            axes.plot(steps, values, color=line.color, linewidth=0.8, alpha=0.3, zorder=zorder)
             values = _running_mean(values)
             label += ", running mean" if line.label == "training" else ""
         marker = "." if len(values) <= _MARKED_UP_TO else ""
         drawn = axes.plot(
-            steps, values, color=line.colour, linewidth=1.9, marker=marker, zorder=zorder
+            steps, values, color=line.color, linewidth=1.9, marker=marker, zorder=zorder
         )
         entries.append((drawn[0], label))
     if held_out:
         drawn = axes.plot(
             *zip(*held_out, strict=True),
-            color=line.held_out_colour,
+            color=line.held_out_color,
             linewidth=1.1,
             linestyle=(0, (4, 2)),
             marker="o",
@@ -231,7 +231,7 @@ def _draw_line(axes: Any, line: _Line, log: _Log, zorder: int) -> list[tuple[Any
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Average each value with its neighbours, fewer of them towards the ends."""
+    """Average each value with its neighbors, fewer of them toward the ends."""
     reach = max(2, len(values) // 30)
     means = []
     for place in range(len(values)):
@@ -242,7 +242,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 
 def _key_to_styles(panel: _Panel, log: _Log) -> list[tuple[Any, str]]:
-    """Say what a line and a point are, where colour already says which quantity."""
+    """Say what a line and a point are, where color already says which quantity."""
     from matplotlib.lines import Line2D
 
     entries = []

@@ -1,4 +1,4 @@
-"""What a training run measures on held-out examples, and the history it keeps."""
+"""Measurements of a training run on held-out examples, its history, and its summary."""
 
 from __future__ import annotations
 
@@ -91,17 +91,17 @@ class Measure:
             )
             return
         prompts = form.ids(tokenizer, self.held_out, side=name)
-        found = [texts.text(prompt) for prompt in prompts]
-        if None in found:
+        answers = [texts.text(prompt) for prompt in prompts]
+        if None in answers:
             self.say(
-                f"{name}: {found.count(None)} held-out prompts have no stored answer, not scored"
+                f"{name}: {answers.count(None)} held-out prompts have no stored answer, not scored"
             )
             return
         predictions = [
             Prediction(
                 prediction=text or "", id=one.id, references=one.references, prompt=one.prompt
             )
-            for text, one in zip(found, self.held_out, strict=True)
+            for text, one in zip(answers, self.held_out, strict=True)
         ]
         if name not in self.folder.results:
             self._keep(name, predictions)
@@ -113,10 +113,10 @@ class Measure:
         self.folder.keep(name, score_predictions(predictions).summary())
 
     def _say(self, name: str) -> None:
-        found = self.folder.results[name]
+        scores = self.folder.results[name]
         self.say(
-            f"{name}: F1 {found['f1']:.1f}, exact match {found['exact_match']:.1f}, "
-            f"Rouge-LSum {found['rouge_lsum']:.1f}"
+            f"{name}: F1 {scores['f1']:.1f}, exact match {scores['exact_match']:.1f}, "
+            f"Rouge-LSum {scores['rouge_lsum']:.1f}"
         )
 
     def losses(self, name: str, trainer: CrossTokenizerTrainer) -> None:
@@ -159,7 +159,10 @@ def _metrics(results: dict[str, Any]) -> str:
     if "teacher" in results:
         columns["teacher"] = results["teacher"]
     return tabulate(
-        [[title, *(found[name] for found in columns.values())] for name, title in METRICS.items()],
+        [
+            [title, *(scores[name] for scores in columns.values())]
+            for name, title in METRICS.items()
+        ],
         headers=[f"held-out, {before['n']} examples", *columns],
         floatfmt=".1f",
     )

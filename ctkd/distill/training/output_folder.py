@@ -67,7 +67,7 @@ class OutputFolder:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What the stages that have ended found."""
+        """Results of the stages that have ended."""
         results: dict[str, Any] = self.record["results"]
         return results
 
@@ -86,7 +86,7 @@ class OutputFolder:
 
     @classmethod
     def relocate(cls, path: Path, places: Mapping[str, Any]) -> None:
-        """Tell a run that what it reads lies elsewhere now.
+        """Record that the inputs of a run lie elsewhere now.
 
         Args:
             path: The folder of the run.

@@ -1,4 +1,4 @@
-"""What a person sees of a training run, and how a person stops one without losing work."""
+"""Callbacks of a training run: its clock, its progress, and its end on a signal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class StepClock(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.total = saved["attributes"]["total"]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The clock as a checkpoint keeps it."""
         return {"args": {}, "attributes": {"total": self.total}}
 
     def start(self) -> None:
@@ -151,7 +151,7 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
 
 
 def loss_line(logs: dict[str, Any]) -> str:
-    """Put cross-entropy, the loss and its parts on one line.
+    """Cross-entropy, the loss and its parts on one line.
 
     Example:
         >>> loss_line({"ce": 2.5, "kd": 1.25, "kd/had": 1.0, "kd/sl": 0.25})

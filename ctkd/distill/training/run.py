@@ -86,10 +86,10 @@ def train(
     if overwrite:
         _check_nothing_needed_is_deleted(config)
     settings = config.as_dict()
-    found = OutputFolder.check(config.folder, settings, resume=resume, overwrite=overwrite)
-    if "finished" in found.results:
-        say(f"{found.path} is finished already; nothing is left to do")
-        return found
+    folder_before = OutputFolder.check(config.folder, settings, resume=resume, overwrite=overwrite)
+    if "finished" in folder_before.results:
+        say(f"{folder_before.path} is finished already; nothing is left to do")
+        return folder_before
     training, held_out = load_examples(config, say)
     cache = None
     if config.teacher_cache is not None:
@@ -103,7 +103,7 @@ def train(
         training = _as_the_teacher_answers(config, models, training, forms, cache, say)
     encoded = encode(config, models, training, forms, "training", say)
     encoded_held_out = encode(
-        config, models, held_out, forms, "held-out", say, room=config.max_new_tokens
+        config, models, held_out, forms, "held-out", say, reserved=config.max_new_tokens
     )
     kept = {row.id for row in encoded_held_out.rows}
     held_out = [one for one in held_out if one.id in kept]
@@ -180,7 +180,7 @@ def _as_the_teacher_answers(
     teacher, tokenizer = models.teacher, models.teacher_tokenizer
     if tokenizer is None:
         raise ModelError(f"the tokenizer of {config.teacher} was not loaded")
-    asked, prompts = answerable(config, models, training, forms, "training", say)
+    chosen, prompts = answerable(config, models, training, forms, "training", say)
     if cache is not None:
         if cache.texts.max_new_tokens != config.max_new_tokens:
             raise SettingError(
@@ -188,7 +188,7 @@ def _as_the_teacher_answers(
                 f"{cache.texts.max_new_tokens} tokens, but max_new_tokens is "
                 f"{config.max_new_tokens}; give the same"
             )
-        return answered_by_teacher(asked, prompts, cache.texts, say)
+        return answered_by_teacher(chosen, prompts, cache.texts, say)
     if teacher is None or models.pair is None:
         raise ModelError(f"{config.teacher} was not loaded")
     weights, words = model_fingerprint(config.teacher), fingerprint(models.pair.teacher_bytes)
@@ -198,7 +198,7 @@ def _as_the_teacher_answers(
     texts = TeacherTexts(path, max_new_tokens=config.max_new_tokens)
     teacher.to(choose_device(config.device))
     texts.complete(prompts, lambda: (teacher, tokenizer), progress="teacher: writing answers")
-    return answered_by_teacher(asked, prompts, texts, say)
+    return answered_by_teacher(chosen, prompts, texts, say)
 
 
 def _narrowed(
@@ -340,12 +340,12 @@ def _check_nothing_needed_is_deleted(config: TrainConfig) -> None:
 
 def _environment(device: torch.device) -> dict[str, Any]:
     packages = ("torch", "transformers", "datasets", "accelerate")
-    found = {"python": platform.python_version(), "ctkd": __version__, "device": str(device)}
+    environment = {"python": platform.python_version(), "ctkd": __version__, "device": str(device)}
     for package in packages:
         with suppress(ImportError):
-            found[package] = version(package)
-    found["threads"] = str(torch.get_num_threads())
-    return found
+            environment[package] = version(package)
+    environment["threads"] = str(torch.get_num_threads())
+    return environment
 
 
 def _warn_about_precision(config: TrainConfig, say: Callable[[str], None]) -> None:

@@ -124,7 +124,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             raise SettingError("a cache stands for the teacher; give one of them")
         _check_arguments(args)
         if loss is not None and any(parameter.requires_grad for parameter in loss.parameters()):
-            # Only what hangs below the model is optimized, clipped, synchronised and saved.
+            # Only what hangs below the model is optimized, clipped, synchronized and saved.
             model.add_module(_LOSS_MODULE, loss)
         super().__init__(
             model=model,
@@ -250,7 +250,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             )
             batch = Batch(student=student, teacher=self._teacher_side(inputs))
             output = self.distillation_loss(batch)
-            # Last: what the loss found out about the rows serves cross-entropy too.
+            # Last: statistics of the rows that the loss computed serve cross-entropy too.
             sums = _cross_entropy(logits, labels)
         sums.kd = output.value * output.count
         sums.kd_count = output.count
@@ -270,7 +270,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         return None
 
     def _teacher_side(self, inputs: Mapping[str, Tensor]) -> Side:
-        """What the teacher says, now or when the cache was made."""
+        """The teacher's side, live or from the cache."""
         labels = inputs["teacher_distill_labels"]
         chunk_ids = inputs.get("teacher_distill_chunk_ids")
         if self.teacher_cache is not None:
@@ -355,7 +355,7 @@ def _check_arguments(args: TrainingArguments) -> None:
     if world > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise SettingError(
             f"{world} processes were started, but training is not distributed, so gradients would "
-            "not be synchronised; on CPUs set use_cpu=True (--device cpu)"
+            "not be synchronized; on CPUs set use_cpu=True (--device cpu)"
         )
     if world > 1 and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.analysis.analyze import analyze
 from ctkd.compare.analysis.statistics import (
     cluster_bootstrap,
     holm,
@@ -84,7 +84,7 @@ def text(analysis):
 
 def test_difference_is_paired_by_seed_and_example():
     finals = noisy(SHIFTS)
-    found = by_method(analyse(compared(finals)))["uld"].difference
+    found = by_method(analyze(compared(finals)))["uld"].difference
     scores = {
         (one.method, one.seed): np.array([answer.scores["f1"] for answer in one.answers])
         for one in finals
@@ -107,7 +107,7 @@ def test_difference_is_paired_by_seed_and_example():
 def test_verdicts_follow_holm_over_the_methods_alone():
     finals = noisy(SHIFTS)
     references = [run(UNTRAINED, None, [5.0] * 60), run(TEACHER, None, [90.0] * 60)]
-    analysis = analyse(compared(finals, references))
+    analysis = analyze(compared(finals, references))
     found = by_method(analysis)
     differences = {name: one.difference for name, one in found.items() if one.difference}
     assert {name: one.verdict for name, one in differences.items()} == {
@@ -134,7 +134,7 @@ def test_holm_makes_a_difference():
     """One method alone passes; beside five that do not differ, the same runs do not."""
     alone = {"sft": 0.0, "uld": 1.2}
     many = alone | {f"other {place}": 0.0 for place in range(5)}
-    few, more = (by_method(analyse(compared(noisy(shifts)))) for shifts in (alone, many))
+    few, more = (by_method(analyze(compared(noisy(shifts)))) for shifts in (alone, many))
     assert few["uld"].difference.p_value == more["uld"].difference.p_value < 0.05
     assert few["uld"].difference.verdict == "better"
     assert more["uld"].difference.verdict == "undecided"
@@ -143,7 +143,7 @@ def test_holm_makes_a_difference():
 
 
 def test_nothing_differs_is_said():
-    analysis = analyse(compared(noisy({"sft": 0.0, "uld": 0.1})))
+    analysis = analyze(compared(noisy({"sft": 0.0, "uld": 0.1})))
     assert "no method differs from sft; this does not show that they are equally good" in text(
         analysis
     )
@@ -154,7 +154,7 @@ def test_nothing_differs_is_said():
 def test_demonstration_never_ranks(shift):
     shifts = {"sft": 0.0, "uld": shift, "alm": -shift}
     references = [run(UNTRAINED, None, [5.0] * 60), run(TEACHER, None, [90.0] * 60)]
-    analysis = analyse(compared(noisy(shifts, seeds=(3,)), references))
+    analysis = analyze(compared(noisy(shifts, seeds=(3,)), references))
     assert analysis.heading == "demonstration, no ranking"
     assert analysis.is_demonstration
     for found in analysis.methods[1:]:
@@ -166,11 +166,11 @@ def test_demonstration_never_ranks(shift):
     assert "nothing is ranked" in text(analysis)
     assert "Several seeds on these examples could detect" in text(analysis)
     # Such words are there with two seeds, so that the search above can fail.
-    assert RANKING.search(text(analyse(compared(noisy(shifts, seeds=(3, 4))))))
+    assert RANKING.search(text(analyze(compared(noisy(shifts, seeds=(3, 4))))))
 
 
 def test_heading_and_design():
-    analysis = analyse(compared(noisy(SHIFTS)), resamples=500)
+    analysis = analyze(compared(noisy(SHIFTS)), resamples=500)
     assert analysis.heading == "comparison over 3 seeds"
     assert (analysis.examples, analysis.clusters, analysis.seeds) == (60, 20, (0, 1, 2))
     assert (analysis.resamples, analysis.alpha, analysis.baseline) == (500, 0.05, "sft")
@@ -182,7 +182,7 @@ def test_heading_and_design():
 
 
 def test_verdicts_come_with_what_other_seeds_would_do():
-    analysis = analyse(compared(noisy(SHIFTS)), alpha=0.1)
+    analysis = analyze(compared(noisy(SHIFTS)), alpha=0.1)
     spreads = {
         name: one.difference.seed_interval
         for name, one in by_method(analysis).items()
@@ -193,8 +193,8 @@ def test_verdicts_come_with_what_other_seeds_would_do():
     assert told.endswith(f"its interval over seeds tells, here at 90 %: {'; '.join(ends)}.")
     # One seed has no spread.
     alone = [one for one in noisy(SHIFTS) if one.method != "uld" or one.seed == 2]
-    assert "uld -" not in text(analyse(compared(alone))) and "uld +" not in text(
-        analyse(compared(alone))
+    assert "uld -" not in text(analyze(compared(alone))) and "uld +" not in text(
+        analyze(compared(alone))
     )
 
 
@@ -203,7 +203,7 @@ def test_claim_that_the_seeds_do_not_bear_out():
     finals = [run("sft", seed, base) for seed in range(3)]
     finals += [run("uld", seed, base + gain) for seed, gain in enumerate((30.0, 1.0, -1.0))]
     # All clusters agree, the seeds do not.
-    analysis = analyse(compared(finals))
+    analysis = analyze(compared(finals))
     found = by_method(analysis)["uld"].difference
     assert found.verdict == "better"
     assert found.seed_interval.low < 0 < found.seed_interval.high
@@ -218,7 +218,7 @@ def test_seeds_that_agree_where_the_examples_do_not_decide():
     gains = np.where(np.arange(60) < 3, 30.0, 0.0)
     finals = [run("sft", seed, np.full(60, 50.0)) for seed in range(3)]
     finals += [run("uld", seed, 50 + gains * (1 + seed / 10)) for seed in range(3)]
-    analysis = analyse(compared(finals))
+    analysis = analyze(compared(finals))
     assert by_method(analysis)["uld"].difference.verdict == "undecided"
     assert "the seeds agree, the examples are too few" in text(analysis)
 
@@ -226,10 +226,10 @@ def test_seeds_that_agree_where_the_examples_do_not_decide():
 def test_seeds_that_one_method_lacks_are_left_out_and_named():
     finals = noisy(SHIFTS)
     kept = [one for one in finals if (one.method, one.seed) != ("uld", 1)]
-    analysis = analyse(compared(kept))
+    analysis = analyze(compared(kept))
     found = by_method(analysis)["uld"]
     assert found.seeds == found.difference.seeds == (0, 2)
-    whole = by_method(analyse(compared(finals)))["uld"].difference
+    whole = by_method(analyze(compared(finals)))["uld"].difference
     assert found.difference.seed_means == (whole.seed_means[0], whole.seed_means[2])
     assert "uld and sft share seeds 0 and 2 only; seed 1, which one of them lacks, is left" in text(
         analysis
@@ -238,7 +238,7 @@ def test_seeds_that_one_method_lacks_are_left_out_and_named():
 
 def test_method_with_one_shared_seed_is_not_tested():
     finals = [one for one in noisy(SHIFTS) if one.method != "uld" or one.seed == 2]
-    analysis = analyse(compared(finals))
+    analysis = analyze(compared(finals))
     found = by_method(analysis)["uld"].difference
     assert (found.verdict, found.p_value, found.seed_interval) == ("not tested", None, None)
     assert analysis.comparisons == 2
@@ -249,7 +249,7 @@ def test_method_with_one_shared_seed_is_not_tested():
 @pytest.mark.parametrize("clusters", [1, 3])
 def test_too_few_clusters(clusters):
     groups = tuple(f"story {place % clusters}" for place in range(60))
-    analysis = analyse(compared(noisy({"sft": 0.0, "uld": 40.0}, groups=groups)))
+    analysis = analyze(compared(noisy({"sft": 0.0, "uld": 40.0}, groups=groups)))
     found = by_method(analysis)["uld"].difference
     assert found.verdict == ("not tested" if clusters == 1 else "undecided")
     assert found.smallest_detectable is found.interval is found.adjusted_interval is None
@@ -268,7 +268,7 @@ def test_result_of_a_method_by_hand():
         run("sft", seed, [10.0 * (seed + 1)] * 60, losses=losses[seed], **more[seed])
         for seed in (2, 0, 1)
     ]
-    found = analyse(compared(finals)).methods[0]
+    found = analyze(compared(finals)).methods[0]
     assert (found.mean, found.seeds, found.seed_means) == (20.0, (0, 1, 2), (10.0, 20.0, 30.0))
     assert found.means == {"f1": 20.0, "exact_match": 10.0, "rouge_lsum": 1.0}
     assert found.interval == (20.0, 20.0)
@@ -281,7 +281,7 @@ def test_result_of_a_method_by_hand():
 def test_references_have_no_seeds():
     scores = np.random.default_rng(0).uniform(0, 100, 60)
     references = [run(UNTRAINED, None, scores), run(TEACHER, None, [90.0] * 60)]
-    untrained, teacher = analyse(compared(noisy(SHIFTS), references)).references
+    untrained, teacher = analyze(compared(noisy(SHIFTS), references)).references
     assert (untrained.method, teacher.method, teacher.mean) == (UNTRAINED, TEACHER, 90.0)
     assert untrained.interval == pytest.approx(cluster_bootstrap(scores, GROUPS).interval())
     assert untrained.seeds == untrained.seed_means == ()
@@ -291,26 +291,26 @@ def test_references_have_no_seeds():
 def test_metric_alpha_and_seed_are_used():
     finals = noisy(SHIFTS)
     f1, half = (
-        by_method(analyse(compared(finals, metric=m)))["uld"] for m in ("f1", "exact_match")
+        by_method(analyze(compared(finals, metric=m)))["uld"] for m in ("f1", "exact_match")
     )
     assert half.mean == pytest.approx(f1.mean / 2)
     assert half.difference.mean == pytest.approx(f1.difference.mean / 2)
-    strict = by_method(analyse(compared(finals), alpha=0.01))["uld"]
+    strict = by_method(analyze(compared(finals), alpha=0.01))["uld"]
     assert strict.interval.low < f1.interval.low
     assert strict.difference.interval.low < f1.difference.interval.low
     assert strict.difference.smallest_detectable > f1.difference.smallest_detectable
-    assert by_method(analyse(compared(finals), seed=1))["uld"].interval != f1.interval
-    assert by_method(analyse(compared(finals)))["uld"] == f1
+    assert by_method(analyze(compared(finals), seed=1))["uld"].interval != f1.interval
+    assert by_method(analyze(compared(finals)))["uld"] == f1
 
 
 def test_analysis_can_be_written_as_json():
     for seeds in ((0,), (0, 1)):
-        written = dataclasses.asdict(analyse(compared(noisy(SHIFTS, seeds=seeds))))
+        written = dataclasses.asdict(analyze(compared(noisy(SHIFTS, seeds=seeds))))
         assert json.loads(json.dumps(written, allow_nan=False))["baseline"] == "sft"
 
 
 def test_baseline_alone():
-    analysis = analyse(compared(noisy({"sft": 0.0})))
+    analysis = analyze(compared(noisy({"sft": 0.0})))
     assert len(analysis.sentences()) == 1
 
 
@@ -348,23 +348,23 @@ def changed(place, **fields):
 def test_records_that_cannot_be_compared(change, message):
     finals = [change(one) if (one.method, one.seed) == ("uld", 1) else one for one in noisy(SHIFTS)]
     with pytest.raises(DataError, match=re.escape(message)):
-        analyse(compared(finals))
+        analyze(compared(finals))
 
 
 def test_other_comparisons_that_cannot_be_made():
     finals = noisy(SHIFTS)
     with pytest.raises(DataError, match="'sfd' has no runs; there are runs of sft, uld, mined"):
-        analyse(compared(finals, baseline="sfd"))
+        analyze(compared(finals, baseline="sfd"))
     with pytest.raises(DataError, match="has no runs; there are runs of nothing"):
-        analyse(compared([]))
+        analyze(compared([]))
     with pytest.raises(DataError, match="expected one of f1, exact_match, rouge_lsum"):
-        analyse(compared(finals, metric="bleu"))
+        analyze(compared(finals, metric="bleu"))
     with pytest.raises(DataError, match="'sft' seed 0 has no answers"):
-        analyse(compared([run("sft", 0, [])]))
+        analyze(compared([run("sft", 0, [])]))
     with pytest.raises(DataError, match=f"'{TEACHER}' has 59 answers where 'sft' seed 0 has 60"):
-        analyse(compared(finals, [run(TEACHER, None, [1.0] * 59)]))
+        analyze(compared(finals, [run(TEACHER, None, [1.0] * 59)]))
     apart = noisy({"sft": 0.0}, seeds=(0, 1)) + noisy({"uld": 0.0}, seeds=(2, 3))
     with pytest.raises(DataError, match="'uld' has runs of seed 2 and 3, the baseline 'sft' of 0"):
-        analyse(compared(apart))
+        analyze(compared(apart))
     with pytest.raises(SettingError, match="alpha must lie between 0 and 1, got 5"):
-        analyse(compared(finals), alpha=5)
+        analyze(compared(finals), alpha=5)

@@ -148,7 +148,7 @@ def test_runs_are_saved_more_often_than_a_single_run_is_unless_told_otherwise():
     for common, steps in (({}, SAVE_STEPS), ({"save_steps": 7}, 7)):
         config = CompareConfig(losses=("uld",), common=common)
         run = config.train_config(config.methods[0], {}, 0)
-        assert run.save_steps == config.base.save_steps == config.asking.save_steps == steps
+        assert run.save_steps == config.base.save_steps == config.teacher_base.save_steps == steps
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def splits(*, dev: bool = False, **fingerprints: str) -> Splits:
             name=name,
             path=Path("data", f"{name}.jsonl"),
             examples=tuple(tiny.examples(count)),
-            fingerprint=fingerprints.get(name, name),
+            fingerprint=fingerprints.get(name.replace("-", "_"), name),
         )
 
     return Splits(
@@ -33,7 +33,7 @@ def splits(*, dev: bool = False, **fingerprints: str) -> Splits:
         dev=one("dev", 4) if dev else None,
         test=one("test", 6),
         curve=one("curve", 4),
-        asked=one("asked", 6),
+        held_out=one("held-out", 6),
     )
 
 
@@ -101,7 +101,7 @@ def keys(found: Plan) -> dict[str, tuple[str, str]]:
         {"seeds": 5},
         {"losses": ("uld", "mined", "sft")},
         {"models": MODELS, "live": True},
-        {"rows": dataclasses.replace(splits(), asked=splits(asked="more").asked)},
+        {"rows": dataclasses.replace(splits(), held_out=splits(held_out="more").held_out)},
         {"common": {"max_steps": 3}},
     ],
     ids=str,

@@ -92,13 +92,13 @@ def test_every_task_is_written_as_it_is_read(models, tmp_path, task, row):
 def test_curves_are_drawn_on_the_development_split_where_there_is_one(models, tmp_path, qa):
     splits, _ = prepared(models, tmp_path / "with", qa, sweep=SWEEP)
     assert [one.id for one in splits.curve.examples] == [one.id for one in splits.dev.examples]
-    prompts = [one.prompt for one in splits.asked.examples]
+    prompts = [one.prompt for one in splits.held_out.examples]
     assert prompts == [one.prompt for one in (*splits.curve.examples, *splits.test.examples)]
 
     splits, _ = prepared(models, tmp_path / "without", qa)
     assert splits.dev is None
     assert [one.id for one in splits.curve.examples] == [one.id for one in splits.test.examples]
-    assert len(splits.asked.examples) == len(splits.test.examples)
+    assert len(splits.held_out.examples) == len(splits.test.examples)
 
 
 def test_development_data_of_its_own_leaves_the_training_rows_alone(models, tmp_path, qa):

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.analysis.analyze import analyze
 from ctkd.compare.report import drawing, pictures
-from ctkd.compare.report.drawing import METHOD_COLOURS, colours_of, short_names, spread
+from ctkd.compare.report.drawing import METHOD_COLORS, colors_of, short_names, spread
 from ctkd.compare.report.pictures import Curve, last_common, mean_at
 from tests.compare.fake_comparison import (
     METHODS,
@@ -38,7 +38,7 @@ LINE = 10.5
 
 def draw(comparison):
     """All pictures by name."""
-    analysis = analyse(comparison, resamples=200)
+    analysis = analyze(comparison, resamples=200)
     return {
         "metric": pictures.metric_intervals(comparison, analysis),
         "curves": pictures.learning_curves(comparison),
@@ -132,7 +132,7 @@ def test_no_id_is_in_two_pictures_and_every_reference_has_one():
 
 def test_a_method_has_one_colour_in_all_pictures():
     for picture in draw(CASES["as usual"]).values():
-        for colour in colours_of(METHODS).values():
+        for colour in colors_of(METHODS).values():
             assert colour in picture
 
 
@@ -260,7 +260,7 @@ def contrast(one, other):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("eyes", [np.eye(3), DEUTAN, PROTAN], ids=["all", "deutan", "protan"])
 def test_colours_of_methods_are_told_apart_by_most_eyes(dark, eyes):
-    colours = [drawing.DARK[one] if dark else one for one in METHOD_COLOURS]
+    colours = [drawing.DARK[one] if dark else one for one in METHOD_COLORS]
     seen = [lab(np.array(eyes) @ linear(colour)) for colour in colours]
     # Okabe and Ito's eight come to 12 by this measure.
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 20
@@ -269,7 +269,7 @@ def test_colours_of_methods_are_told_apart_by_most_eyes(dark, eyes):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_colours_stand_out_from_the_paper(dark):
     paper = drawing.DARK[drawing.PAPER] if dark else drawing.PAPER
-    for colour in METHOD_COLOURS:
+    for colour in METHOD_COLORS:
         assert contrast(drawing.DARK[colour] if dark else colour, paper) >= 2.99
     for colour in (drawing.INK, drawing.FAINT, drawing.ALARM):
         assert contrast(drawing.DARK[colour] if dark else colour, paper) >= 4.5

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.analysis.analyze import analyze
 from ctkd.compare.records import Answer
 from ctkd.compare.report import report as report_module
 from ctkd.compare.report.published import PublishedCell, PublishedTable
@@ -73,7 +73,7 @@ class Page(HTMLParser):
 
 
 def write(comparison, folder, **settings):
-    analysis = analyse(comparison, resamples=200)
+    analysis = analyze(comparison, resamples=200)
     path = write_report(comparison, analysis, folder, **settings)
     return path.read_text(encoding="utf-8"), (folder / "report.md").read_text(encoding="utf-8")
 
@@ -178,7 +178,7 @@ def test_a_demonstration_says_so_loudly_and_a_comparison_does_not(tmp_path, usua
 
 def test_everything_the_analysis_says_is_there(tmp_path):
     comparison = fake_comparison()
-    analysis = analyse(comparison, resamples=200)
+    analysis = analyze(comparison, resamples=200)
     page = Page(write_report(comparison, analysis, tmp_path).read_text(encoding="utf-8"))
     shown = page.texts("li")
     assert shown[: len(analysis.sentences())] == analysis.sentences()
@@ -236,7 +236,7 @@ def test_the_claim_is_about_these_trained_models_and_says_what_a_seed_varies(usu
     [claim] = [one for one in told if "the chance of any false claim" in one]
     assert "for these trained models, the chance of any false claim from the choice" in claim
     assert "How far other seeds would move a difference, its interval over seeds tells" in claim
-    assert any("It is no other initialisation" in one for one in told)
+    assert any("It is no other initialization" in one for one in told)
 
 
 def test_hostile_texts_stay_texts(tmp_path):
@@ -342,7 +342,7 @@ def test_a_long_question_is_cut_at_a_word_from_the_front():
 def test_json_is_strict_and_holds_numbers_of_all_tables():
     comparison = fake_comparison()
     comparison = dataclasses.replace(comparison, preparation={"x": math.nan, "y": math.inf})
-    analysis = analyse(comparison, resamples=200)
+    analysis = analyze(comparison, resamples=200)
     found = json.loads(json.dumps(as_json(comparison, analysis), allow_nan=False))
     assert found["preparation"] == {"x": None, "y": None}
     methods = found["analysis"]["methods"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.analysis.analyze import analyze
 from ctkd.compare.report import drawing
 from ctkd.compare.report.report import write_report
 from tests.compare.fake_comparison import METHODS, fake_comparison
@@ -93,7 +93,7 @@ def page(tmp_path_factory):
 
 
 def written(comparison, folder):
-    analysis = analyse(comparison, resamples=200)
+    analysis = analyze(comparison, resamples=200)
     return write_report(comparison, analysis, folder).read_text(encoding="utf-8")
 
 
@@ -103,7 +103,7 @@ def check_picture(name, pixels, boxes, *, dark=False):
     left, top, right, bottom = boxes[name]
     assert right - left > 500 and bottom - top > 150, f"{name} has no room"
     region = pixels[round(top) : round(bottom), round(left) : round(right)]
-    for colour in (drawing.INK, *drawing.colours_of(METHODS).values()):
+    for colour in (drawing.INK, *drawing.colors_of(METHODS).values()):
         shown = drawing.DARK[colour] if dark else colour
         count = np.all(region == rgb(shown), axis=-1).sum()
         assert count >= 20, f"{name} shows {count} pixels of {shown}"

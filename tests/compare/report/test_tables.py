@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ctkd.compare.analysis.analyze import analyse
+from ctkd.compare.analysis.analyze import analyze
 from ctkd.compare.records import TEACHER, UNTRAINED
 from ctkd.compare.report import tables
 from ctkd.compare.report.published import PublishedCell, PublishedTable
@@ -17,7 +17,7 @@ HOSTILE = 'a|b <script>alert("1")</script> `c` *d* \x1b[31m\nnext & https://e.or
 @pytest.fixture(scope="module")
 def three_seeds():
     comparison = fake_comparison(gain=8.0)
-    return comparison, analyse(comparison, resamples=2000)
+    return comparison, analyze(comparison, resamples=2000)
 
 
 def cells_of(table):
@@ -73,7 +73,7 @@ def test_results_say_what_the_analysis_says(three_seeds):
 
 def test_a_demonstration_has_differences_without_intervals_and_verdicts():
     comparison = fake_comparison(seeds=(0,))
-    rows = cells_of(tables.results(comparison, analyse(comparison, resamples=200)))
+    rows = cells_of(tables.results(comparison, analyze(comparison, resamples=200)))
     for method in METHODS[1:]:
         assert "[" not in rows[method]["difference to sft\n[Holm-adjusted]"]
         assert rows[method]["verdict"] == "not tested"
@@ -85,7 +85,7 @@ def test_the_teachers_cross_entropy_is_left_out_as_its_tokens_are_others():
         dataclasses.replace(record, losses={"ce": 1.25}) for record in comparison.references
     )
     comparison = dataclasses.replace(comparison, references=references)
-    rows = cells_of(tables.results(comparison, analyse(comparison, resamples=200)))
+    rows = cells_of(tables.results(comparison, analyze(comparison, resamples=200)))
     assert rows[TEACHER]["held-out\nCE"] == NOTHING
     assert rows[UNTRAINED]["held-out\nCE"] == "1.250"
 
@@ -97,7 +97,7 @@ def test_what_was_not_measured_is_a_dash():
         for one in comparison.finals
     )
     comparison = dataclasses.replace(comparison, finals=finals)
-    row = cells_of(tables.results(comparison, analyse(comparison, resamples=200)))["sft"]
+    row = cells_of(tables.results(comparison, analyze(comparison, resamples=200)))["sft"]
     assert [row[name] for name in ("s/step", "peak\nGiB", "held-out\nCE")] == [NOTHING] * 3
 
 
@@ -162,7 +162,7 @@ def beside(published_task, *papers, methods=("sft", "seqkd", "uld a=1", "uld a=2
     comparison = fake_comparison(methods=methods)
     settings = {**comparison.settings, "published task": published_task}
     comparison = dataclasses.replace(comparison, settings=settings)
-    analysis = analyse(comparison, resamples=200)
+    analysis = analyze(comparison, resamples=200)
     found = {one.method: one for one in (*analysis.references, *analysis.methods)}
     return tables.published_numbers(papers, comparison, analysis), found
 
@@ -204,7 +204,7 @@ def test_a_method_with_a_name_of_its_own_is_filed_under_its_loss():
     )
     settings = {**comparison.settings, "published task": "qed"}
     comparison = dataclasses.replace(comparison, finals=finals, baseline="mined", settings=settings)
-    analysis = analyse(comparison, resamples=200)
+    analysis = analyze(comparison, resamples=200)
     [table] = tables.published_numbers([printed("qed")], comparison, analysis)
     rows = cells_of(table)
     sft, uld = (f"{one.mean:.1f}" for one in analysis.methods)
@@ -236,7 +236,7 @@ def test_without_a_published_task_tables_are_whole_and_none_of_our_numbers_stand
     assert "Other data than here" in table.note
     comparison = fake_comparison()
     assert "published task" not in comparison.settings
-    analysis = analyse(comparison, resamples=200)
+    analysis = analyze(comparison, resamples=200)
     assert tables.published_numbers([printed("qed", "fairytaleqa")], comparison, analysis) == [
         table
     ]

@@ -4,7 +4,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from ctkd.batch import Side
 from ctkd.distill.data.collator import Collator, padding_id
-from ctkd.distill.data.encoding import EncodedPair, EncodedSide, encode_pair
+from ctkd.distill.data.encoding import EncodedExample, EncodedSide, encode_examples
 from ctkd.distill.data.tasks import Example
 from ctkd.errors import BatchError
 from tests.tokenization import trained_tokenizers as trained
@@ -23,14 +23,14 @@ def side(
     return EncodedSide(prompt_ids=prompt, answer_ids=answer, eos_id=eos, chunk_ids=chunks or [])
 
 
-def pairs() -> list[EncodedPair]:
+def pairs() -> list[EncodedExample]:
     return [
-        EncodedPair(
+        EncodedExample(
             id="a",
             student=side([5, 6, 7], [8], chunks=[0]),
             teacher=side([1, 9], [4, 5, 6], 3, chunks=[0, 0, 0]),
         ),
-        EncodedPair(
+        EncodedExample(
             id="b",
             student=side([5], [9, 2], chunks=[0, 1]),
             teacher=side([1, 9, 9, 9], [7], 3, chunks=[-1]),
@@ -78,7 +78,7 @@ def test_the_end_of_sequence_is_scored_on_both_sides_or_on_neither():
 
 
 def test_cut_rows_have_no_end_among_rows_that_have_one():
-    cut = EncodedPair(
+    cut = EncodedExample(
         id="c",
         student=side([5], [9, 8, 7], None, [0, 1, 1]),
         teacher=side([1], [4, 6], None, [0, 1]),
@@ -93,7 +93,7 @@ def test_cut_rows_have_no_end_among_rows_that_have_one():
     ]
     assert batch["distill_chunk_ids"].tolist() == [[-1, 0, 1, -1], [-1, 0, 1, 1]]
     assert batch["teacher_distill_chunk_ids"].tolist() == [[-1, 0, 0, 0, 1], [-1, 0, 1, -1, -1]]
-    wrong = EncodedPair(id="c", student=side([5], [9], 2), cut=True)
+    wrong = EncodedExample(id="c", student=side([5], [9], 2), cut=True)
     with pytest.raises(BatchError, match="example c was cut, so that it does not end"):
         Collator(student_pad_id=2)([wrong])
 
@@ -103,7 +103,7 @@ def test_chunks_are_those_of_the_scored_tokens():
     student, teacher = trained.byte_level(), trained.gemma_like()
     assert student.pad_token_id == student.eos_token_id
     answers = [" 日本", " Paris and Münster", " Nile"]
-    rows = encode_pair(
+    rows = encode_examples(
         [
             Example(id=a, prompt="Where? " * n, answer=a, references=(a,), group=a)
             for n, a in enumerate(answers, 1)
@@ -128,16 +128,16 @@ def test_chunks_are_those_of_the_scored_tokens():
 
 
 def test_a_side_has_one_chunk_number_per_token_or_none():
-    rows = [EncodedPair(id="a", student=side([5], [8, 9]), teacher=side([5], [8]))]
+    rows = [EncodedExample(id="a", student=side([5], [8, 9]), teacher=side([5], [8]))]
     batch = Collator(student_pad_id=0, teacher_pad_id=0, score_eos=True)(rows)
     assert batch["distill_chunk_ids"].tolist() == [[-1, -1, -1, -1]]
-    rows = [EncodedPair(id="a", student=side([5], [8, 9], 2, [0]), teacher=side([5], [8]))]
+    rows = [EncodedExample(id="a", student=side([5], [8, 9], 2, [0]), teacher=side([5], [8]))]
     with pytest.raises(BatchError, match="one chunk number for each of an answer's 2 tokens"):
         Collator(student_pad_id=0, teacher_pad_id=0)(rows)
 
 
 def test_without_an_end_of_sequence_nothing_stands_in_for_it():
-    rows = [EncodedPair(id="a", student=side([5], [8, 9], None))]
+    rows = [EncodedExample(id="a", student=side([5], [8, 9], None))]
     batch = Collator(student_pad_id=0)(rows)
     assert batch["labels"].tolist() == batch["distill_labels"].tolist() == [[-100, 8, 9]]
     assert batch["input_ids"].tolist() == [[5, 8, 9]]
@@ -148,7 +148,7 @@ def test_without_an_end_of_sequence_nothing_stands_in_for_it():
 def test_without_a_teacher_there_are_no_teachers_tensors():
     batch = Collator(student_pad_id=2)(pairs())
     assert not any(name.startswith("teacher") for name in batch)
-    alone = [EncodedPair(id="a", student=side([5], [8]))]
+    alone = [EncodedExample(id="a", student=side([5], [8]))]
     with pytest.raises(BatchError, match="no teacher's side"):
         Collator(student_pad_id=2, teacher_pad_id=0)(alone)
     with pytest.raises(BatchError, match="at least one example"):
@@ -207,7 +207,7 @@ def test_a_batch_says_of_each_token_what_the_single_sequence_says(
             )
             for p, a in ((prompt, answer), (answer, prompt))
         )
-        rows.append(EncodedPair(id="", student=student, teacher=teacher))
+        rows.append(EncodedExample(id="", student=student, teacher=teacher))
     batch = Collator(student_pad_id=2, teacher_pad_id=0, score_eos=score_eos)(rows)
 
     def from_batch(prefix: str, labels: torch.Tensor) -> list[torch.Tensor]:

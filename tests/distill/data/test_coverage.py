@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
 
 from ctkd.distill.data.coverage import Coverage, RowCoverage, kept_bytes, shared_ends
-from ctkd.distill.data.encoding import EncodedPair, encode_pair
+from ctkd.distill.data.encoding import EncodedExample, encode_examples
 from ctkd.distill.data.tasks import Example
 from ctkd.errors import DataError
 from ctkd.tokenization.pair import TokenizerPair
@@ -56,7 +56,7 @@ def in_chunks(make, side) -> bytes:
 def test_a_lossy_row_keeps_its_tokenizers_ids_and_is_aligned_where_the_texts_agree():
     student, teacher = trained.byte_level(), lower_casing()
     rows = [example(1, " zq Xq zq"), example(2, " the river")]
-    found = encode_pair(rows, student, teacher, max_length=99, min_coverage=0.5)
+    found = encode_examples(rows, student, teacher, max_length=99, min_coverage=0.5)
     one = found.rows[0]
     assert spelled(trained.byte_level, one.student.answer_ids) == b" zq Xq zq"
     assert spelled(lower_casing, one.teacher.answer_ids) == b" zq xq zq"
@@ -73,7 +73,7 @@ def test_a_lossy_row_keeps_its_tokenizers_ids_and_is_aligned_where_the_texts_agr
 def test_too_little_coverage_names_the_worst_rows():
     rows = [example(i, " the river Nile" if i % 2 else " NILE") for i in range(10)]
     with pytest.raises(DataError) as caught:
-        encode_pair(rows, trained.byte_level(), lower_casing(), max_length=99)
+        encode_examples(rows, trained.byte_level(), lower_casing(), max_length=99)
     message = str(caught.value)
     assert "of the answers' bytes are spelled alike on both sides, expected at least 95.0 %" in (
         message
@@ -82,25 +82,27 @@ def test_too_little_coverage_names_the_worst_rows():
     assert message.count("file.jsonl row") == 3
     assert message.endswith("choose another model, or lower min_coverage")
     assert "\n" not in message
-    found = encode_pair(
+    found = encode_examples(
         rows, trained.byte_level(), lower_casing(), max_length=99, min_coverage=0.0
     ).coverage
     assert [row.id for row in found.worst] == [f"q{i}" for i in range(0, 10, 2)]
     # Exactly as much as is asked for will do.
-    encode_pair(rows, trained.byte_level(), lower_casing(), max_length=99, min_coverage=found.share)
+    encode_examples(
+        rows, trained.byte_level(), lower_casing(), max_length=99, min_coverage=found.share
+    )
 
 
 def test_without_a_teacher_the_students_bytes_are_compared_with_the_text():
     rows = [example(1, " aXa"), example(2, " the river")]
-    found = encode_pair(rows, lower_casing(), max_length=99, min_coverage=13 / 14)
+    found = encode_examples(rows, lower_casing(), max_length=99, min_coverage=13 / 14)
     assert (found.coverage.covered_bytes, found.coverage.text_bytes) == (13, 14)
     assert found.coverage.report().startswith("encoded 2 answers: 92.8 % of bytes kept by the ")
     with pytest.raises(DataError, match="only 92.8 % of the answers' bytes are kept by the stu"):
-        encode_pair(rows, lower_casing(), max_length=99)
+        encode_examples(rows, lower_casing(), max_length=99)
 
 
 def test_two_tokenizers_that_change_the_text_alike_agree():
-    found = encode_pair([example(1, " NILE")], lower_casing(), lower_casing(), max_length=99)
+    found = encode_examples([example(1, " NILE")], lower_casing(), lower_casing(), max_length=99)
     assert found.coverage.share == 1.0
     assert found.rows[0].student == found.rows[0].teacher
 
@@ -110,7 +112,7 @@ def test_what_a_tokenizer_adds_makes_up_for_nothing():
     backend.normalizer = normalizers.Replace("x", "and so on")
     adding = trained.wrapped(backend, eos_token="<|end|>")
     rows = [example(1, " x"), example(2, " NILE")]
-    found = encode_pair(rows, adding, adding, max_length=99).coverage
+    found = encode_examples(rows, adding, adding, max_length=99).coverage
     assert (found.covered_bytes, found.text_bytes) == (7, 7)
 
 
@@ -119,10 +121,10 @@ def test_unknown_characters_are_lost_and_an_answer_of_nothing_is_refused():
     backend.normalizer = normalizers.Replace("x", "")
     dropping = trained.wrapped(backend, eos_token="<|end|>")
     with pytest.raises(DataError, match="row 1: the teacher's .* expected 'xx', its ids spell ''"):
-        encode_pair(
+        encode_examples(
             [example(1, "xx")], trained.byte_level(), dropping, max_length=99, min_coverage=0.0
         )
-    found = encode_pair(
+    found = encode_examples(
         [example(1, " 日本")],
         trained.byte_level(),
         trained.unigram(),
@@ -142,11 +144,11 @@ def test_a_cut_keeps_the_same_bytes_on_both_sides(answer, room, words, score_eos
     student, teacher = trained.byte_level(), trained.gemma_like()
     asked = example(1, answer, "Where? " * words + "Question. Answer:")
     options = {"score_eos": score_eos, "pair": pair()}
-    whole = encode_pair([asked], student, teacher, max_length=999, **options).rows[0]
+    whole = encode_examples([asked], student, teacher, max_length=999, **options).rows[0]
     ours, theirs = (len(one.prompt_ids) for one in (whole.student, whole.teacher))
     longest = max(ours, theirs) + room
     rows = [asked, example(2, "a", "b")]
-    found = encode_pair(rows, student, teacher, max_length=longest, on_long="cut", **options)
+    found = encode_examples(rows, student, teacher, max_length=longest, on_long="cut", **options)
     ours_whole = ours + len(whole.student.answer_ids) + 1
     theirs_whole = theirs + len(whole.teacher.answer_ids) + score_eos
     kept = found.rows[0]
@@ -186,7 +188,7 @@ def test_without_a_teacher_an_answer_is_cut_at_the_end_of_a_character():
     lengths = {}
     for longest in range(2, 10):
         try:
-            found = encode_pair([asked], tokenizer, max_length=longest, on_long="cut")
+            found = encode_examples([asked], tokenizer, max_length=longest, on_long="cut")
         except DataError:
             continue
         lengths[longest] = spelled(trained.byt5, found.rows[0].student.answer_ids).decode()
@@ -204,13 +206,13 @@ def test_without_a_teacher_an_answer_is_cut_at_the_end_of_a_character():
 
 def test_a_prompt_that_leaves_no_room_leaves_out_the_row():
     rows = [example(1, " Paris", "Where? " * 20), example(2, " a", "b")]
-    found = encode_pair(
+    found = encode_examples(
         rows, trained.byte_level(), trained.gemma_like(), max_length=10, on_long="cut"
     )
     assert [row.id for row in found.rows] == ["q2"]
     assert found.too_long[0].startswith("q1 (student ")
     with pytest.raises(DataError, match="all 1 examples are longer than 10 tokens"):
-        encode_pair(
+        encode_examples(
             rows[:1], trained.byte_level(), trained.gemma_like(), max_length=10, on_long="cut"
         )
 
@@ -218,13 +220,13 @@ def test_a_prompt_that_leaves_no_room_leaves_out_the_row():
 def test_a_lossy_row_is_cut_where_the_texts_agree_again():
     student, teacher = trained.byte_level(), lower_casing()
     asked = example(1, " zq Xq zq zq zq")
-    whole = encode_pair([asked], student, teacher, max_length=99, min_coverage=0).rows[0]
+    whole = encode_examples([asked], student, teacher, max_length=99, min_coverage=0).rows[0]
     longest = len(whole.student.prompt_ids) + len(whole.student.answer_ids) - 1
-    found = encode_pair(
+    found = encode_examples(
         [asked], student, teacher, max_length=longest, min_coverage=0, on_long="cut"
     )
     (row,) = found.rows
-    assert isinstance(row, EncodedPair) and row.cut
+    assert isinstance(row, EncodedExample) and row.cut
     ours = spelled(trained.byte_level, row.student.answer_ids)
     assert ours.startswith(b" zq Xq zq")
     assert ours.lower() == spelled(lower_casing, row.teacher.answer_ids)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctkd.distill.data import encoding
-from ctkd.distill.data.encoding import EncodedSide, encode_pair, encode_side
+from ctkd.distill.data.encoding import EncodedSide, encode_examples, encode_side
 from ctkd.distill.data.prompts import encode_prompt, leading_ids
 from ctkd.distill.data.rows import load_rows
 from ctkd.distill.data.tasks import Example, examples
@@ -144,7 +144,7 @@ def test_an_answer_that_spells_a_special_token_is_refused(answer):
     rows = [example(1), example(17, answer)]
     for teacher in (None, trained.gemma_like()):
         with pytest.raises(DataError, match=r"^file.jsonl row 17: the student's tokenizer \("):
-            encode_pair(rows, trained.byte_level(), teacher, max_length=999, min_coverage=0.0)
+            encode_examples(rows, trained.byte_level(), teacher, max_length=999, min_coverage=0.0)
 
 
 HALF = "half \ud83d"
@@ -158,7 +158,7 @@ def test_half_a_surrogate_pair_names_its_row(row, what):
     expected = rf"row 7: the {what} is not valid Unicode \(half a surrogate pair at character 6\)"
     for teacher in (None, trained.gemma_like()):
         with pytest.raises(DataError, match=f"file.jsonl {expected}"):
-            encode_pair([example(1), row], trained.byte_level(), teacher, max_length=99)
+            encode_examples([example(1), row], trained.byte_level(), teacher, max_length=99)
     with pytest.raises(DataError, match=expected):
         encoded(trained.byte_level(), row.answer, row.prompt, where="row 7")
     if what == "prompt":
@@ -171,7 +171,7 @@ def test_an_empty_prompt_needs_a_bos():
     with pytest.raises(DataError, match="example: the prompt is empty"):
         encoded(trained.byte_level(), "a", prompt="")
     with pytest.raises(DataError, match="example q1: the answer is empty"):
-        encode_pair(
+        encode_examples(
             [Example(id="q1", prompt="p", answer="", references=(), group="")],
             trained.byte_level(),
             max_length=9,
@@ -181,7 +181,7 @@ def test_an_empty_prompt_needs_a_bos():
 def test_both_sides_are_encoded_alike_alone_and_together():
     student, teacher = trained.byte_level(), trained.metaspace()
     answers = [" Paris", "Münster", " 1648", " 日本"]
-    found = encode_pair(
+    found = encode_examples(
         [example(i, a) for i, a in enumerate(answers)], student, teacher, max_length=99
     )
     assert [row.id for row in found.rows] == ["q0", "q1", "q2", "q3"]
@@ -189,7 +189,7 @@ def test_both_sides_are_encoded_alike_alone_and_together():
     for row, answer in zip(found.rows, answers, strict=True):
         assert replace(row.student, chunk_ids=[]) == encoded(student, answer)
         assert replace(row.teacher, chunk_ids=[]) == encoded(teacher, answer)
-    alone = encode_pair([example(1)], student, max_length=99)
+    alone = encode_examples([example(1)], student, max_length=99)
     assert alone.rows[0].teacher is None
     assert alone.rows[0].student == encoded(student, " Paris")  # no chunks
 
@@ -198,7 +198,7 @@ def test_an_answer_that_was_cut_has_no_end_on_either_side():
     whole = example(1)
     pair = trained.gemma_like(), trained.unigram()
     for tokenizers in (pair, pair[:1]):
-        found, cut = encode_pair(
+        found, cut = encode_examples(
             [whole, replace(whole, id="2", ends=False)], *tokenizers, max_length=64
         ).rows
         assert (found.cut, cut.cut) == (False, True)
@@ -219,7 +219,7 @@ def test_chunks_are_the_same_bytes_on_both_sides_and_cannot_be_cut_further():
     student, teacher = trained.byte_level(), trained.gemma_like()
     pair = TokenizerPair(student, teacher)
     rows = [example(i, answer) for i, answer in enumerate(ANSWERS) if "<" not in answer]
-    found = encode_pair(rows, student, teacher, max_length=999, pair=pair)
+    found = encode_examples(rows, student, teacher, max_length=999, pair=pair)
     split = 0
     for row, one in zip(rows, found.rows, strict=True):
         ours = spans(pair.student_bytes, one.student)
@@ -254,16 +254,16 @@ def test_chunks_are_the_same_bytes_on_both_sides_and_cannot_be_cut_further():
 def test_rows_are_aligned_in_blocks(monkeypatch):
     student, teacher = trained.byte_level(), trained.metaspace()
     rows = [example(i, " Paris and Münster"[: 6 + 2 * i]) for i in range(5)]
-    whole = encode_pair(rows, student, teacher, max_length=99)
+    whole = encode_examples(rows, student, teacher, max_length=99)
     monkeypatch.setattr(encoding, "_ROWS_AT_ONCE", 2)
-    assert encode_pair(rows, student, teacher, max_length=99) == whole
+    assert encode_examples(rows, student, teacher, max_length=99) == whole
 
 
 def test_an_example_too_long_on_one_side_is_left_out_on_both():
     student, teacher = trained.byte_level(), trained.wordpiece()
     rows = [example(0), example(1, " Paris" * 30), *[example(i, " Nile" * 40) for i in (2, 3, 4)]]
     longest = len(encoded(student, " Paris").prompt_ids) + 30
-    found = encode_pair(rows, student, teacher, max_length=longest)
+    found = encode_examples(rows, student, teacher, max_length=longest)
     assert [row.id for row in found.rows] == ["q0"]
     assert found.report().startswith(
         f"left out 4 of 5 examples as longer than {longest} tokens: q1"
@@ -272,11 +272,11 @@ def test_an_example_too_long_on_one_side_is_left_out_on_both():
     with pytest.raises(
         DataError, match=r"file.jsonl row 1 is longer than .* \(student \d+, teacher"
     ):
-        encode_pair(rows, student, teacher, max_length=longest, on_long="refuse")
+        encode_examples(rows, student, teacher, max_length=longest, on_long="refuse")
     with pytest.raises(
         DataError, match=r"all 4 examples are longer than 20 tokens.* raise max_len"
     ):
-        encode_pair(rows[1:], student, teacher, max_length=20)
+        encode_examples(rows[1:], student, teacher, max_length=20)
 
 
 @pytest.mark.parametrize("score_eos", [False, True])
@@ -285,11 +285,11 @@ def test_the_length_counts_an_end_of_sequence_where_it_is_read(score_eos):
     found = encoded(tokenizer, " Paris")
     length = len(found.prompt_ids) + len(found.answer_ids)
     with pytest.raises(DataError):
-        encode_pair([example(1)], tokenizer, max_length=length)
-    assert len(encode_pair([example(1)], tokenizer, max_length=length + 1)) == 1
+        encode_examples([example(1)], tokenizer, max_length=length)
+    assert len(encode_examples([example(1)], tokenizer, max_length=length + 1)) == 1
     teacher = trained.byt5()
     both = [example(1), example(2, " P")]
-    fits = encode_pair(both, tokenizer, teacher, max_length=20, score_eos=score_eos)
+    fits = encode_examples(both, tokenizer, teacher, max_length=20, score_eos=score_eos)
     assert len(encoded(teacher, " Paris").prompt_ids) + len(" Paris") == 20
     assert len(fits) == (1 if score_eos else 2)
 
@@ -297,16 +297,18 @@ def test_the_length_counts_an_end_of_sequence_where_it_is_read(score_eos):
 def test_wrong_settings_are_refused():
     tokenizer = trained.byte_level()
     with pytest.raises(SettingError, match="max_length must be at least 2"):
-        encode_pair([example(1)], tokenizer, max_length=1)
+        encode_examples([example(1)], tokenizer, max_length=1)
     with pytest.raises(SettingError, match="on_long must be 'drop', 'refuse' or 'cut', got 'end'"):
-        encode_pair([example(1)], tokenizer, max_length=9, on_long="end")
+        encode_examples([example(1)], tokenizer, max_length=9, on_long="end")
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(SettingError, match=f"min_coverage must be from 0 to 1, got {wrong}"):
-            encode_pair([example(1)], tokenizer, max_length=9, min_coverage=wrong)
+            encode_examples([example(1)], tokenizer, max_length=9, min_coverage=wrong)
     with pytest.raises(DataError, match="no examples"):
-        encode_pair([], tokenizer, max_length=9)
+        encode_examples([], tokenizer, max_length=9)
     with pytest.raises(SettingError, match="the teacher's tokenizer has none"):
-        encode_pair([example(1)], tokenizer, trained.end_of_word(), max_length=9, score_eos=True)
+        encode_examples(
+            [example(1)], tokenizer, trained.end_of_word(), max_length=9, score_eos=True
+        )
 
 
 @pytest.mark.models
@@ -314,7 +316,7 @@ def test_the_packaged_models_encode_the_embedded_set():
     from ctkd.distill.models.loading import load_tokenizer
 
     student, teacher = load_tokenizer("smollm2-135m-instruct"), load_tokenizer("gemma-3-270m")
-    found = encode_pair(examples(load_rows("pocketqa"), "qa"), student, teacher, max_length=512)
+    found = encode_examples(examples(load_rows("pocketqa"), "qa"), student, teacher, max_length=512)
     assert found.report() == ""
     assert leading_ids(student) == []
     assert leading_ids(teacher) == [teacher.bos_token_id]

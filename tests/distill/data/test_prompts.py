@@ -2,7 +2,7 @@
 
 import pytest
 
-from ctkd.distill.data.encoding import encode_pair
+from ctkd.distill.data.encoding import encode_examples
 from ctkd.distill.data.prompts import PLAIN, PromptForm, choose_shots, encode_prompt
 from ctkd.distill.data.tasks import Example
 from ctkd.distill.evaluation.evaluate import answer
@@ -115,7 +115,7 @@ def test_each_side_is_asked_in_its_own_form_and_scores_the_same_text(
         ),
     }
     asked = [example("Oslo"), example("Rome"), example("日本", prompt="Wo?")]
-    found = encode_pair(asked, student, teacher, max_length=400, score_eos=True, **forms)
+    found = encode_examples(asked, student, teacher, max_length=400, score_eos=True, **forms)
     tables = [TokenBytes.from_tokenizer(one) for one in (student, teacher)]
     both = student_chats and teacher_chats
     for one, row in zip(asked, found.rows, strict=True):
@@ -138,20 +138,20 @@ def test_each_side_is_asked_in_its_own_form_and_scores_the_same_text(
 
 
 def test_a_student_alone_in_a_chat_answers_without_the_space(student):
-    (row,) = encode_pair([example("Oslo")], student, max_length=99, student_form=CHAT).rows
+    (row,) = encode_examples([example("Oslo")], student, max_length=99, student_form=CHAT).rows
     assert text(student, row.student.answer_ids) == "in Oslo"
     with pytest.raises(DataError, match="row Oslo: the answer is empty"):
-        encode_pair([example("Oslo", answer=" ")], student, max_length=99, student_form=CHAT)
+        encode_examples([example("Oslo", answer=" ")], student, max_length=99, student_form=CHAT)
 
 
 def test_a_side_without_a_template_is_told_so(student, teacher):
     student.chat_template = None
     with pytest.raises(ModelError, match=r"^the student's tokenizer \(.* has no chat template; as"):
-        encode_pair([example("Oslo")], student, teacher, max_length=99, student_form=CHAT)
-    encode_pair([example("Oslo")], student, teacher, max_length=99, teacher_form=CHAT)
+        encode_examples([example("Oslo")], student, teacher, max_length=99, student_form=CHAT)
+    encode_examples([example("Oslo")], student, teacher, max_length=99, teacher_form=CHAT)
     teacher.chat_template = "{{ raise_exception('no turns\nof users') }}"
     with pytest.raises(ModelError, match=r"^the teacher's chat template .*\(no turns\); ask"):
-        encode_pair([example("Oslo")], student, teacher, max_length=99, teacher_form=CHAT)
+        encode_examples([example("Oslo")], student, teacher, max_length=99, teacher_form=CHAT)
 
 
 def test_half_a_surrogate_pair_in_a_shot_is_refused(teacher):
