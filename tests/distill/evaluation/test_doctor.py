@@ -296,7 +296,7 @@ def test_chunks_are_marked_on_both_lines_and_long_rows_start_where_they_differ(r
         teacher=(*(Piece(text="x", chunk=n) for n in range(9)), Piece(text=" yz", chunk=9)),
     )
     found = with_answers(report, worst=(row,))
-    coloured = doctor_page(replace(report, examination=found))
+    coloured = doctor_page(replace(report, request=DoctorRequest(), examination=found))
     page = click.unstyle(coloured)
     assert "student   … [x][x][␣y|z]{QQQ" in page
     assert "teacher   … [x][x][␣yz]" in page
