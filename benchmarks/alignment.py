@@ -18,8 +18,8 @@ import torch
 from tabulate import tabulate
 
 from baselines import alignment as walk
-from ctkd.distill.data import load_rows
-from ctkd.distill.models import load_tokenizer
+from ctkd.distill.data.rows import load_rows
+from ctkd.distill.models.loading import load_tokenizer
 from ctkd.tokenization.alignment import Aligner
 from ctkd.tokenization.token_bytes import TokenBytes
 

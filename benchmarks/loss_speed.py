@@ -35,7 +35,7 @@ from benchmarks.measuring import (
     time_in_turn,
 )
 from benchmarks.options import note_option, results_option, threads_option
-from ctkd.distill.peak_memory import give_back_freed_memory
+from ctkd.distill.devices import give_back_freed_memory
 
 
 def verdict(value: float, bar: float | None) -> str:

@@ -21,7 +21,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from ctkd.distill.peak_memory import PeakMemory
+from ctkd.distill.devices import PeakMemory
 
 RESULTS = Path(__file__).with_name("results")
 _ROOT = Path(__file__).parents[1]
@@ -167,7 +167,7 @@ def draw_bars(
         across: What the values are.
         limits: By name, what a value should not exceed; drawn as a mark, and red where exceeded.
     """
-    from ctkd.distill.compare import drawing
+    from ctkd.compare.report import drawing
 
     limits = limits or {}
     count = sum(len(values) for values in panels.values())
@@ -180,7 +180,7 @@ def draw_bars(
         axes.grid(visible=False)
         rows = range(len(values))
         missed = [name in limits and value > limits[name] for name, value in values.items()]
-        colours = [drawing.ALARM if one else drawing.METHOD_COLOURS[5] for one in missed]
+        colours = [drawing.ALARM if one else drawing.METHOD_COLORS[5] for one in missed]
         axes.barh(rows, list(values.values()), color=colours, height=0.7)
         right = max([*values.values(), *(limits[name] for name in values if name in limits)])
         for row, (name, value) in enumerate(values.items()):
@@ -213,17 +213,17 @@ def draw_lines(
     """
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    from ctkd.distill.compare import drawing
+    from ctkd.compare.report import drawing
 
     figure = drawing.new_figure(3.4 * len(panels))
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    colours = drawing.colours_of(names)
+    colours = drawing.colors_of(names)
     for place, ((title, lines), axis_title) in enumerate(zip(panels.items(), across, strict=True)):
         axes = figure.add_subplot(len(panels), 1, place + 1)
         drawing.dress(axes, title, across=axis_title, up=up)
         axes.set_xscale("log", base=2)
         for order, (name, points) in enumerate(lines.items()):
-            style = "-" if order < len(drawing.METHOD_COLOURS) else "--"
+            style = "-" if order < len(drawing.METHOD_COLORS) else "--"
             axes.plot(*zip(*points, strict=True), style, color=colours[name], marker="o", ms=3)
         if limit is not None:
             axes.axhline(limit, color=drawing.ALARM, linestyle=":", linewidth=1.2)
@@ -240,7 +240,7 @@ def draw_lines(
 
 
 def _save(figure: Any, path: Path) -> None:
-    from ctkd.distill.compare import drawing
+    from ctkd.compare.report import drawing
 
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".svg":

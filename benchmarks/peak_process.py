@@ -23,7 +23,7 @@ from benchmarks.loss_inputs import (
     all_measured,
 )
 from benchmarks.measuring import print_peak
-from ctkd.distill.peak_memory import PeakMemory, give_back_freed_memory
+from ctkd.distill.devices import PeakMemory, give_back_freed_memory
 
 
 def warm_up(lines: list[Measured], dtype: torch.dtype, *, trl: bool) -> None:

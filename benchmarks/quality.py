@@ -22,17 +22,17 @@ from typing import Any
 import click
 import torch
 
-from ctkd.cli_options import quieten, say
-from ctkd.distill.compare import tables
-from ctkd.distill.compare.config import CompareConfig
-from ctkd.distill.compare.methods import parse_sweep
-from ctkd.distill.compare.published import PublishedTable, read_published
-from ctkd.distill.compare.report import as_json, terminal
-from ctkd.distill.compare.runner import Outcome, compare
+from ctkd.cli.options import quieten, say
+from ctkd.compare.plan.config import CompareConfig
+from ctkd.compare.plan.methods import parse_sweep
+from ctkd.compare.report import tables
+from ctkd.compare.report.published import PublishedTable, read_published
+from ctkd.compare.report.report import as_json, terminal
+from ctkd.compare.run.runner import Outcome, compare
 from ctkd.distill.config import TrainConfig
-from ctkd.distill.data import load_rows, split_off
-from ctkd.distill.tasks import examples
-from ctkd.distill.training import Interrupted, train
+from ctkd.distill.data.rows import load_rows
+from ctkd.distill.data.tasks import examples, split_off
+from ctkd.distill.training.run import Interrupted, train
 from ctkd.errors import CtkdError, DataError
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,7 +20,7 @@ from benchmarks.loss_inputs import DTYPES, VOCABULARIES, Inputs, Measured, Vocab
 from benchmarks.loss_speed import verdict
 from benchmarks.measuring import append_row, draw_lines, environment, time_in_turn
 from benchmarks.options import note_option, results_option, threads_option
-from ctkd.distill.peak_memory import give_back_freed_memory
+from ctkd.distill.devices import give_back_freed_memory
 
 BAR = 1.10
 SEQUENCES = 4

@@ -15,15 +15,15 @@ import click
 import torch
 from transformers import TrainingArguments
 
-from ctkd.distill.cache_writing import write_cache
-from ctkd.distill.collator import Collator, padding_id
-from ctkd.distill.config import TrainConfig
-from ctkd.distill.data import load_rows
-from ctkd.distill.encoded import EncodedPair
-from ctkd.distill.models import head_width, load_tokenizer
+from ctkd.distill.config import CacheSettings, TrainConfig
+from ctkd.distill.data.collator import Collator, padding_id
+from ctkd.distill.data.encoding import EncodedExample
+from ctkd.distill.data.rows import load_rows
+from ctkd.distill.models.loading import head_width, load_tokenizer
 from ctkd.distill.preparing import Forms, Models, encode, load_examples, load_models
-from ctkd.distill.teacher_cache import TeacherCache
-from ctkd.distill.trainer import CrossTokenizerTrainer
+from ctkd.distill.teachers.cache import TeacherCache
+from ctkd.distill.teachers.cache_writing import write_cache
+from ctkd.distill.training.trainer import CrossTokenizerTrainer
 
 
 def quiet(line: str) -> None:
@@ -50,7 +50,7 @@ class Prepared:
     config: TrainConfig
     models: Models
     cache: TeacherCache
-    rows: list[EncodedPair]
+    rows: list[EncodedExample]
 
     @classmethod
     def make(
@@ -76,7 +76,9 @@ class Prepared:
             batch_size=batch_size,
         )
         write_rows(path, load_tokenizer(student), 4 * batch_size, length, scored)
-        cache = write_cache(config, Path(folder, "cache"), texts="none", say=click.echo)
+        cache = write_cache(
+            config, Path(folder, "cache"), CacheSettings(texts="none"), say=click.echo
+        )
         models = load_models(config, quiet)
         examples, _ = load_examples(config, quiet)
         rows = encode(config, models, examples, Forms.of(config, examples), "training", quiet).rows

@@ -24,11 +24,11 @@ import ctkd
 from benchmarks.measuring import append_row, environment, time_in_turn
 from benchmarks.options import note_option, results_option
 from benchmarks.steps import Prepared
-from ctkd.distill.collator import Collator, padding_id
-from ctkd.distill.encoded import EncodedPair
-from ctkd.distill.models import head_width, last_logits
+from ctkd.distill.data.collator import Collator, padding_id
+from ctkd.distill.data.encoding import EncodedExample
+from ctkd.distill.models.loading import head_width, last_logits
 from ctkd.distill.preparing import Models
-from ctkd.distill.teacher_cache import TeacherCache
+from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.errors import CtkdError
 from ctkd.loss import Loss
 from ctkd.top_k import TopK
@@ -65,7 +65,7 @@ def all_logits(model: PreTrainedModel, inputs: dict[str, Any], count: int) -> to
 
 
 def measure_errors(
-    models: Models, rows: list[EncodedPair], kept: list[int], names: list[str]
+    models: Models, rows: list[EncodedExample], kept: list[int], names: list[str]
 ) -> list[dict[str, Any]]:
     """Relative error of each loss's value and gradient when only k entries are stored."""
     pair = models.pair.narrowed(head_width(models.student), models.teacher_width)

@@ -26,7 +26,7 @@ from rapidfuzz.process import cdist
 from tabulate import tabulate
 from transformers import GPT2Tokenizer, PreTrainedTokenizerBase
 
-from ctkd.distill.models import load_tokenizer
+from ctkd.distill.models.loading import load_tokenizer
 from ctkd.tokenization import TokenBytes, TokenizerPair
 from ctkd.tokenization.vocabulary_map import token_texts
 

@@ -20,7 +20,7 @@ from benchmarks import (
     teacher_cache,
     train_step,
 )
-from tests.tiny_runs import Workplace
+from tests.distill.tiny_runs import Workplace
 
 SMALL = ["--pair", "300:200", "--tokens", "3", "--repeats", "1"]
 

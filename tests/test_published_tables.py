@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 import ctkd
-from ctkd.distill.compare.published import (
+from ctkd.compare.records import TEACHER, UNTRAINED
+from ctkd.compare.report.published import (
     PublishedCell,
     PublishedTable,
     beside,
     read_published,
 )
-from ctkd.distill.compare.records import METRICS, TEACHER, UNTRAINED
+from ctkd.distill.evaluation.metrics import METRICS
 
 FOLDER = Path(__file__).parents[1] / "baselines" / "published"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")

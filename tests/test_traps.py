@@ -17,7 +17,7 @@ from ctkd.batch import Batch, Side
 from ctkd.losses.alm import binary_kl
 from ctkd.testing import make_pair
 from ctkd.tokenization import TokenBytes, TokenizerPair
-from tests import tiny
+from tests.distill import tiny
 from tests.ragged_batches import loss_and_gradient, ragged_inputs
 
 # Every registered loss, and the forms of it that take another way through the code.
@@ -134,7 +134,7 @@ def value_of(loss: ctkd.Loss, inputs: dict[str, Any]) -> float:
 def test_one_row_shift(name, settings):
     """Elsewhere logits are compared one row off; a student that is the teacher must cost 0."""
     tokenizer = setup().student_tokenizer
-    rows = tiny.encode_pair(tiny.examples(), tokenizer, tokenizer, max_length=64).rows
+    rows = tiny.encode_examples(tiny.examples(), tokenizer, tokenizer, max_length=64).rows
     collator = tiny.Collator(student_pad_id=1, teacher_pad_id=1)
     inputs = seen(rows, collator, *[(setup().student, tokenizer)] * 2)
     loss = ctkd.get_loss(name, pair=HalfShared(tokenizer, tokenizer), **settings)

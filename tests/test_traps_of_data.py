@@ -14,17 +14,16 @@ from transformers import TrainingArguments
 
 import ctkd
 from ctkd.batch import Batch, Side
-from ctkd.distill.collator import Collator, padding_id
-from ctkd.distill.encoded import EncodedPair, EncodedSide
-from ctkd.distill.encoding import encode_pair
-from ctkd.distill.prompts import PLAIN, PromptForm
-from ctkd.distill.tasks import Example
-from ctkd.distill.trainer import CrossTokenizerTrainer
+from ctkd.distill.data.collator import Collator, padding_id
+from ctkd.distill.data.encoding import EncodedExample, EncodedSide, encode_examples
+from ctkd.distill.data.prompts import PLAIN, PromptForm
+from ctkd.distill.data.tasks import Example
+from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import BatchError, DataError, SettingError
 from ctkd.tokenization import TokenBytes, TokenizerPair
-from tests import tiny
-from tests import trained_tokenizers as trained
+from tests.distill import tiny
 from tests.ragged_batches import loss_and_gradient, ragged_inputs
+from tests.tokenization import trained_tokenizers as trained
 
 FOREIGN = " Der Fluß fließt nach Süden. Ça va, niño? naïve café 日本語 👩\u200d👧"
 
@@ -44,7 +43,9 @@ def spelled(table: TokenBytes, side: EncodedSide) -> dict[int, bytes]:
     return found
 
 
-def collated(rows: list[EncodedPair], sides: tuple, score_eos: bool = False) -> dict[str, Tensor]:
+def collated(
+    rows: list[EncodedExample], sides: tuple, score_eos: bool = False
+) -> dict[str, Tensor]:
     pads = [padding_id(tokenizer) for tokenizer in sides]
     return Collator(student_pad_id=pads[0], teacher_pad_id=pads[1], score_eos=score_eos)(rows)
 
@@ -97,7 +98,7 @@ def test_bos_on_one_side_only(bos_on):
     """Elsewhere a bos that one side lacks moves all pairs by one; here it stands apart."""
     with_bos, without = trained.gemma_like(), trained.byte_level()
     tokenizers = (with_bos, without) if bos_on == "student" else (without, with_bos)
-    rows = encode_pair(examples(FOREIGN, " Paris"), *tokenizers, max_length=300).rows
+    rows = encode_examples(examples(FOREIGN, " Paris"), *tokenizers, max_length=300).rows
     pair = TokenizerPair(*tokenizers)
     for row in rows:
         sides = (row.student, row.teacher)
@@ -122,7 +123,7 @@ def test_eos_masked_when_pad_is_eos(score_eos):
     assert tokenizer.pad_token_id == eos
     sides = (tokenizer, trained.gemma_like())
     asked = examples(" Paris", FOREIGN, " a")
-    rows = encode_pair(asked, *sides, max_length=300, score_eos=score_eos).rows
+    rows = encode_examples(asked, *sides, max_length=300, score_eos=score_eos).rows
     batch = collated(rows, sides, score_eos)
     labels, size = batch["labels"], batch["labels"].shape[1]
     assert ((labels == eos).sum(1) == 1).all()  # cross-entropy always learns to stop
@@ -210,7 +211,7 @@ def test_multi_byte_characters_split_over_tokens():
     pair = TokenizerPair(student, teacher)
     text = " Der Fluß fließt nach Süden. Ça va, niño? Où est le café?"  # characters of the teacher
     for answer in (text, FOREIGN):
-        row = encode_pair(examples(answer), student, teacher, max_length=200).rows[0]
+        row = encode_examples(examples(answer), student, teacher, max_length=200).rows[0]
         assert sum("\ufffd" in student.decode([index]) for index in row.student.answer_ids) > 10
         ours = spelled(pair.student_bytes, row.student)
         assert ours == spelled(pair.teacher_bytes, row.teacher)
@@ -218,7 +219,7 @@ def test_multi_byte_characters_split_over_tokens():
         if answer == text:
             assert all(piece.decode() for piece in ours.values())
     for size in range(len(row.student.prompt_ids) + 3, 60, 3):
-        cut = encode_pair(examples(FOREIGN), student, teacher, max_length=size, on_long="cut")
+        cut = encode_examples(examples(FOREIGN), student, teacher, max_length=size, on_long="cut")
         assert FOREIGN.startswith(student.decode(cut.rows[0].student.answer_ids))
 
 
@@ -282,15 +283,15 @@ def test_truncation_of_one_side_only(on_long, longer):
     coarse, fine = tiny.tokenizer(330), tiny.tokenizer(262)
     sides = (fine, coarse) if longer == "student" else (coarse, fine)
     rows = examples(" the mat", " the bridge until the morning train in the rain")
-    full = encode_pair(rows, *sides, max_length=200).rows
+    full = encode_examples(rows, *sides, max_length=200).rows
     lengths = [len(one.prompt_ids + one.answer_ids) for one in (full[1].student, full[1].teacher)]
     limit = min(lengths) + 2
     assert lengths[longer == "teacher"] > limit
     if on_long == "refuse":
         with pytest.raises(DataError, match="example e1 is longer than"):
-            encode_pair(rows, *sides, max_length=limit, on_long=on_long)
+            encode_examples(rows, *sides, max_length=limit, on_long=on_long)
         return
-    encoded = encode_pair(rows, *sides, max_length=limit, on_long=on_long)
+    encoded = encode_examples(rows, *sides, max_length=limit, on_long=on_long)
     assert encoded.rows[0] == full[0]
     if on_long == "drop":
         assert [row.id for row in encoded.rows] == ["e0"] and encoded.too_long[0].startswith("e1 ")
@@ -319,7 +320,7 @@ def test_teacher_reading_student_chat_markers(teacher_form):
         tokenizer.chat_template = turns + reply
         sides.append(tokenizer)
     chat = PromptForm(template="chat")
-    row = encode_pair(
+    row = encode_examples(
         examples(" the mat"), *sides, max_length=99, student_form=chat, teacher_form=teacher_form
     ).rows[0]
     both = teacher_form.template == "chat"
@@ -364,7 +365,7 @@ def test_silent_vocabulary_collapse():
             pair.match_positions(*ids, *[torch.ones_like(one).bool() for one in ids])
     swapped = TokenizerPair(teacher, student)
     with pytest.raises(DataError, match="come from another tokenizer"):
-        encode_pair(tiny.examples(), student, teacher, max_length=64, pair=swapped)
+        encode_examples(tiny.examples(), student, teacher, max_length=64, pair=swapped)
     inputs = ragged_inputs(0)  # a student of 11 tokens whose head has 13 columns
     inputs["student_labels"][0, 2] = 11
     with pytest.raises(BatchError, match="belong to another model's tokenizer"):
@@ -383,7 +384,7 @@ def test_label_counts_differ(score_eos):
     counts = set()
     for student, teacher in itertools.permutations(kinds, 2):
         pair = TokenizerPair(student, teacher)
-        rows = encode_pair(
+        rows = encode_examples(
             examples(*answers), student, teacher, max_length=300, score_eos=score_eos, pair=pair
         ).rows
         batch = collated(rows, (student, teacher), score_eos)

@@ -1,1 +1,1 @@
-"""What needs transformers: models, tasks, data, training and evaluation."""
+"""Distillation: data, models, teachers, training and evaluation."""

@@ -1,124 +1,127 @@
-"""The settings of one training run, from a file, from options, or from Python."""
+"""Settings of the commands, from a file, from options, or from Python."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import re
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from ctkd.distill.devices import Device
+from ctkd.distill.options import (
+    check_names,
+    check_types,
+    option,
+    parse_column,
+    parse_loss_option,
+    same_as,
+)
 from ctkd.errors import SettingError
-from ctkd.loss import Loss, Weights
+from ctkd.loss import Loss, Weights, check_count, check_positive
 from ctkd.pair import Pair, PlaceholderPair
 from ctkd.registry import get_loss
+from ctkd.tokenization.doctor import Thresholds
 
-__all__ = ["DTYPES", "TrainConfig", "parse_loss_option", "read_config_file"]
+__all__ = [
+    "DTYPES",
+    "SFT",
+    "CacheSettings",
+    "DoctorRequest",
+    "EvaluateRequest",
+    "TrainConfig",
+]
 
 DTYPES = ("float32", "bfloat16", "bfloat16-pure")
 SFT = "sft"
+
+Template = Literal["plain", "chat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """Everything that is needed to repeat a training run.
 
-    Args:
-        loss: A registered loss, or "sft" for cross-entropy alone.
-        loss_options: Settings of the loss.
-        student: Model to train: packaged name, folder, GGUF file or hub id.
-        teacher: Model to learn from; not loaded for "sft", nor with ``teacher_cache``.
-        teacher_cache: Folder written by `ctkd cache` that is asked in place of the teacher.
-        answers: What to train on: the answers in the "data", or those that the "teacher" writes to
-            the same prompts. With "sft" the latter is sequence-level distillation, seqkd.
-        data: Training data: embedded name, file, folder or hub id.
-        eval_data: Held-out data; without it a part of the training data is cut off.
-        task: How rows become prompts: qa, summarization or text.
-        columns: Field of the task to column of the data.
-        output: Folder for the trained model and what belongs to the run.
-        epochs: Passes over the training data.
-        max_steps: Optimizer steps; goes before ``epochs``.
-        batch_size: Sequences per micro-batch.
-        grad_accumulation: Micro-batches per optimizer step.
-        learning_rate: Peak of a linear schedule. The paper uses 1e-6, for epochs on thousands of
-            rows; the default suits short runs.
-        warmup: Share of the steps over which the learning rate rises.
-        weight_decay: Of AdamW.
-        max_length: Longest prompt and answer together, in tokens of either side.
-        on_long: What becomes of a longer training row: "drop" leaves it out, "cut" cuts its answer
-            at one byte on both sides, "refuse" stops. Held-out rows are left out.
-        min_coverage: Least share of the answers' bytes that both tokenizers must spell alike.
-        student_template: How the student reads a prompt: "plain", or "chat" for its own template.
-        teacher_template: The same for the teacher.
-        teacher_shots: Answered training examples that the teacher reads before each prompt.
-        kd_weight: Weight of the loss; default the loss's own.
-        ce_weight: Weight of cross-entropy; default the loss's own.
-        score_eos: Let distillation score the end of sequence, on both sides.
-        dtype: float32; bfloat16 (float32 weights, bfloat16 autocast); or bfloat16-pure, in which
-            small updates are lost.
-        device: auto, cpu or cuda.
-        seed: Of everything random.
-        measure: "all" answers held-out prompts and averages held-out losses before and after
-            training; "nothing" only trains.
-        eval_limit: Most held-out examples to answer and to average over.
-        eval_steps: Steps between two averages of held-out losses while training; None for none.
-        max_new_tokens: Longest generated answer.
-        logging_steps: Steps between two lines of the log.
-        save_steps: Steps between two checkpoints.
-        keep_checkpoints: Keep the last checkpoint when the run has ended.
-        report_to: Trackers, as transformers names them.
+    Each field's help says what it is for. With `loss` "sft" and `answers` "teacher" a run is
+    sequence-level distillation, seqkd. In "bfloat16-pure" small updates are lost; "bfloat16" keeps
+    the weights in float32. Held-out rows that are too long are left out, whatever `on_long` says.
+
+    Raises:
+        SettingError: If a setting is of the wrong kind or out of range.
     """
 
-    loss: str = "multilevelot"
-    loss_options: dict[str, Any] = field(default_factory=dict)
-    student: str = "smollm2-135m-instruct"
-    teacher: str = "gemma-3-270m"
-    teacher_cache: str | None = None
-    answers: Literal["data", "teacher"] = "data"
-    data: str = "pocketqa"
-    eval_data: str | None = None
-    task: str = "qa"
-    columns: dict[str, str] = field(default_factory=dict)
-    output: str | None = None
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 4
-    grad_accumulation: int = 1
-    learning_rate: float = 5e-5
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    max_length: int = 1024
-    on_long: Literal["drop", "cut", "refuse"] = "drop"
-    min_coverage: float = 0.95
-    student_template: Literal["plain", "chat"] = "plain"
-    teacher_template: Literal["plain", "chat"] = "plain"
-    teacher_shots: int = 0
-    kd_weight: float | None = None
-    ce_weight: float | None = None
-    score_eos: bool = False
-    dtype: Literal["float32", "bfloat16", "bfloat16-pure"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
-    measure: Literal["all", "nothing"] = "all"
-    eval_limit: int = 200
-    eval_steps: int | None = None
-    max_new_tokens: int = 32
-    logging_steps: int = 5
-    save_steps: int = 200
-    keep_checkpoints: bool = False
-    report_to: str = "none"
+    loss: str = option("multilevelot", "A loss of `ctkd losses`, or sft: cross-entropy alone.")
+    loss_options: dict[str, Any] = option(
+        {},
+        "A setting of the loss; see `ctkd losses NAME`. Repeatable.",
+        flag="--loss-option",
+        metavar="KEY=VALUE",
+        repeated=True,
+        parse=parse_loss_option,
+    )
+    student: str = option("smollm2-135m-instruct", "Packaged name, folder, GGUF file or hub id.")
+    teacher: str = option("gemma-3-270m", "The same for the teacher.")
+    teacher_cache: str | None = option(
+        None, "Folder of `ctkd cache`, asked in the teacher's place."
+    )
+    answers: Literal["data", "teacher"] = option(
+        "data", "Answers to train on: those of the data, or the teacher's own."
+    )
+    data: str = option("pocketqa", "pocketqa, a file, a folder or a hub id.")
+    eval_data: str | None = option(None, "Held-out data. Default: a part of --data, by passage.")
+    task: str = option("qa", "qa, summarization or text.")
+    columns: dict[str, str] = option(
+        {},
+        "Name of a field's column in the data, such as context=passage. Repeatable.",
+        flag="--column",
+        metavar="FIELD=COLUMN",
+        repeated=True,
+        parse=parse_column,
+    )
+    output: str | None = option(None, "Folder of the run.", unset="runs/LOSS-seedN")
+    epochs: float = option(1.0, "Passes over the data.")
+    max_steps: int | None = option(None, "Optimizer steps; goes before --epochs.")
+    batch_size: int = option(4, "Sequences per micro-batch.")
+    grad_accumulation: int = option(1, "Micro-batches per optimizer step.")
+    learning_rate: float = option(
+        5e-5, "Peak of a linear schedule; the paper's is 1e-6, for longer runs."
+    )
+    warmup: float = option(0.1, "Share of the steps with a rising rate.")
+    weight_decay: float = option(0.0, "Of AdamW.")
+    max_length: int = option(1024, "Longest prompt and answer, in tokens of either side.")
+    on_long: Literal["drop", "cut", "refuse"] = option(
+        "drop", "Longer training rows: drop, cut (on both sides, at one byte), refuse."
+    )
+    min_coverage: float = option(
+        0.95, "Least share of the answers' bytes that both tokenizers must spell alike."
+    )
+    student_template: Template = option("plain", "The student's prompts: plain, or chat.")
+    teacher_template: Template = option("plain", "The same for the teacher.")
+    teacher_shots: int = option(0, "Answered examples that the teacher reads first.")
+    kd_weight: float | None = option(None, "Weight of the loss.", unset="the loss's own")
+    ce_weight: float | None = option(None, "Weight of cross-entropy.", unset="the loss's own")
+    score_eos: bool = option(False, "Let distillation score the end of sequence, on both sides.")
+    dtype: Literal["float32", "bfloat16", "bfloat16-pure"] = option(
+        "float32", "float32, bfloat16 (autocast over float32 weights), bfloat16-pure."
+    )
+    device: Device = option("auto", "auto, cpu or cuda.")
+    seed: int = option(0, "Of everything random.")
+    measure: Literal["all", "nothing"] = option(
+        "all", "all, before and after training; nothing, to only train."
+    )
+    eval_limit: int = option(200, "Most held-out examples used.")
+    eval_steps: int | None = option(
+        None, "Steps between held-out losses.", unset="only at both ends"
+    )
+    max_new_tokens: int = option(32, "Longest generated answer.")
+    logging_steps: int = option(5, "Steps between lines of the log.")
+    save_steps: int = option(200, "Steps between checkpoints.")
+    keep_checkpoints: bool = option(False, "Keep the last checkpoint of a finished run.")
+    report_to: str = option("none", "Tracker, as transformers names it.")
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(TrainConfig)
-        for name in _names():
-            _check_type(name, getattr(self, name), hints[name])
+        check_types(self)
         for name in (
             "epochs",
             "max_steps",
@@ -169,24 +172,17 @@ class TrainConfig:
             >>> TrainConfig.from_mapping({"loss": "uld", "max_steps": 5}).max_steps
             5
         """
-        names = _names()
-        for name in settings:
-            if name not in names:
-                close = difflib.get_close_matches(str(name), names, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise SettingError(
-                    f"{source}: unknown setting {name!r}.{hint} Known: {', '.join(names)}"
-                )
+        check_names(settings, cls, source)
         return cls(**settings)
 
     @property
     def distils(self) -> bool:
-        """Whether a loss between student and teacher takes part."""
+        """True if there is a loss between student and teacher."""
         return self.loss != SFT
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a teacher takes part, by a loss or by what it writes."""
+        """True if there is a teacher, for a loss or for its answers."""
         return self.distils or self.answers == "teacher"
 
     @property
@@ -222,107 +218,109 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
-def parse_loss_option(text: str) -> tuple[str, Any]:
-    """Split ``KEY=VALUE`` and read the value as YAML does: numbers, words, true and null.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """Contents of a teacher cache.
+
+    With `k` of 0 it holds the logits of observed tokens alone, with more than the vocabulary all of
+    them. Training prompts are answered whatever `texts` says where a run trains on those answers. A
+    kill costs at most `shard_rows` rows.
 
     Raises:
-        SettingError: If there is no ``=``, or the value is not YAML.
-
-    Example:
-        >>> parse_loss_option("sl_weight=0.1"), parse_loss_option("matching=greedy")
-        (('sl_weight', 0.1), ('matching', 'greedy'))
+        SettingError: If a setting is out of range.
     """
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise SettingError(f"a loss option is KEY=VALUE, such as k=20, got {text!r}")
-    try:
-        return key.strip(), yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise SettingError(
-            f"cannot read the value of loss option {text!r}; write a number, a word, true or null"
-        ) from error
+
+    k: int = option(
+        256, "Largest logits kept per position; 0 keeps those of observed tokens alone."
+    )
+    temperatures: Sequence[float] = option(
+        (1.0, 2.0),
+        "At which a loss may ask. Repeatable.",
+        flag="--temperature",
+        repeated=True,
+        parse=float,
+    )
+    texts: Literal["none", "held-out", "all"] = option(
+        "held-out",
+        "Prompts that the teacher also answers; all, for --answers teacher.",
+        choice=True,
+    )
+    shard_rows: int = option(64, "Rows per file.")
+
+    def __post_init__(self) -> None:
+        k = self.k
+        if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+            raise SettingError(f"k, the entries kept per position, must be at least 0, got {k!r}")
+        if not self.temperatures:
+            raise SettingError("at least one temperature is needed, such as 1")
+        for temperature in self.temperatures:
+            check_positive("a temperature", temperature)
+        if self.texts not in ("none", "held-out", "all"):
+            raise SettingError(f"texts must be one of none, held-out, all, got {self.texts!r}")
+        check_count("shard_rows", self.shard_rows)
 
 
-def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Read settings from a YAML file.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateRequest:
+    """A model to evaluate, or a file of answers to score.
 
     Raises:
-        SettingError: If the file cannot be read or does not hold names and values.
+        SettingError: If a setting is out of range, or belongs to a loss and none is named.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise SettingError(
-            f"cannot read the configuration {path}: {cause}; name a YAML file of settings"
-        ) from error
-    try:
-        settings = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-        what = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise SettingError(
-            f"{path} is not YAML: {what}{where}; write settings as 'name: value' lines"
-        ) from error
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        raise SettingError(f"{path} must hold settings as 'name: value' lines")
-    return settings
+
+    model: str | None = None
+    data: str | None = same_as(TrainConfig, "data", default=None)
+    task: str | None = same_as(TrainConfig, "task", default=None)
+    columns: dict[str, str] = same_as(TrainConfig, "columns")
+    limit: int | None = option(None, "Use the first N examples.")
+    predictions: str | None = option(
+        None,
+        "With MODEL: write its answers there. Without: score the answers in it.",
+        metavar="FILE",
+    )
+    loss: str | None = option(None, "Also measure this loss against a teacher.")
+    loss_options: dict[str, Any] = same_as(TrainConfig, "loss_options")
+    teacher: str | None = same_as(TrainConfig, "teacher", default=None, help="For --loss.")
+    template: Template | None = option(
+        None, "plain, or chat.", unset="as the run in MODEL was trained, else plain"
+    )
+    teacher_template: Template | None = same_as(
+        TrainConfig, "teacher_template", default=None, help="plain, or chat, for --loss."
+    )
+    batch_size: int = option(8, "Prompts answered together.")
+    max_new_tokens: int = same_as(TrainConfig, "max_new_tokens")
+    max_length: int = same_as(TrainConfig, "max_length")
+    device: str = same_as(TrainConfig, "device")
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name} must be at least 1, got {value}")
+        of_loss = (self.teacher, self.teacher_template, self.loss_options or None)
+        if self.loss is None and any(given is not None for given in of_loss):
+            raise SettingError(
+                "--teacher, --teacher-template and --loss-option belong to a loss; name it with "
+                "--loss"
+            )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML takes 1e-6 for text; everybody who writes it means a number."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorRequest:
+    """Two tokenizers to examine, and the data to examine them on.
 
+    Raises:
+        SettingError: If the limit is below 1 or a threshold lies outside its range.
+    """
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+    student: str = same_as(TrainConfig, "student")
+    teacher: str = same_as(TrainConfig, "teacher")
+    data: str = same_as(TrainConfig, "data")
+    task: str = same_as(TrainConfig, "task")
+    columns: dict[str, str] = same_as(TrainConfig, "columns")
+    limit: int = option(200, "Use the first N rows.")
+    thresholds: Thresholds = field(default_factory=Thresholds)
 
-
-def _names() -> list[str]:
-    return [entry.name for entry in dataclasses.fields(TrainConfig)]
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    if typing.get_origin(hint) is types.UnionType:
-        kinds = typing.get_args(hint)
-    else:
-        kinds = (hint,)
-    if any(_is_a(value, kind) for kind in kinds):
-        return
-    choices = [choice for kind in kinds for choice in typing.get_args(kind) if kind is not dict]
-    if choices and all(isinstance(choice, str) for choice in choices):
-        raise SettingError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    wanted = " or ".join(_KINDS[kind] for kind in kinds)
-    raise SettingError(f"{name} must be {wanted}, got {value!r}")
-
-
-_KINDS = {
-    bool: "true or false",
-    dict[str, Any]: "a mapping of names to values",
-    dict[str, str]: "a mapping of names to names",
-    float: "a number",
-    int: "a whole number",
-    str: "text",
-    type(None): "nothing",
-}
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
-    if typing.get_origin(kind) is dict:
-        of_names, of_values = typing.get_args(kind)
-        return isinstance(value, dict) and all(
-            isinstance(name, of_names) and (of_values is Any or isinstance(entry, of_values))
-            for name, entry in value.items()
-        )
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise SettingError(f"limit must be at least 1, got {self.limit}")

@@ -1,29 +1,27 @@
-"""From the settings of a run to models, examples and token ids: what precedes any training."""
+"""Models, examples and token ids that the settings of a run name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctkd.distill.config import TrainConfig
-from ctkd.distill.data import EMBEDDED, load_rows, split_off
-from ctkd.distill.encoded import EncodedExamples, EncodedSide
-from ctkd.distill.encoding import encode_pair
-from ctkd.distill.models import (
+from ctkd.distill.data.encoding import EncodedExamples, EncodedSide, encode_examples
+from ctkd.distill.data.prompts import PromptForm, choose_shots
+from ctkd.distill.data.rows import is_embedded, load_rows
+from ctkd.distill.data.tasks import Example, examples, split_off
+from ctkd.distill.models.loading import (
     check_token_ids,
     head_width,
     load_model,
     load_tokenizer,
     most_positions,
 )
-from ctkd.distill.prompts import PromptForm, choose_shots
-from ctkd.distill.tasks import Example, examples
-from ctkd.distill.teacher_cache import TeacherCache
-from ctkd.distill.teacher_texts import TeacherTexts
+from ctkd.distill.teachers.cache import TeacherCache
+from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.errors import DataError, ModelError, SettingError
 from ctkd.tokenization.pair import TokenizerPair
 
@@ -32,9 +30,7 @@ __all__ = [
     "Models",
     "answerable",
     "answered_by_teacher",
-    "choose_device",
     "encode",
-    "is_embedded",
     "load_examples",
     "load_models",
     "teacher_dtype",
@@ -57,7 +53,7 @@ class Models:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forms:
-    """How each side is asked."""
+    """The prompt form of each side."""
 
     student: PromptForm
     teacher: PromptForm
@@ -78,7 +74,7 @@ def load_examples(
     config: TrainConfig, say: Callable[[str], None]
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples, the latter cut off by group where none were given."""
-    found = examples(load_rows(config.data), config.task, config.columns)
+    training = examples(load_rows(config.data), config.task, config.columns)
     held_out_data = config.eval_data
     if held_out_data is None and is_embedded(config.data):
         held_out_data = config.data
@@ -86,18 +82,13 @@ def load_examples(
         split = "test" if is_embedded(held_out_data) else None
         held_out = examples(load_rows(held_out_data, split=split), config.task, config.columns)
     else:
-        found, held_out = split_off(found, HELD_OUT_FRACTION, config.seed)
+        training, held_out = split_off(training, HELD_OUT_FRACTION, config.seed)
         say(f"no evaluation data given: cut off {len(held_out)} of the training examples")
     if len(held_out) > config.eval_limit:
         say(f"held-out examples: the first {config.eval_limit} of {len(held_out)} (--eval-limit)")
         held_out = held_out[: config.eval_limit]
-    say(f"{len(found)} training examples, {len(held_out)} held out")
-    return found, held_out
-
-
-def is_embedded(source: str) -> bool:
-    """Whether the name, which says no split, is that of an embedded set and of no file."""
-    return source in EMBEDDED and not Path(source).exists()
+    say(f"{len(training)} training examples, {len(held_out)} held out")
+    return training, held_out
 
 
 def load_models(
@@ -131,9 +122,9 @@ def load_models(
     if cache is not None:
         say(f"teacher: {config.teacher}, from the cache {cache.path}")
         cache.check_teacher(config.teacher, pair.teacher_bytes, say=say)
-        asked, usual = cache.record["dtype"], str(teacher_dtype(config)).removeprefix("torch.")
-        if asked != usual:
-            say(f"note: the cached teacher was asked in {asked}, a live one would be in {usual}")
+        cached, usual = cache.record["dtype"], str(teacher_dtype(config)).removeprefix("torch.")
+        if cached != usual:
+            say(f"note: the cached teacher was asked in {cached}, a live one would be in {usual}")
         width = cache.teacher_width
         return Models(student_model, student_tokenizer, None, teacher_tokenizer, pair, width)
     say(f"teacher: {config.teacher}")
@@ -156,7 +147,7 @@ def answerable(
     what: str,
     say: Callable[[str], None],
 ) -> tuple[list[Example], list[list[int]]]:
-    """The examples whose prompts leave the teacher room to answer, and its prompts.
+    """The examples whose prompts are short enough for the teacher to answer, and its prompts.
 
     Raises:
         DataError: If there is none, or a training prompt is too long and is not to be left out.
@@ -165,18 +156,18 @@ def answerable(
         raise ModelError(f"the tokenizer of {config.teacher} was not loaded")
     prompts = forms.teacher.ids(models.teacher_tokenizer, chosen, side="teacher")
     longest = _longest(config, models, config.max_new_tokens)
-    pairs = list(zip(chosen, prompts, strict=True))
-    found = [(example, prompt) for example, prompt in pairs if len(prompt) <= longest]
-    too_long = [example.id for example, prompt in pairs if len(prompt) > longest]
+    prompted = list(zip(chosen, prompts, strict=True))
+    short = [(example, prompt) for example, prompt in prompted if len(prompt) <= longest]
+    too_long = [example.id for example, prompt in prompted if len(prompt) > longest]
     if too_long:
-        told = (
+        message = (
             f"{what}: {len(too_long)} of {len(chosen)} prompts are longer than the {longest} "
             f"tokens that leave the teacher room to answer, the first is {too_long[0]}"
         )
-        if not found or (what == "training" and config.on_long == "refuse"):
-            raise DataError(f"{told}; raise max_length, or shorten the prompts")
-        say(f"{told}; left out")
-    return [example for example, _ in found], [prompt for _, prompt in found]
+        if not short or (what == "training" and config.on_long == "refuse"):
+            raise DataError(f"{message}; raise max_length, or shorten the prompts")
+        say(f"{message}; left out")
+    return [example for example, _ in short], [prompt for _, prompt in short]
 
 
 def answered_by_teacher(
@@ -193,7 +184,7 @@ def answered_by_teacher(
     Raises:
         DataError: If the teacher's answer to some prompt is not known, or it wrote nothing at all.
     """
-    found = []
+    answered = []
     for example, prompt in zip(chosen, prompts, strict=True):
         text = texts.text(prompt)
         if text is None:
@@ -203,20 +194,20 @@ def answered_by_teacher(
             )
         if text:
             space = example.answer[: len(example.answer) - len(example.answer.lstrip(" "))]
-            found.append(replace(example, answer=space + text, ends=texts.ended(prompt)))
-    if not found:
+            answered.append(replace(example, answer=space + text, ends=texts.ended(prompt)))
+    if not answered:
         raise DataError(
             "the teacher wrote nothing to any prompt; raise max_new_tokens, or take another teacher"
         )
-    if len(found) < len(chosen):
-        say(f"left out {len(chosen) - len(found)} examples to which the teacher wrote nothing")
-    cut = sum(not example.ends for example in found)
+    if len(answered) < len(chosen):
+        say(f"left out {len(chosen) - len(answered)} examples to which the teacher wrote nothing")
+    cut = sum(not example.ends for example in answered)
     if cut:
         say(
-            f"{cut} of the teacher's {len(found)} answers were cut after {texts.max_new_tokens} "
-            "tokens (--max-new-tokens); where they end is not learnt"
+            f"{cut} of the teacher's {len(answered)} answers were cut after {texts.max_new_tokens} "
+            "tokens (--max-new-tokens); where they end is not learned"
         )
-    return found
+    return answered
 
 
 def encode(
@@ -227,7 +218,7 @@ def encode(
     what: str,
     say: Callable[[str], None],
     *,
-    room: int = 0,
+    reserved: int = 0,
 ) -> EncodedExamples:
     """Tokenize examples for all sides, align them, and report what was lost.
 
@@ -235,17 +226,17 @@ def encode(
         config: The settings.
         models: Whose tokenizers.
         chosen: The examples.
-        forms: How each side is asked.
+        forms: The prompt form of each side.
         what: "training" or "held-out", for the report.
         say: Prints one line of progress.
-        room: Positions to keep free behind each row.
+        reserved: Positions to keep free behind each row.
     """
-    encoded = encode_pair(
+    encoded = encode_examples(
         chosen,
         models.student_tokenizer,
         # A teacher that only wrote the answers scores nothing.
         models.teacher_tokenizer if config.distils else None,
-        max_length=_longest(config, models, room),
+        max_length=_longest(config, models, reserved),
         score_eos=config.score_eos,
         # The references of a held-out row are whole answers.
         on_long=config.on_long if what == "training" else "drop",
@@ -268,8 +259,12 @@ def _check_ids(encoded: EncodedExamples, models: Models) -> None:
         if width is None:
             continue
         for row in encoded.rows:
-            found: EncodedSide | None = getattr(row, side)
-            largest = 0 if found is None else max(*found.prompt_ids, *found.answer_ids)
+            encoded_side: EncodedSide | None = getattr(row, side)
+            largest = (
+                0
+                if encoded_side is None
+                else max(*encoded_side.prompt_ids, *encoded_side.answer_ids)
+            )
             if largest >= width:
                 raise DataError(
                     f"example {row.id}: its token id {largest} is out of the {side}'s range of "
@@ -278,34 +273,18 @@ def _check_ids(encoded: EncodedExamples, models: Models) -> None:
                 )
 
 
-def _longest(config: TrainConfig, models: Models, room: int) -> int:
-    """The most tokens that all models can read, with room for so many more."""
+def _longest(config: TrainConfig, models: Models, reserved: int) -> int:
+    """The most tokens of a row that leave all models so many positions."""
     longest = config.max_length
     names = [config.student, config.teacher] if models.teacher_tokenizer else [config.student]
     for name in names:
         positions = most_positions(name)
         if positions is None:
             continue
-        if positions < room + 2:
+        if positions < reserved + 2:
             raise SettingError(
-                f"max_new_tokens {room} leaves no room for a prompt in the {positions} positions "
-                f"of {name}; lower it"
+                f"max_new_tokens {reserved} leaves no room for a prompt in the "
+                f"{positions} positions of {name}; lower it"
             )
-        longest = min(longest, positions - room)
+        longest = min(longest, positions - reserved)
     return longest
-
-
-def choose_device(name: str) -> torch.device:
-    """Find the device of that name; "auto" takes a GPU where there is one.
-
-    Raises:
-        SettingError: If it is none of "auto", "cpu" and "cuda".
-        ModelError: If it is not there.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise SettingError(f"device must be one of auto, cpu, cuda, got {name!r}")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device cuda was asked for, but torch finds none; use --device cpu")
-    return torch.device(name)

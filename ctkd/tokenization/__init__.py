@@ -1,4 +1,4 @@
-"""What two tokenizers have in common."""
+"""Two tokenizers: the bytes of their tokens, aligned texts, and maps between vocabularies."""
 
 from ctkd.tokenization.alignment import Aligner, Alignment
 from ctkd.tokenization.pair import TokenizerPair

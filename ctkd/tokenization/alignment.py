@@ -1,4 +1,4 @@
-"""Which tokens of two tokenizations cover the same bytes of a text.
+"""Alignment by bytes: the tokens of two tokenizations that cover the same bytes of a text.
 
 Every token ends at a byte of its text. Where a token of the student and one of the teacher end at
 the same byte, a chunk closes: the tokens since the last such byte are the same piece of text cut

@@ -1,4 +1,4 @@
-"""How two tokenizations of the same answers lie against each other."""
+"""Statistics of two tokenizations of the same answers."""
 
 import os.path
 from collections import Counter
@@ -122,7 +122,7 @@ class AnswerFacts:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What is remembered of one answer until the worst are known."""
+    """One answer, kept until the worst are known."""
 
     answer: AnswerIds
     covered: int

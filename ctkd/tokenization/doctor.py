@@ -62,7 +62,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideFacts:
-    """What there is to know of one tokenizer.
+    """Facts about one tokenizer.
 
     Args:
         kind: How it cuts text, in words.
@@ -91,7 +91,7 @@ class SideFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """What two vocabularies share.
+    """The tokens that two vocabularies share.
 
     Args:
         spelled_alike: Tokens that both write the same way, markers of spaces included.
@@ -126,14 +126,14 @@ class Examination:
 
     @property
     def numerals_split_on_one_side(self) -> bool:
-        """Whether one side has tokens of several digits and the other cuts every digit."""
+        """True if one side has tokens of several digits and the other cuts every digit."""
         return any(kind.name == "numerals" and kind.split_on_one_side for kind in self.kinds)
 
     def as_dict(self) -> dict[str, Any]:
         """Every figure, in values that JSON has."""
         figures = asdict(self)
-        for kind, found in zip(figures["kinds"], self.kinds, strict=True):
-            kind["split_on_one_side"] = found.split_on_one_side
+        for kind, audit in zip(figures["kinds"], self.kinds, strict=True):
+            kind["split_on_one_side"] = audit.split_on_one_side
         return figures
 
 
@@ -149,8 +149,14 @@ class Thresholds:
         SettingError: If one lies outside its range.
     """
 
-    min_coverage: float = 0.95
-    min_one_to_one: float = 0.05
+    min_coverage: float = field(
+        default=0.95,
+        metadata={"help": "Unsound if less of the answers' bytes is spelled alike on both sides."},
+    )
+    min_one_to_one: float = field(
+        default=0.05,
+        metadata={"help": "Unsound if fewer of the chunks are one token on both sides."},
+    )
 
     def __post_init__(self) -> None:
         for name in ("min_coverage", "min_one_to_one"):
@@ -161,7 +167,7 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Whether distillation would be sound, and why not.
+    """The judgment of a pair, and the reasons against it.
 
     Args:
         reasons: What is wrong, each with a way out; empty if nothing is.
@@ -173,7 +179,7 @@ class Verdict:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if nothing is wrong."""
         return not self.reasons
 
     def as_dict(self) -> dict[str, Any]:
@@ -351,21 +357,23 @@ def _head(tokenizer: PreTrainedTokenizerBase, table: TokenBytes, width: int | No
 
 def _asymmetries(student: SideFacts, teacher: SideFacts) -> list[str]:
     sides = {"student": student, "teacher": teacher}
-    found = []
+    asymmetries = []
     for what, has in (
         ("has a BOS", {name: side.bos is not None for name, side in sides.items()}),
         ("puts tokens before a text", {name: bool(side.leading) for name, side in sides.items()}),
         ("has a chat template", {name: side.chat_template for name, side in sides.items()}),
     ):
         if has["student"] != has["teacher"]:
-            found.append(f"only the {'student' if has['student'] else 'teacher'} {what}")
+            asymmetries.append(f"only the {'student' if has['student'] else 'teacher'} {what}")
     for name, side in sides.items():
         if side.eos is None:
-            found.append(f"the {name} has no EOS, so --score-eos is refused")
+            asymmetries.append(f"the {name} has no EOS, so --score-eos is refused")
         elif side.pad is not None and side.pad.id == side.eos.id:
-            found.append(f"the {name}'s pad is its EOS; ctkd masks padding by length, not by id")
+            asymmetries.append(
+                f"the {name}'s pad is its EOS; ctkd masks padding by length, not by id"
+            )
         if side.trailing:
-            found.append(
+            asymmetries.append(
                 f"the {name} ends a text with {' '.join(side.trailing)}; ctkd leaves it out"
             )
-    return found
+    return asymmetries

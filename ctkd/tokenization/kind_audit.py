@@ -1,4 +1,4 @@
-"""How two tokenizers cut the kinds of text on which tokenizers differ most.
+"""An audit of the kinds of text on which tokenizers differ most.
 
 Numerals, white space, Chinese, Japanese and Korean, and emoji. One vocabulary may hold whole
 numbers where the other cuts single digits; a loss that matches tokens by their text then finds no
@@ -79,7 +79,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindAudit:
-    """What becomes of one kind of text on both sides.
+    """One kind of text, as both sides cut it.
 
     Args:
         name: The kind.
@@ -102,7 +102,7 @@ class KindAudit:
 
     @property
     def split_on_one_side(self) -> bool:
-        """Whether one side has tokens of several characters where the other cuts each one."""
+        """True if one side has tokens of several characters where the other cuts each one."""
         return (self.student_longest > 1) != (self.teacher_longest > 1)
 
 

@@ -1,4 +1,4 @@
-"""What each token of a tokenizer stands for, in bytes.
+"""The bytes of each token of a tokenizer.
 
 Two tokenizers spell the same text in different strings (``Ġcafé`` is written ``ĠcafÃ©`` by one and
 ``▁café`` by the other), but the bytes under the strings agree. Everything in ctkd that compares

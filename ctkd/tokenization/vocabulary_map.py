@@ -1,4 +1,4 @@
-"""Which token of one vocabulary stands for which of another.
+"""Maps from the tokens of one vocabulary to those of another.
 
 Two maps: the tokens both have (`shared_ids`, one to one), and MinED's map (`nearest_student_ids`,
 arXiv 2401.10491), which sends every teacher token to the student token that is spelled most like

@@ -14,7 +14,7 @@ import ctkd
 from ctkd.loss import Loss, Paper, Weights
 
 # What needs more than torch, or is not part of the core.
-ELSEWHERE = ("ctkd.distill", "ctkd.tokenization", "ctkd.cli", "ctkd.__main__")
+ELSEWHERE = ("ctkd.distill", "ctkd.compare", "ctkd.tokenization", "ctkd.cli", "ctkd.__main__")
 CORE = [
     module.name
     for module in pkgutil.walk_packages(ctkd.__path__, "ctkd.")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from ctkd.distill.data import Rows
-from ctkd.distill.tasks import examples
+from ctkd.distill.data.rows import Rows
+from ctkd.distill.data.tasks import examples
 from ctkd.errors import BatchError, DataError
 from ctkd.tokenization.alignment import Aligner, Difference
 from ctkd.tokenization.token_bytes import TokenBytes
-from tests import real_tokenizers as real
-from tests import trained_tokenizers as trained
+from tests.tokenization import real_tokenizers as real
+from tests.tokenization import trained_tokenizers as trained
 
 SPECIAL = {"<bos>": "bos", "<eos>": "eos", "<pad>": "pad", "<other>": "other"}
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from baselines import alignment as walk
 from ctkd.tokenization.alignment import Aligner
 from ctkd.tokenization.token_bytes import TokenBytes
-from tests import real_tokenizers as real
-from tests import trained_tokenizers as trained
+from tests.tokenization import real_tokenizers as real
+from tests.tokenization import trained_tokenizers as trained
 
 
 def _model(name):
-    from ctkd.distill.models import load_tokenizer
+    from ctkd.distill.models.loading import load_tokenizer
 
     return load_tokenizer(name)
 

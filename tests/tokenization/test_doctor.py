@@ -7,15 +7,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ctkd.distill.encoding import encode_pair
-from ctkd.distill.models import check_token_ids
+from ctkd.distill.data.encoding import encode_examples
+from ctkd.distill.models.loading import check_token_ids
 from ctkd.errors import DataError, ModelError, SettingError
 from ctkd.tokenization import doctor, kind_audit
 from ctkd.tokenization.answer_facts import AnswerIds, measure_answers
 from ctkd.tokenization.doctor import NamedToken, Thresholds, examine, judge
 from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.token_bytes import TokenBytes
-from tests import real_tokenizers, tiny, trained_tokenizers
+from tests.distill import tiny
+from tests.tokenization import real_tokenizers, trained_tokenizers
 
 STUDENT = TokenBytes((b" a", b"b", b"c", b"1", b"2"), ("text",) * 5)
 TEACHER = TokenBytes((b" ab", b"c", b"12", b" a", b"b"), ("text",) * 5)
@@ -47,7 +48,7 @@ def bpe(*, single_digits: bool = False, lower: bool = False) -> PreTrainedTokeni
 
 
 def answers_of(student, teacher, examples) -> list[AnswerIds]:
-    rows = encode_pair(examples, student, teacher, max_length=512, min_coverage=0.0).rows
+    rows = encode_examples(examples, student, teacher, max_length=512, min_coverage=0.0).rows
     return [
         AnswerIds(
             id=row.id,
@@ -134,7 +135,7 @@ def test_nothing_to_align_is_refused(answers):
 def test_coverage_is_the_one_that_training_checks():
     student, teacher = tiny.tokenizer(280), bpe(lower=True)
     rows = [replace(one, answer=" The Nile Río") for one in tiny.examples()]
-    expected = encode_pair(rows, student, teacher, max_length=512, min_coverage=0.0).coverage
+    expected = encode_examples(rows, student, teacher, max_length=512, min_coverage=0.0).coverage
     facts = measure_answers(TokenizerPair(student, teacher), answers_of(student, teacher, rows))
     assert 0 < facts.coverage < 1
     assert facts.coverage == expected.share

@@ -6,7 +6,7 @@ from baselines import mined_maps
 from ctkd.errors import BatchError, DataError
 from ctkd.tokenization import Aligner, TokenBytes, TokenizerPair, vocabulary_map
 from tests import golden_values
-from tests import trained_tokenizers as trained
+from tests.tokenization import trained_tokenizers as trained
 
 SPECIAL = ("<s>", "</s>", "<pad>", "<sep>")
 ROLES = ("bos", "eos", "pad", "other")

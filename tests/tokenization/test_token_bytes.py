@@ -10,7 +10,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ctkd.errors import DataError, ModelError
 from ctkd.tokenization.token_bytes import TokenBytes, _byte_alphabet
-from tests import trained_tokenizers as trained
+from tests.tokenization import trained_tokenizers as trained
 
 
 def spelled(tokenizer, text: str) -> str:
@@ -231,7 +231,7 @@ def test_the_module_does_not_import_transformers():
 @pytest.mark.models
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
 def test_packaged_models_spell_every_text(name):
-    from ctkd.distill.models import load_tokenizer
+    from ctkd.distill.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(name)
     table = TokenBytes.from_tokenizer(tokenizer)

@@ -21,8 +21,9 @@ from ctkd.tokenization.vocabulary_map import (
     shared_ids,
     token_texts,
 )
-from tests import golden_values, real_tokenizers
-from tests import trained_tokenizers as trained
+from tests import golden_values
+from tests.tokenization import real_tokenizers
+from tests.tokenization import trained_tokenizers as trained
 
 
 def table(tokens: list[str], special: dict[str, str] | None = None) -> TokenBytes:

@@ -1,0 +1,52 @@
+"""The command ``ctkd evaluate``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+from ctkd.cli.options import given, options_of, quieten, say
+from ctkd.distill.config import EvaluateRequest
+
+__all__ = ["evaluate"]
+
+_EXAMPLES = """
+\b
+Examples:
+  ctkd evaluate runs/multilevelot-seed0
+  ctkd evaluate runs/sft-seed0 --loss uld --teacher gemma-3-270m
+  ctkd evaluate smollm2-135m-instruct --data rows.jsonl --limit 100 --predictions answers.jsonl
+  ctkd evaluate --predictions answers.jsonl
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("model", required=False)
+@options_of(EvaluateRequest)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+)
+def evaluate(model: str | None, form: str, **options: Any) -> None:
+    """Answer held-out prompts with MODEL and score the answers, or score a file of answers."""
+    quieten()
+    from ctkd.distill.evaluation.evaluate import run_evaluation
+
+    request = EvaluateRequest(model=model, **given(options, EvaluateRequest))
+    result = run_evaluation(request, say=say)
+    if form == "json":
+        click.echo(json.dumps(result, indent=2))
+        return
+    rows = [
+        [name, str(value) if isinstance(value, int) else f"{value:.4g}"]
+        for name, value in result.items()
+    ]
+    click.echo(
+        tabulate(rows, ["measure", "value"], disable_numparse=True, colalign=("left", "right"))
+    )

@@ -1,0 +1,75 @@
+"""The group of all commands."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+import click
+
+from ctkd import __version__
+from ctkd.cli.cache import cache
+from ctkd.cli.compare import compare
+from ctkd.cli.doctor import doctor
+from ctkd.cli.evaluate import evaluate
+from ctkd.cli.losses import losses
+from ctkd.cli.train import train
+from ctkd.errors import CtkdError
+
+__all__ = ["main"]
+
+TRACEBACK_VARIABLE = "CTKD_TRACEBACK"
+_START = """
+\b
+Start here:
+  ctkd train --loss multilevelot      real models and data, some minutes on a laptop
+  ctkd compare                        four ways to train on one task, and what they show
+  ctkd doctor                         whether two tokenizers suit each other, before training
+  ctkd losses                         what there is to distil with
+  ctkd train --help                   more examples, and every option
+"""
+
+
+class _Group(click.Group):
+    """A group of commands whose errors are one line with a way out."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except CtkdError as error:
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            raise click.ClickException(_one_line(error)) from error
+        except KeyboardInterrupt:
+            way_out = "repeat the command"
+            if ctx.invoked_subcommand == train.name:
+                way_out += " with --resume to go on from the last checkpoint"
+            elif ctx.invoked_subcommand == cache.name:
+                way_out += " to go on behind the last file"
+            raise click.ClickException(f"stopped; {way_out}") from None
+        except Exception as error:
+            # A reader that closed the pipe, such as `head`, is click's business.
+            closed = isinstance(error, OSError) and error.errno == errno.EPIPE
+            if closed or os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            raise click.ClickException(
+                f"unexpected {type(error).__name__}: {_one_line(error)} "
+                f"(set {TRACEBACK_VARIABLE}=1 to see where)"
+            ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@click.group(cls=_Group, epilog=_START, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ctkd")
+def main() -> None:
+    """Distill a language model into a smaller one with another tokenizer."""
+
+
+for command in (train, evaluate, losses, doctor, cache, compare):
+    main.add_command(command)

@@ -1,0 +1,49 @@
+"""The command ``ctkd losses``: the losses, and all that is known of one."""
+
+from __future__ import annotations
+
+import click
+
+from ctkd.registry import describe, list_losses
+
+__all__ = ["losses"]
+
+_EXAMPLES = """
+\b
+Examples:
+  ctkd losses
+  ctkd losses multilevelot
+"""
+# Contents of a teacher cache that a loss needs.
+_TEACHER_NEEDS = {"rows": "whole rows", "top_k": "top k", "observed": "observed tokens"}
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("name", required=False)
+def losses(name: str | None) -> None:
+    """List the losses, or show all that is known of one."""
+    from tabulate import tabulate
+
+    if name is None:
+        rows = []
+        for each in list_losses():
+            facts = describe(each)
+            rows.append([each, facts.matches, f"arXiv:{facts.paper.arxiv}", _needs(facts.needs)])
+        click.echo(tabulate(rows, headers=["loss", "matches", "paper", "needs"]))
+        return
+    facts = describe(name)
+    click.echo(f"{facts.name}: {facts.matches}")
+    click.echo(f"{facts.paper.title}, arXiv:{facts.paper.arxiv}, {facts.paper.equation}")
+    click.echo(
+        f"unit: {facts.unit}; needs: {_needs(facts.needs)}; teacher: "
+        f"{_TEACHER_NEEDS[facts.teacher_needs]}; default weights: "
+        f"ce {facts.default_weights.ce:g}, kd {facts.default_weights.kd:g}\n"
+    )
+    settings = list(facts.settings.items())
+    # As --loss-option takes it.
+    click.echo(tabulate(settings, headers=["setting", "default"], missingval="null"))
+    click.echo(f"\n{facts.doc}")
+
+
+def _needs(needs: frozenset[str]) -> str:
+    return ", ".join(sorted(needs)) or "logits"

@@ -1,0 +1,41 @@
+"""The command ``ctkd train``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ctkd.cli.options import config_option, options_of, quieten, read_settings, say
+from ctkd.distill.config import TrainConfig
+
+__all__ = ["train"]
+
+_EXAMPLES = """
+\b
+Examples:
+  ctkd train --loss multilevelot
+  ctkd train --loss uld --kd-weight 1.5 --data rows.jsonl --epochs 3
+  ctkd train --loss multilevelot --loss-option k=20 --loss-option matching=greedy
+  ctkd train --loss sft --student gemma-3-270m --output runs/teacher
+  ctkd train --loss uld --teacher-cache teacher-cache
+  ctkd train --loss sft --answers teacher
+  ctkd train --config run.yaml --seed 1
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@options_of(TrainConfig)
+@config_option
+@click.option("--resume", is_flag=True, help="Go on with the run in the output folder.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
+def train(config_file: str | None, resume: bool, overwrite: bool, **options: Any) -> None:
+    """Distill a teacher into a student, and measure both before and after."""
+    quieten()
+    from ctkd.distill.training.measuring import summarize
+    from ctkd.distill.training.run import train as run
+
+    settings = read_settings(config_file, options, TrainConfig)
+    config = TrainConfig.from_mapping(settings, source=config_file or "options")
+    folder = run(config, resume=resume, overwrite=overwrite, say=say)
+    click.echo(summarize(folder))

@@ -1,0 +1,1 @@
+"""Several losses on equal terms: planned, run, analyzed and reported."""

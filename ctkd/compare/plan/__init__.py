@@ -1,0 +1,1 @@
+"""The settings of a comparison, its rows and its runs."""

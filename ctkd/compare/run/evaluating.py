@@ -1,0 +1,115 @@
+"""Answers of a student on disk to a split; each is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctkd.compare.plan.splits import Split
+from ctkd.compare.records import Answer
+from ctkd.distill.config import TrainConfig
+from ctkd.distill.data.encoding import EncodedExample, encode_examples
+from ctkd.distill.data.prompts import PromptForm
+from ctkd.distill.data.tasks import Example
+from ctkd.distill.devices import choose_device, is_cpu
+from ctkd.distill.evaluation.evaluate import held_out_losses
+from ctkd.distill.evaluation.metrics import METRICS, Prediction, score, write_predictions
+from ctkd.distill.models.loading import check_token_ids, load_model
+from ctkd.distill.teachers.texts import TeacherTexts
+
+__all__ = ["Evaluator", "means", "scored"]
+
+ANSWERS = "answers.jsonl"
+
+Say = Callable[[str], None]
+
+
+class Evaluator:
+    """Measures students that share a tokenizer and a prompt form.
+
+    Args:
+        base: The settings that all runs share.
+        tokenizer: The student's.
+        say: Prints one line of progress.
+    """
+
+    def __init__(self, base: TrainConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
+        self.base, self.tokenizer, self.say = base, tokenizer, say
+        self.form = PromptForm(template=base.student_template)
+        self.device = choose_device(base.device)
+        self._rows: dict[str, list[EncodedExample]] = {}
+
+    def measure(
+        self, source: str, folder: Path, split: Split
+    ) -> tuple[tuple[Answer, ...], dict[str, float]]:
+        """Let a student answer a split, and average its cross-entropy over it.
+
+        Args:
+            source: Name or folder of the student.
+            folder: Keeps its answers as they come: a folder for this student alone.
+            split: What to answer.
+        """
+        model: PreTrainedModel | None = None
+
+        def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+            nonlocal model
+            if model is None:
+                model = load_model(source, device=self.device)
+                check_token_ids(model, self.tokenizer)
+            return model, self.tokenizer
+
+        prompts = self.form.ids(self.tokenizer, split.examples)
+        texts = TeacherTexts(folder / ANSWERS, max_new_tokens=self.base.max_new_tokens)
+        texts.complete(prompts, load, progress=f"answering the {split.name} split")
+        answers = scored(split.examples, [texts.text(prompt) or "" for prompt in prompts])
+        student, _ = load()
+        losses = held_out_losses(
+            student,
+            self.tokenizer,
+            self._encoded(split),
+            batch_size=self.base.batch_size,
+            use_cpu=is_cpu(self.device),
+        )
+        predictions = [
+            Prediction(
+                prediction=one.prediction, id=one.id, references=one.references, prompt=one.prompt
+            )
+            for one in answers
+        ]
+        write_predictions(folder / f"predictions-{split.name}.jsonl", predictions)
+        return answers, losses
+
+    def _encoded(self, split: Split) -> list[EncodedExample]:
+        if split.name not in self._rows:
+            self._rows[split.name] = encode_examples(
+                list(split.examples),
+                self.tokenizer,
+                None,
+                max_length=self.base.max_length,
+                student_form=self.form,
+            ).rows
+        return self._rows[split.name]
+
+
+def scored(examples: Sequence[Example], texts: Sequence[str]) -> tuple[Answer, ...]:
+    """Examples with their answers and scores."""
+    scores = score(list(texts), [one.references for one in examples])
+    each = {name: getattr(scores, f"{name}_each") for name in METRICS}
+    return tuple(
+        Answer(
+            id=one.id,
+            group=one.group,
+            prompt=one.prompt,
+            prediction=text,
+            references=one.references,
+            scores={name: each[name][place] for name in METRICS},
+        )
+        for place, (one, text) in enumerate(zip(examples, texts, strict=True))
+    )
+
+
+def means(answers: Sequence[Answer]) -> dict[str, float]:
+    """Mean of each metric."""
+    return {name: sum(one.scores[name] for one in answers) / len(answers) for name in METRICS}

@@ -1,1 +1,0 @@
-"""Several losses on one task, on equal terms."""

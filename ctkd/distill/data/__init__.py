@@ -1,0 +1,1 @@
+"""Rows of a data set, as token ids of both tokenizers."""

@@ -1,0 +1,192 @@
+"""From encoded examples to a batch of tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ctkd.batch import IGNORE_INDEX
+from ctkd.distill.data.encoding import EncodedExample, EncodedSide
+from ctkd.errors import BatchError
+
+__all__ = ["KEPT", "Collator", "StoredTeacher", "padded_sides", "padding_id"]
+
+KEPT = "teacher_kept_"
+"""In front of the names of what a cached teacher said."""
+
+
+class StoredTeacher(Protocol):
+    """A teacher whose answers about rows are kept, such as `ctkd.distill.teachers.cache`'s."""
+
+    def batch(self, sides: Sequence[EncodedSide], positions: int) -> dict[str, Tensor]:
+        """Read the answers about a batch of rows, padded to so many positions."""
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return an id to pad with: pad, else eos, else 0. Padding is masked, so any id would do."""
+    for index in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if index is not None:
+            return int(index)
+    return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collator:
+    """Pads encoded examples to a batch of tensors on the CPU, prompts left and answers right.
+
+    In every sequence the answer starts at one column, so that the scored rows are the last ones and
+    a model that takes ``logits_to_keep`` computes no others: ``logits_to_keep=labels.shape[1]``.
+    The labels belong to these last positions, in Hugging Face's convention: ``logits[:, i]``
+    predicts ``labels[:, i + 1]``, and -100 is not scored.
+
+    Cross-entropy (``labels``) scores the end of sequence, padding with the same id or not.
+    Distillation (``distill_labels``, ``teacher_distill_labels``) scores it on both sides or on
+    neither; if on neither, the teacher does not read it. Where it is scored, the two ends are a
+    chunk of their own, the row's last. A row whose answer was cut has no end on either side.
+
+    Shape:
+        With P and A the longest prompt and answer of the batch, end of sequence included:
+        ``input_ids``, ``attention_mask``, ``position_ids`` (B, P + A), ``labels``,
+        ``distill_labels`` (B, A + 1). With a teacher the same with ``teacher_`` in front, and its
+        own P and A, without ``teacher_labels``; and ``distill_chunk_ids``,
+        ``teacher_distill_chunk_ids``, laid out as the labels of the same name, -1 where there is
+        no label or no chunk. All int64.
+
+    Args:
+        student_pad_id: What to pad the student's ids with, see `padding_id`.
+        teacher_pad_id: The teacher's; None to make no teacher's tensors.
+        score_eos: Whether distillation scores the end of sequence.
+        teacher_cache: Stands for the teacher: its inputs are left out, and what it said is added
+            with ``teacher_kept_`` in front, as its `batch` gives it.
+
+    Example:
+        >>> rows = [
+        ...     EncodedExample(id=i, student=EncodedSide(prompt_ids=p, answer_ids=a, eos_id=2))
+        ...     for i, p, a in [("1", [5, 6, 7], [8]), ("2", [5], [9, 9])]
+        ... ]
+        >>> batch = Collator(student_pad_id=2)(rows)
+        >>> batch["input_ids"]
+        tensor([[5, 6, 7, 8, 2, 2],
+                [2, 2, 5, 9, 9, 2]])
+        >>> batch["labels"]
+        tensor([[-100,    8,    2, -100],
+                [-100,    9,    9,    2]])
+        >>> batch["distill_labels"]
+        tensor([[-100,    8, -100, -100],
+                [-100,    9,    9, -100]])
+    """
+
+    student_pad_id: int
+    teacher_pad_id: int | None = None
+    score_eos: bool = False
+    teacher_cache: StoredTeacher | None = None
+
+    def __call__(self, rows: Sequence[EncodedExample]) -> dict[str, Tensor]:
+        """Make the batch.
+
+        Raises:
+            BatchError: If there are no rows, a teacher's side is missing, `score_eos` meets an
+                uncut side without an end of sequence, or a side has not one chunk number per token.
+        """
+        if not rows:
+            raise BatchError("a batch needs at least one example")
+        for row in rows:
+            self._check_end(row)
+        student = [row.student for row in rows]
+        batch, labels = padded_sides(student, self.student_pad_id, with_eos=True)
+        batch["labels"] = labels
+        batch["distill_labels"] = self._distilled(student, labels)
+        if self.teacher_pad_id is None:
+            return batch
+        teacher = [row.teacher for row in rows if row.teacher is not None]
+        if len(teacher) < len(rows):
+            raise BatchError(
+                "a teacher's padding was given, but an example has no teacher's side; encode with "
+                "the teacher's tokenizer"
+            )
+        inputs, labels = padded_sides(teacher, self.teacher_pad_id, with_eos=self.score_eos)
+        if self.teacher_cache is None:
+            batch.update({f"teacher_{name}": value for name, value in inputs.items()})
+        else:
+            kept = self.teacher_cache.batch(teacher, labels.shape[1] - 1)
+            batch.update({f"{KEPT}{name}": value for name, value in kept.items()})
+        batch["teacher_distill_labels"] = self._distilled(teacher, labels)
+        # The end's number must be the same on both sides, also where one side's last token has no
+        # chunk.
+        ends = [
+            1 + max([*ours.chunk_ids, *theirs.chunk_ids, -1])
+            for ours, theirs in zip(student, teacher, strict=True)
+        ]
+        for prefix, sides in (("", student), ("teacher_", teacher)):
+            labels = batch[f"{prefix}distill_labels"]
+            batch[f"{prefix}distill_chunk_ids"] = self._chunks(sides, labels, ends)
+        return batch
+
+    def _check_end(self, row: EncodedExample) -> None:
+        sides = [row.student] if row.teacher is None else [row.student, row.teacher]
+        if row.cut and any(side.eos_id is not None for side in sides):
+            raise BatchError(
+                f"example {row.id} was cut, so that it does not end, but has an end of sequence"
+            )
+        if self.score_eos and not row.cut and any(side.eos_id is None for side in sides):
+            raise BatchError(
+                f"score_eos needs an end of sequence on every side, example {row.id} lacks one; "
+                "leave it off"
+            )
+
+    def _distilled(self, sides: Sequence[EncodedSide], labels: Tensor) -> Tensor:
+        if self.score_eos:
+            return labels
+        lengths = torch.tensor([len(side.answer_ids) for side in sides])
+        beyond = torch.arange(labels.shape[1]) > lengths.unsqueeze(1)
+        return labels.masked_fill(beyond, IGNORE_INDEX)
+
+    def _chunks(self, sides: Sequence[EncodedSide], labels: Tensor, ends: Sequence[int]) -> Tensor:
+        chunks = torch.full_like(labels, -1)
+        for row, (side, end) in enumerate(zip(sides, ends, strict=True)):
+            if not side.chunk_ids:
+                continue
+            count = len(side.answer_ids)
+            if len(side.chunk_ids) != count:
+                raise BatchError(
+                    f"expected one chunk number for each of an answer's {count} tokens, got "
+                    f"{len(side.chunk_ids)}; encode with encode_examples"
+                )
+            chunks[row, 1 : 1 + count] = torch.tensor(side.chunk_ids)
+            if self.score_eos and side.eos_id is not None:
+                chunks[row, 1 + count] = end
+        return chunks
+
+
+def padded_sides(
+    sides: Sequence[EncodedSide], pad_id: int, *, with_eos: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Pad one side of some rows: a model's inputs, and the labels of their last positions.
+
+    Args:
+        sides: The rows.
+        pad_id: What to pad with.
+        with_eos: Whether the end of sequence is read and is a label.
+    """
+    answers = [_answer(side, with_eos=with_eos) for side in sides]
+    before = max(len(side.prompt_ids) for side in sides)
+    after = max(map(len, answers))
+    ids = torch.full((len(sides), before + after), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    labels = torch.full((len(sides), after + 1), IGNORE_INDEX, dtype=torch.int64)
+    for row, (side, answer) in enumerate(zip(sides, answers, strict=True)):
+        start, end = before - len(side.prompt_ids), before + len(answer)
+        ids[row, start:end] = torch.tensor([*side.prompt_ids, *answer])
+        mask[row, start:end] = 1
+        labels[row, 1 : 1 + len(answer)] = torch.tensor(answer, dtype=torch.int64)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, labels
+
+
+def _answer(side: EncodedSide, *, with_eos: bool) -> list[int]:
+    if with_eos and side.eos_id is not None:
+        return [*side.answer_ids, side.eos_id]
+    return side.answer_ids

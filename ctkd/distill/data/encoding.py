@@ -1,0 +1,438 @@
+"""From examples to token ids on both sides, with the chunks that tie the two together.
+
+Prompt and answer are tokenized apart, so that the scored part begins at the same character for
+student and teacher. Each side renders the prompt in its own form; the answer is the same text on
+both. An example that is too long on one side is left out or cut on both, never on one alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from ctkd.distill.data.coverage import Coverage, RowCoverage, kept_bytes, shared_ends, shown
+from ctkd.distill.data.exact_ids import check_unicode, exact_ids, tokenized
+from ctkd.distill.data.prompts import PLAIN, PromptForm, encode_prompt
+from ctkd.distill.data.tasks import Example
+from ctkd.errors import DataError, SettingError
+from ctkd.tokenization.pair import TokenizerPair
+from ctkd.tokenization.token_bytes import TokenBytes
+
+__all__ = ["EncodedExamples", "EncodedExample", "EncodedSide", "encode_examples", "encode_side"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedSide:
+    """One example in one tokenizer's ids.
+
+    Args:
+        prompt_ids: The prompt, with what the tokenizer puts in front of a text; at least one id.
+        answer_ids: The answer, without an end of sequence; at least one id.
+        eos_id: The end of sequence; None if the tokenizer has none or the answer was cut.
+        chunk_ids: The chunk of each of `answer_ids`, -1 for none. Equal numbers on both sides are
+            the same bytes. Empty where nothing was aligned.
+    """
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    eos_id: int | None
+    chunk_ids: list[int] = field(default_factory=list)
+
+    def cut_to(self, count: int) -> "EncodedSide":
+        """Keep so many tokens of the answer, which then has no end."""
+        return replace(
+            self,
+            answer_ids=self.answer_ids[:count],
+            chunk_ids=self.chunk_ids[:count],
+            eos_id=None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedExample:
+    """One example in the ids of the student and, if there is one, of the teacher.
+
+    Args:
+        id: The example's.
+        student: In the student's ids.
+        teacher: In the teacher's; None without a teacher.
+        cut: Whether the answer was cut, on both sides at the same byte.
+    """
+
+    id: str
+    student: EncodedSide
+    teacher: EncodedSide | None = None
+    cut: bool = False
+
+    def without_end(self) -> "EncodedExample":
+        """The same answer marked as cut: neither side ends."""
+        return replace(
+            self,
+            student=replace(self.student, eos_id=None),
+            teacher=None if self.teacher is None else replace(self.teacher, eos_id=None),
+            cut=True,
+        )
+
+    def cut_to(self, max_length: int, student_bytes: TokenBytes) -> "EncodedExample | None":
+        """Cut the answer at the last place at which all sides fit; None if there is none.
+
+        Args:
+            max_length: The most tokens a side may have.
+            student_bytes: Tells where characters of the student's answer end.
+        """
+        pieces = [student_bytes.bytes_of[index] for index in self.student.answer_ids]
+        sides = [self.student] if self.teacher is None else [self.student, self.teacher]
+        chunk_ids = [] if self.teacher is None else [side.chunk_ids for side in sides]
+        for ends in reversed(shared_ends(pieces, chunk_ids)):
+            both = list(zip(sides, ends, strict=True))
+            if all(len(side.prompt_ids) + end <= max_length for side, end in both):
+                student, *teacher = [side.cut_to(end) for side, end in both]
+                return EncodedExample(
+                    id=self.id, student=student, teacher=teacher[0] if teacher else None, cut=True
+                )
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedExamples:
+    """The result of `encode_examples`.
+
+    Args:
+        rows: The encoded examples, in their order.
+        coverage: How much of the answers both sides spell alike; it has a report of its own.
+        max_length: The most tokens a side may have.
+        too_long: The ids of the examples left out, each with its lengths.
+        cut: The ids of the examples whose answers were cut, each with its lengths before.
+    """
+
+    rows: list[EncodedExample]
+    coverage: Coverage
+    max_length: int
+    too_long: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def report(self) -> str:
+        """Say in one line what was left out or cut; empty if nothing was.
+
+        Example:
+            >>> coverage = Coverage(answers=1, text_bytes=9, covered_bytes=9, student_tokens=9)
+            >>> found = EncodedExamples(
+            ...     rows=[], coverage=coverage, max_length=64, too_long=("7 (student 90)",)
+            ... )
+            >>> found.report()
+            'left out 1 of 1 examples as longer than 64 tokens: 7 (student 90)'
+        """
+        total = len(self.rows) + len(self.too_long)
+        parts = [
+            f"{what} {len(rows)} of {total} examples as longer than {self.max_length} tokens: "
+            f"{', '.join(rows[:3])}{', ...' if len(rows) > 3 else ''}"
+            for what, rows in (("left out", self.too_long), ("cut", self.cut))
+            if rows
+        ]
+        return "; ".join(parts)
+
+
+# Aligned together; the tensors are as wide as the longest answer among them.
+_ROWS_AT_ONCE = 1024
+
+
+def encode_side(
+    tokenizer: PreTrainedTokenizerBase,
+    token_bytes: TokenBytes,
+    prompt: str,
+    answer: str,
+    *,
+    leading: Sequence[int] | None = None,
+    where: str = "example",
+    side: str = "student",
+) -> EncodedSide:
+    """Tokenize plain prompt and answer apart, the answer to ids that spell exactly its bytes.
+
+    Tokenizers that put a space in front of every text are dealt with, see `exact_ids`.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        token_bytes: Its byte table.
+        prompt: What stands before the answer.
+        answer: The text to score, at least one character.
+        leading: As in `encode_prompt`.
+        where: What an error message calls the example.
+        side: What an error message calls the model.
+
+    Raises:
+        DataError: If the ids cannot spell the answer (the tokenizer changes the text, lacks a
+            character, or takes a part of it for a special token), the prompt has no ids, or a text
+            is not valid Unicode.
+    """
+    encoder = _Encoder(tokenizer, token_bytes, PLAIN, side)
+    prompt_ids = encode_prompt(tokenizer, prompt, leading=leading, where=where)
+    check_unicode(answer, "answer", where)
+    (answer_ids,) = tokenized(tokenizer, [answer])
+    return encoder.side(prompt_ids, answer_ids, answer, where, exactly=True)
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_length: int,
+    score_eos: bool = False,
+    on_long: Literal["drop", "refuse", "cut"] = "drop",
+    min_coverage: float = 0.95,
+    student_form: PromptForm = PLAIN,
+    teacher_form: PromptForm = PLAIN,
+    pair: TokenizerPair | None = None,
+) -> EncodedExamples:
+    """Tokenize examples for the student and, if there is one, for the teacher, and align them.
+
+    A tokenizer that changes the text is read as it is: the ids are its own, and chunks cover what
+    the two sides spell alike. Where it takes a part of an answer for a special token, the row is
+    refused.
+
+    Where every side is asked in a chat, an answer stands without the space in front that a task
+    gives it; else with it, on all sides, so that all score the same text.
+
+    Args:
+        examples: What to encode, at least one.
+        student_tokenizer: The student's tokenizer.
+        teacher_tokenizer: The teacher's; None to train without a teacher.
+        max_length: The most tokens a side may have: prompt, answer and, where it is read, the end
+            of sequence.
+        score_eos: Whether distillation scores the end of sequence, on both sides.
+        on_long: Treatment of an example that is too long on either side. "drop": it is left out
+            on both and reported. "cut": its answer ends with the last chunk that fits on both, at
+            the end of a character, without an end of sequence; without a chunk that fits it is left
+            out. "refuse": an error.
+        min_coverage: The least share of the answers' bytes, from 0 to 1, that must lie in chunks;
+            without a teacher, that the student's tokenizer must keep.
+        student_form: The form of the student's prompts.
+        teacher_form: The form of the teacher's prompts.
+        pair: The two tokenizers' pair; by default made here.
+
+    Raises:
+        SettingError: If `max_length` is too small to be meant, another setting is out of range, or
+            `score_eos` is asked of a tokenizer without an end of sequence.
+        DataError: If too little is covered, an answer holds a special token or has no ids, a text
+            is not valid Unicode, an example is too long and `on_long` is "refuse", or no example is
+            left.
+        ModelError: If a side has no chat template and its form asks for one.
+    """
+    if max_length < 2:
+        raise SettingError(f"max_length must be at least 2 tokens, got {max_length}")
+    if on_long not in ("drop", "refuse", "cut"):
+        raise SettingError(f"on_long must be 'drop', 'refuse' or 'cut', got {on_long!r}")
+    if not 0.0 <= min_coverage <= 1.0:
+        raise SettingError(f"min_coverage must be from 0 to 1, got {min_coverage}")
+    if not examples:
+        raise DataError("there are no examples to encode; expected at least one")
+    tokenizers = {"student": student_tokenizer, "teacher": teacher_tokenizer}
+    for name, tokenizer in tokenizers.items():
+        if score_eos and tokenizer is not None and tokenizer.eos_token_id is None:
+            raise SettingError(
+                f"score_eos needs an end of sequence on both sides, but the {name}'s tokenizer has "
+                "none; leave score_eos off, or set the tokenizer's eos_token"
+            )
+    forms = [student_form] if teacher_tokenizer is None else [student_form, teacher_form]
+    if all(form.template == "chat" for form in forms):
+        examples = [replace(one, answer=one.answer.removeprefix(" ")) for one in examples]
+    if teacher_tokenizer is None:
+        table = TokenBytes.from_tokenizer(student_tokenizer)
+        student = _Encoder(student_tokenizer, table, student_form, "student")
+        aligned, coverage = _alone(examples, student.all(examples), table)
+    else:
+        if pair is None:
+            pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
+        table = pair.student_bytes
+        student = _Encoder(student_tokenizer, table, student_form, "student")
+        teacher = _Encoder(teacher_tokenizer, pair.teacher_bytes, teacher_form, "teacher")
+        aligned, coverage = _aligned(examples, student.all(examples), teacher.all(examples), pair)
+    coverage.check(min_coverage)
+    rows: list[EncodedExample] = []
+    too_long: list[str] = []
+    cut: list[str] = []
+    for example, whole in zip(examples, aligned, strict=True):
+        row = whole if example.ends else whole.without_end()
+        lengths = {"student": _length(row.student, with_eos=True)}
+        if row.teacher is not None:
+            lengths["teacher"] = _length(row.teacher, with_eos=score_eos)
+        if max(lengths.values()) <= max_length:
+            rows.append(row)
+            continue
+        tokens = ", ".join(f"{side} {length}" for side, length in lengths.items())
+        if on_long == "refuse":
+            raise DataError(
+                f"{_name(example)} is longer than {max_length} tokens ({tokens}); raise "
+                "max_length, or shorten the row"
+            )
+        shorter = row.cut_to(max_length, table) if on_long == "cut" else None
+        if shorter is None:
+            too_long.append(f"{example.id} ({tokens})")
+        else:
+            cut.append(f"{example.id} ({tokens})")
+            rows.append(shorter)
+    if not rows:
+        raise DataError(
+            f"all {len(examples)} examples are longer than {max_length} tokens, the first is "
+            f"{too_long[0]}; raise max_length"
+        )
+    return EncodedExamples(
+        rows=rows,
+        coverage=coverage,
+        max_length=max_length,
+        too_long=tuple(too_long),
+        cut=tuple(cut),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoder:
+    """The encoder of one side."""
+
+    tokenizer: PreTrainedTokenizerBase
+    table: TokenBytes
+    form: PromptForm
+    name: str
+
+    def all(self, examples: Sequence[Example]) -> list[EncodedSide]:
+        """Encode many examples in one call of the tokenizer."""
+        prompts = self.form.ids(self.tokenizer, examples, side=self.name)
+        for example in examples:
+            check_unicode(example.answer, "answer", _name(example))
+        answers = tokenized(self.tokenizer, [example.answer for example in examples])
+        return [
+            self.side(prompt_ids, answer_ids, example.answer, _name(example), exactly=False)
+            for example, prompt_ids, answer_ids in zip(examples, prompts, answers, strict=True)
+        ]
+
+    def side(
+        self,
+        prompt_ids: list[int],
+        answer_ids: list[int],
+        answer: str,
+        where: str,
+        *,
+        exactly: bool,
+    ) -> EncodedSide:
+        if not prompt_ids:
+            raise DataError(
+                f"{where}: the prompt is empty and the {self.name}'s tokenizer puts nothing in "
+                "front of it, so that nothing predicts the answer's first token; write a prompt"
+            )
+        if not answer:
+            raise DataError(f"{where}: the answer is empty; expected at least one character")
+        exact = exact_ids(self.tokenizer, self.table, answer, answer_ids)
+        if exact is None and (exactly or not answer_ids or self._has_special(answer_ids)):
+            raise DataError(
+                f"{where}: the {self.name}'s tokenizer ({type(self.tokenizer).__name__}) cannot "
+                f"spell the answer exactly: expected {shown(answer.encode())}, its ids spell "
+                f"{shown(self.table.decode(answer_ids))}; rewrite the answer or remove the row"
+            )
+        return EncodedSide(
+            prompt_ids=prompt_ids,
+            answer_ids=answer_ids if exact is None else exact,
+            eos_id=self.tokenizer.eos_token_id,
+        )
+
+    def _has_special(self, ids: Sequence[int]) -> bool:
+        """True if the text spells a special token; one for unknown characters is none."""
+        special = {index for index in ids if self.table.roles[index] != "text"}
+        unknown = self.tokenizer.unk_token_id
+        # GPT-2 names its end of sequence as unknown, too.
+        return any(index != unknown or self.table.roles[index] != "other" for index in special)
+
+
+def _aligned(
+    examples: Sequence[Example],
+    student: Sequence[EncodedSide],
+    teacher: Sequence[EncodedSide],
+    pair: TokenizerPair,
+) -> tuple[list[EncodedExample], Coverage]:
+    rows: list[EncodedExample] = []
+    covered: list[int] = []
+    chunks = one_to_one = 0
+    for start in range(0, len(examples), _ROWS_AT_ONCE):
+        block = slice(start, start + _ROWS_AT_ONCE)
+        alignment = pair.align(
+            [side.answer_ids for side in student[block]],
+            [side.answer_ids for side in teacher[block]],
+        )
+        chunks += int(alignment.chunks.sum())
+        one_to_one += int(alignment.one_to_one.sum())
+        covered += alignment.covered_bytes.tolist()
+        numbers = (alignment.student_chunk_ids.tolist(), alignment.teacher_chunk_ids.tolist())
+        rows += [
+            EncodedExample(
+                id=example.id,
+                student=replace(ours, chunk_ids=our_chunks[: len(ours.answer_ids)]),
+                teacher=replace(theirs, chunk_ids=their_chunks[: len(theirs.answer_ids)]),
+            )
+            for example, ours, theirs, our_chunks, their_chunks in zip(
+                examples[block], student[block], teacher[block], *numbers, strict=True
+            )
+        ]
+    coverage = _coverage(
+        examples,
+        covered,
+        [pair.student_bytes.decode(side.answer_ids) for side in student],
+        [pair.teacher_bytes.decode(side.answer_ids) for side in teacher],
+    )
+    return rows, replace(
+        coverage,
+        chunks=chunks,
+        one_to_one=one_to_one,
+        student_tokens=sum(len(side.answer_ids) for side in student),
+        teacher_tokens=sum(len(side.answer_ids) for side in teacher),
+    )
+
+
+def _alone(
+    examples: Sequence[Example], student: Sequence[EncodedSide], table: TokenBytes
+) -> tuple[list[EncodedExample], Coverage]:
+    spelled = [table.decode(side.answer_ids) for side in student]
+    kept = [
+        kept_bytes(example.answer.encode(), one)
+        for example, one in zip(examples, spelled, strict=True)
+    ]
+    coverage = _coverage(examples, kept, spelled, [None] * len(spelled))
+    rows = [
+        EncodedExample(id=example.id, student=side)
+        for example, side in zip(examples, student, strict=True)
+    ]
+    tokens = sum(len(side.answer_ids) for side in student)
+    return rows, replace(coverage, student_tokens=tokens)
+
+
+def _coverage(
+    examples: Sequence[Example],
+    covered: Sequence[int],
+    student: Sequence[bytes],
+    teacher: Sequence[bytes | None],
+) -> Coverage:
+    rows = []
+    for example, count, ours, theirs in zip(examples, covered, student, teacher, strict=True):
+        text = example.answer.encode()
+        rows.append(
+            RowCoverage(
+                id=example.id,
+                where=_name(example),
+                text=text,
+                # What a tokenizer adds to a text makes up for nothing that is lost elsewhere.
+                covered_bytes=min(count, len(text)),
+                student=ours,
+                teacher=theirs,
+            )
+        )
+    return Coverage.summed(rows)
+
+
+def _length(side: EncodedSide, *, with_eos: bool) -> int:
+    return len(side.prompt_ids) + len(side.answer_ids) + (with_eos and side.eos_id is not None)
+
+
+def _name(example: Example) -> str:
+    return example.where or f"example {example.id}"

@@ -1,0 +1,197 @@
+r"""Prompts: as plain text or in a model's own chat template, and shots.
+
+Every side renders the prompt by itself, so a teacher never reads the markers of a student's
+template, nor a student those of a teacher's. What a template adds besides markers (a system
+prompt, today's date) is left as the template has it. Text that looks like a special token is read
+as one, as the tokenizer does it.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from ctkd.distill.data.exact_ids import check_unicode, tokenized
+from ctkd.distill.data.tasks import Example
+from ctkd.errors import DataError, ModelError, SettingError
+
+__all__ = ["PLAIN", "PromptForm", "choose_shots", "encode_prompt", "leading_ids"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptForm:
+    r"""The form in which one model reads a prompt.
+
+    Args:
+        template: "plain": the text as it is, behind what the tokenizer puts in front of a text.
+            "chat": one turn of a user in the tokenizer's own chat template, up to where the
+            model's turn begins; all special tokens are the template's.
+        shots: Answered examples in front of the prompt: as text, each with its answer and an empty
+            line, or in a chat as earlier turns, where an answer stands without the space in front.
+            A shot of the same group as the example asked is left out, so that no answer is given
+            away.
+
+    Raises:
+        SettingError: If the template is neither.
+
+    Example:
+        >>> shot = Example(id="1", prompt="2 + 2 =", answer=" 4", references=("4",), group="a")
+        >>> example = Example(id="2", prompt="3 + 3 =", answer=" 6", references=("6",), group="b")
+        >>> PromptForm(shots=(shot,)).plain_text(example)
+        '2 + 2 = 4\n\n3 + 3 ='
+    """
+
+    template: Literal["plain", "chat"] = "plain"
+    shots: tuple[Example, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.template not in ("plain", "chat"):
+            raise SettingError(f"template must be 'plain' or 'chat', got {self.template!r}")
+
+    def plain_text(self, example: Example) -> str:
+        """Write shots and prompt as plain text."""
+        shots = [f"{shot.prompt}{shot.answer}\n\n" for shot in self.shots_for(example)]
+        return "".join(shots) + example.prompt
+
+    def chat_text(
+        self, tokenizer: PreTrainedTokenizerBase, example: Example, *, side: str = "model"
+    ) -> str:
+        """Write shots and prompt in the tokenizer's chat template, special tokens included.
+
+        Raises:
+            ModelError: If the tokenizer has no template, or the template refuses the turns.
+        """
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"the {side}'s tokenizer ({type(tokenizer).__name__}) has no chat template; ask "
+                f"the {side} in plain text, or choose a model made for chatting"
+            )
+        turns = []
+        for shot in self.shots_for(example):
+            turns.append({"role": "user", "content": shot.prompt})
+            turns.append({"role": "assistant", "content": shot.answer.removeprefix(" ")})
+        turns.append({"role": "user", "content": example.prompt})
+        try:
+            text: str = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=False
+            )
+        except (jinja2.TemplateError, ValueError) as error:
+            raise ModelError(
+                f"the {side}'s chat template cannot write this prompt "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); ask the "
+                f"{side} in plain text"
+            ) from error
+        return text
+
+    def shots_for(self, example: Example) -> tuple[Example, ...]:
+        """The shots that do not belong to the example's group."""
+        return tuple(shot for shot in self.shots if shot.group != example.group)
+
+    def ids(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        *,
+        side: str = "model",
+    ) -> list[list[int]]:
+        """Tokenize the prompts of examples, up to where the answers begin.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            examples: Whose prompts; their answers are not looked at.
+            side: What an error message calls the model.
+
+        Raises:
+            DataError: If a prompt or shot is not valid Unicode; the message names the row.
+            ModelError: As `chat_text` does.
+        """
+        for example in (*self.shots, *examples):
+            check_unicode(example.prompt, "prompt", example.where or f"example {example.id}")
+        for shot in self.shots:
+            check_unicode(shot.answer, "answer", shot.where or f"example {shot.id}")
+        if not examples:
+            return []
+        if self.template == "chat":
+            texts = [self.chat_text(tokenizer, example, side=side) for example in examples]
+            return tokenized(tokenizer, texts)
+        leading = leading_ids(tokenizer)
+        texts = [self.plain_text(example) for example in examples]
+        return [[*leading, *ids] for ids in tokenized(tokenizer, texts)]
+
+
+PLAIN = PromptForm()
+"""The prompt as it is, without shots."""
+
+
+def choose_shots(examples: Sequence[Example], count: int, seed: int = 0) -> tuple[Example, ...]:
+    """Draw shots for a whole run, each from another group.
+
+    As no two are of one group, an example loses at most one of them, see `PromptForm`.
+
+    Args:
+        examples: What to draw from: the training examples, never the held-out ones.
+        count: How many, at least 0.
+        seed: Equal seeds and examples give equal shots.
+
+    Raises:
+        SettingError: If the count is negative.
+        DataError: If the examples have fewer groups.
+
+    Example:
+        >>> found = [
+        ...     Example(id=str(i), prompt="p", answer=" a", references=("a",), group=str(i % 3))
+        ...     for i in range(9)
+        ... ]
+        >>> sorted(shot.group for shot in choose_shots(found, 3))
+        ['0', '1', '2']
+    """
+    if count < 0:
+        raise SettingError(f"the number of shots must be at least 0, got {count}")
+    drawn: dict[str, Example] = {}
+    for example in random.Random(seed).sample(list(examples), len(examples)):
+        if len(drawn) == count:
+            break
+        drawn.setdefault(example.group, example)
+    if len(drawn) < count:
+        raise DataError(
+            f"{count} shots need training examples of {count} groups, there are {len(drawn)}; ask "
+            "for fewer shots, or give more data"
+        )
+    return tuple(drawn.values())
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that the tokenizer by itself puts before a text: mostly bos, or nothing."""
+    (plain,) = tokenized(tokenizer, ["a"])
+    (full,) = tokenized(tokenizer, ["a"], special=True)
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    return []
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    leading: Sequence[int] | None = None,
+    where: str = "example",
+) -> list[int]:
+    """Tokenize one plain prompt as training does: what a model is given to continue.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: The text.
+        leading: What to put in front; by default what the tokenizer itself does, see `leading_ids`.
+            An end of sequence that a tokenizer adds by itself is left away.
+        where: What an error message calls the prompt's example.
+
+    Raises:
+        DataError: If the prompt is not valid Unicode.
+    """
+    check_unicode(prompt, "prompt", where)
+    (ids,) = tokenized(tokenizer, [prompt])
+    return [*(leading_ids(tokenizer) if leading is None else leading), *ids]

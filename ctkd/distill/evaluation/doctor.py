@@ -1,0 +1,292 @@
+"""The examination of two tokenizers before any training, and advice on losses.
+
+Only tokenizers and configurations are loaded, never weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from ctkd.distill.config import DoctorRequest
+from ctkd.distill.data.encoding import EncodedExample, encode_examples
+from ctkd.distill.data.rows import load_rows
+from ctkd.distill.data.tasks import Example, examples
+from ctkd.distill.models.checks import check_causal, one_line, quiet
+from ctkd.distill.models.loading import load_tokenizer, resolve
+from ctkd.errors import CtkdError, DataError, ModelError
+from ctkd.registry import LossFacts, describe, list_losses
+from ctkd.tokenization.answer_facts import AnswerIds
+from ctkd.tokenization.doctor import Examination, Verdict, examine, judge, percent
+from ctkd.tokenization.pair import TokenizerPair
+
+__all__ = [
+    "DoctorReport",
+    "LossAdvice",
+    "advise",
+    "advise_on",
+    "read_head_width",
+    "run_doctor",
+]
+
+# Nothing is left out for its length here: training says what it leaves out.
+_NO_LIMIT = 1 << 40
+
+
+Suits = Literal["good", "careful", "unsuited"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossAdvice:
+    """A judgment of one loss for the pair, and its reason."""
+
+    name: str
+    suits: Suits
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorReport:
+    """Figures of an examination.
+
+    Args:
+        request: The examination.
+        examination: Every figure.
+        losses: How well each registered loss suits the pair.
+        verdict: Whether the pair is sound.
+    """
+
+    request: DoctorRequest
+    examination: Examination
+    losses: tuple[LossAdvice, ...]
+    verdict: Verdict
+
+    @property
+    def sound(self) -> bool:
+        """True if distillation with this pair would be sound."""
+        return self.verdict.sound
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything in values that JSON has."""
+        return {
+            "student": self.request.student,
+            "teacher": self.request.teacher,
+            "data": self.request.data,
+            "examination": self.examination.as_dict(),
+            "losses": [asdict(loss) for loss in self.losses],
+            "verdict": self.verdict.as_dict(),
+        }
+
+
+def run_doctor(request: DoctorRequest, *, say: Callable[[str], None] = print) -> DoctorReport:
+    """Examine the tokenizers of two models on the answers of some data.
+
+    Args:
+        request: What to examine.
+        say: Prints one line of progress.
+
+    Raises:
+        CtkdError: If what was given cannot be loaded or read.
+    """
+    say(f"data: {request.data}, the first {request.limit} rows")
+    chosen = examples(load_rows(request.data), request.task, request.columns)[: request.limit]
+    say(f"student: the tokenizer of {request.student}")
+    student = load_tokenizer(request.student)
+    student_head = read_head_width(request.student)
+    say(f"teacher: the tokenizer of {request.teacher}")
+    teacher = load_tokenizer(request.teacher)
+    teacher_head = read_head_width(request.teacher)
+    say(f"aligning {len(chosen)} answers")
+    pair = TokenizerPair(student, teacher, progress=False)
+    rows, refused = _encode(chosen, student, teacher, pair)
+    text_of = {example.id: example.answer.encode() for example in chosen}
+    examination = examine(
+        student,
+        teacher,
+        [_answer(row, text_of[row.id]) for row in rows],
+        pair=pair,
+        student_head=student_head,
+        teacher_head=teacher_head,
+        refused=refused,
+    )
+    return DoctorReport(
+        request=request,
+        examination=examination,
+        losses=advise(examination, min_coverage=request.thresholds.min_coverage),
+        verdict=judge(examination, request.thresholds),
+    )
+
+
+def read_head_width(name: str) -> int | None:
+    """Read the size of the last axis of a model's logits off its configuration.
+
+    Args:
+        name: A model, as for `resolve`.
+
+    Returns:
+        The size, None if only a tokenizer is there or the configuration does not tell.
+
+    Raises:
+        ModelError: If nothing goes by that name, its configuration cannot be read, or it is no
+            causal language model.
+    """
+    source = resolve(name)
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return None
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(
+            f"cannot read the configuration of {name}: {one_line(error)}; its config.json may be "
+            "damaged or made for another version of transformers"
+        ) from error
+    check_causal(config, name)
+    width = getattr(config.get_text_config(), "vocab_size", None)
+    return width if isinstance(width, int) else None
+
+
+def _encode(
+    chosen: Sequence[Example],
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    pair: TokenizerPair,
+) -> tuple[list[EncodedExample], list[str]]:
+    """Encode as training does, and tell which rows it would refuse."""
+
+    def encode(part: Sequence[Example]) -> list[EncodedExample]:
+        return encode_examples(
+            part, student, teacher, max_length=_NO_LIMIT, min_coverage=0.0, pair=pair
+        ).rows
+
+    try:
+        return encode(chosen), []
+    except DataError:
+        rows, refused = [], []
+        for example in chosen:
+            try:
+                rows += encode([example])
+            except DataError as error:
+                refused.append(str(error))
+        if not rows:
+            raise
+        return rows, refused
+
+
+def _answer(row: EncodedExample, text: bytes) -> AnswerIds:
+    teacher_ids = [] if row.teacher is None else row.teacher.answer_ids
+    return AnswerIds(
+        id=row.id, text=text, student_ids=row.student.answer_ids, teacher_ids=teacher_ids
+    )
+
+
+# Rules of thumb, not from a paper: the share of what a loss looks at from which it has enough.
+_GOOD, _ENOUGH = 0.9, 0.5
+_GOOD_ONE_TO_ONE, _ENOUGH_ONE_TO_ONE = 0.7, 0.3
+
+
+def advise(examination: Examination, *, min_coverage: float) -> tuple[LossAdvice, ...]:
+    """Judge every registered loss.
+
+    Args:
+        examination: What was measured.
+        min_coverage: The share of the answers' bytes in chunks below which training stops.
+    """
+    advice = []
+    for name in list_losses():
+        try:
+            facts = describe(name)
+        except CtkdError as error:
+            reason = " ".join(str(error).split())
+            advice.append(LossAdvice(name=name, suits="unsuited", reason=reason))
+            continue
+        advice.append(advise_on(facts, examination, min_coverage=min_coverage))
+    return tuple(advice)
+
+
+def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float) -> LossAdvice:
+    """Judge one loss by what it needs.
+
+    A loss that needs chunks and both vocabularies compares shared tokens; `mined` compares the
+    tokens of one-to-one chunks. A loss that needs chunks alone compares chunks. A loss that needs
+    neither matches positions by their index, which is never worse than careful where it has another
+    `pairing`.
+
+    Args:
+        facts: The loss's.
+        examination: What was measured.
+        min_coverage: As for `advise`.
+    """
+    judged: list[tuple[Suits, str]] = []
+    if "chunks" in facts.needs:
+        judged += _of_coverage(examination, min_coverage)
+    if facts.name == "mined":
+        judged.append(_of_one_to_one(examination))
+    elif "pair" in facts.needs:
+        judged += _of_overlap(examination)
+    elif not facts.needs:
+        judged.append(_of_positions(facts, examination))
+    if facts.name == "multilevelot_released":
+        judged.append(("careful", "for comparison with published runs"))
+    order: tuple[Suits, ...] = ("unsuited", "careful", "good")
+    suits: Suits = min((level for level, _ in judged), key=order.index, default="careful")
+    reasons = [reason for level, reason in judged if level == suits]
+    if not judged:
+        reasons = [f"needs {', '.join(sorted(facts.needs))}, of which nothing was measured"]
+    return LossAdvice(name=facts.name, suits=suits, reason="; ".join(reasons))
+
+
+def _of_coverage(examination: Examination, min_coverage: float) -> list[tuple[Suits, str]]:
+    share = examination.answers.coverage
+    reason = f"{percent(share)} of bytes in chunks"
+    if share < min_coverage:
+        return [("unsuited", reason)]
+    return [("good" if share >= max(_GOOD, min_coverage) else "careful", reason)]
+
+
+def _of_one_to_one(examination: Examination) -> tuple[Suits, str]:
+    share = examination.answers.one_to_one
+    reason = f"{percent(share)} of chunks one to one"
+    if share < _GOOD_ONE_TO_ONE:
+        reason += "; elsewhere it trains on the labels alone"
+    return _level(share, _GOOD_ONE_TO_ONE, _ENOUGH_ONE_TO_ONE), reason
+
+
+def _of_overlap(examination: Examination) -> list[tuple[Suits, str]]:
+    answers = examination.answers
+    if not examination.overlap.shared:
+        return [("unsuited", "the vocabularies share no token")]
+    share = min(answers.student_shared, answers.teacher_shared)
+    judged: list[tuple[Suits, str]] = [
+        (
+            _level(share, _GOOD, _ENOUGH),
+            f"{percent(share)} of answer tokens in both vocabularies",
+        )
+    ]
+    shared_numerals = [
+        one
+        for one in (answers.student_numerals_shared, answers.teacher_numerals_shared)
+        if one is not None
+    ]
+    if examination.numerals_split_on_one_side:
+        judged.append(("careful", "numerals cut into digits on one side only"))
+    elif shared_numerals and min(shared_numerals) < _ENOUGH:
+        reason = f"only {percent(min(shared_numerals))} of numerals in both vocabularies"
+        judged.append(("careful", reason))
+    return judged
+
+
+def _of_positions(facts: LossFacts, examination: Examination) -> tuple[Suits, str]:
+    answers = examination.answers
+    reason = f"{percent(answers.in_step)} of positions paired by index in step"
+    suits = _level(answers.in_step, _GOOD, _ENOUGH)
+    if suits == "good" or "pairing" not in facts.settings:
+        return suits, reason
+    return "careful", f"{reason}; use --loss-option pairing=chunk"
+
+
+def _level(share: float, good: float, enough: float) -> Suits:
+    return "good" if share >= good else "careful" if share >= enough else "unsuited"

@@ -1,0 +1,269 @@
+"""Answers of a model to held-out prompts, their scores, and held-out losses."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from ctkd.distill.config import EvaluateRequest, TrainConfig
+from ctkd.distill.data.collator import Collator, padding_id
+from ctkd.distill.data.encoding import EncodedExample, encode_examples
+from ctkd.distill.data.prompts import PLAIN, PromptForm
+from ctkd.distill.data.rows import is_embedded, load_rows
+from ctkd.distill.data.tasks import Example, examples
+from ctkd.distill.devices import choose_device, is_cpu
+from ctkd.distill.evaluation.metrics import (
+    Prediction,
+    Scores,
+    match_predictions,
+    read_predictions,
+    score,
+    write_predictions,
+)
+from ctkd.distill.models.generation import generate
+from ctkd.distill.models.loading import check_token_ids, head_width, load_model, load_tokenizer
+from ctkd.distill.options import default_of
+from ctkd.distill.training.output_folder import OutputFolder, try_to_write
+from ctkd.distill.training.trainer import CrossTokenizerTrainer
+from ctkd.errors import OutputError, SettingError
+from ctkd.loss import Loss
+from ctkd.pair import PlaceholderPair
+from ctkd.registry import get_loss
+from ctkd.tokenization.pair import TokenizerPair
+
+__all__ = ["answer", "held_out_losses", "run_evaluation", "score_predictions"]
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    form: PromptForm = PLAIN,
+    progress: bool | str = False,
+) -> list[Prediction]:
+    """Let a model answer each example's prompt by greedy decoding, up to the first line break.
+
+    Args:
+        model: The model, in its own tokenizer's ids.
+        tokenizer: Its tokenizer.
+        examples: What to answer.
+        max_new_tokens: Longest answer.
+        batch_size: Prompts decoded together.
+        form: The form of the prompts: as in training.
+        progress: Whether to show a bar, and its text.
+    """
+    prompts = form.ids(tokenizer, examples)
+    texts = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [
+        Prediction(prediction=text, id=one.id, references=one.references, prompt=one.prompt)
+        for text, one in zip(texts, examples, strict=True)
+    ]
+
+
+def score_predictions(predictions: Sequence[Prediction]) -> Scores:
+    """Score answers against the references they carry."""
+    return score([one.prediction for one in predictions], [one.references for one in predictions])
+
+
+def held_out_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[EncodedExample],
+    *,
+    loss: Loss | None = None,
+    teacher: PreTrainedModel | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    pair: TokenizerPair | None = None,
+    batch_size: int = 4,
+    score_eos: bool = False,
+    use_cpu: bool = False,
+) -> dict[str, float]:
+    """Mean cross-entropy and distillation loss over encoded rows.
+
+    Args:
+        model: The model to measure.
+        tokenizer: Its tokenizer.
+        rows: Encoded for both sides.
+        loss: What to measure besides cross-entropy.
+        teacher: Needed with a loss.
+        teacher_tokenizer: Needed with a loss.
+        pair: Both tokenizers; needed with a loss that was given them.
+        batch_size: Rows per batch.
+        score_eos: Whether the loss scores the end of sequence.
+        use_cpu: Stay on the CPU where there is an accelerator.
+
+    Returns:
+        ``ce`` in nats per token, and with a loss ``kd`` and ``kd/<part>`` for each of its parts.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = CrossTokenizerTrainer(
+            model,
+            TrainingArguments(
+                output_dir=folder,
+                per_device_eval_batch_size=batch_size,
+                remove_unused_columns=False,
+                use_cpu=use_cpu,
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+            loss=loss,
+            teacher=teacher,
+            student_vocab_size=len(tokenizer) if pair is None else pair.student_size,
+            teacher_vocab_size=_length(teacher_tokenizer) if pair is None else pair.teacher_size,
+            data_collator=Collator(
+                student_pad_id=padding_id(tokenizer),
+                teacher_pad_id=None if teacher_tokenizer is None else padding_id(teacher_tokenizer),
+                score_eos=score_eos,
+            ),
+        )
+        output = trainer.evaluation_loop(trainer.get_eval_dataloader(list(rows)), "held-out")
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in output.metrics.items()
+        if name != "eval_loss"
+    }
+
+
+def _length(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    return None if tokenizer is None else len(tokenizer)
+
+
+def run_evaluation(
+    request: EvaluateRequest, *, say: Callable[[str], None] = print
+) -> dict[str, float]:
+    """Score a model's answers, or a file of answers.
+
+    Returns:
+        ``exact_match``, ``f1``, ``rouge_lsum`` in percent and ``n``; with a loss also ``ce``,
+        ``kd`` and its parts.
+
+    Raises:
+        CtkdError: If what was given cannot be used.
+    """
+    if request.model is None:
+        return _score_file(request)
+    if request.loss is not None:
+        # Fails here, before anything is loaded, if the loss or a setting of it is wrong.
+        get_loss(request.loss, pair=PlaceholderPair(), **request.loss_options)
+    form = PromptForm(template=request.template or _template_of_run(request.model))
+    device = choose_device(request.device)
+    if request.predictions is not None:
+        _check_can_be_written(Path(request.predictions))
+    chosen = _examples(request)
+    say(f"model: {request.model}, {len(chosen)} examples")
+    tokenizer = load_tokenizer(request.model)
+    model = load_model(request.model, device=device)
+    check_token_ids(model, tokenizer)
+    losses: dict[str, float] = {}
+    if request.loss is not None:
+        losses = _losses(request, request.loss, chosen, model, tokenizer, form, say)
+    predictions = answer(
+        model,
+        tokenizer,
+        chosen,
+        max_new_tokens=request.max_new_tokens,
+        batch_size=request.batch_size,
+        form=form,
+        progress="answering",
+    )
+    if request.predictions is not None:
+        write_predictions(request.predictions, predictions)
+        say(f"answers: {request.predictions}")
+    return {**score_predictions(predictions).summary(), **losses}
+
+
+def _losses(
+    request: EvaluateRequest,
+    loss: str,
+    chosen: Sequence[Example],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    form: PromptForm,
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    name = request.teacher or default_of(TrainConfig, "teacher")
+    say(f"teacher: {name}")
+    teacher_tokenizer = load_tokenizer(name)
+    teacher = load_model(name, device=model.device)
+    check_token_ids(teacher, teacher_tokenizer)
+    pair = TokenizerPair(tokenizer, teacher_tokenizer)
+    encoded = encode_examples(
+        chosen,
+        tokenizer,
+        teacher_tokenizer,
+        max_length=request.max_length,
+        student_form=form,
+        teacher_form=PromptForm(template=request.teacher_template or "plain"),
+        pair=pair,
+    )
+    say(encoded.coverage.report())
+    if encoded.report():
+        say(encoded.report())
+    pair = pair.narrowed(head_width(model), head_width(teacher))
+    return held_out_losses(
+        model,
+        tokenizer,
+        encoded.rows,
+        loss=get_loss(loss, pair=pair, **request.loss_options),
+        teacher=teacher,
+        teacher_tokenizer=teacher_tokenizer,
+        pair=pair,
+        batch_size=min(request.batch_size, 4),
+        use_cpu=is_cpu(model.device),
+    )
+
+
+def _template_of_run(model: str) -> Literal["plain", "chat"]:
+    """A student is asked as it was in training, where that is known."""
+    settings = OutputFolder.settings_of(Path(model).expanduser())
+    return "chat" if settings.get("student_template") == "chat" else "plain"
+
+
+def _check_can_be_written(path: Path) -> None:
+    """Find out before the model answers, which takes long."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file for the answers")
+    try:
+        try_to_write(path.parent)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write answers to {path}: {error.strerror}; name a file in a folder you may "
+            "write to"
+        ) from error
+
+
+def _score_file(request: EvaluateRequest) -> dict[str, float]:
+    if request.predictions is None:
+        raise SettingError("name a MODEL to evaluate, or a file of answers with --predictions")
+    if request.loss is not None:
+        raise SettingError("--loss measures a model; name a MODEL")
+    predictions = read_predictions(request.predictions)
+    if request.data is not None or any(not one.references for one in predictions):
+        chosen = _examples(request)
+        if request.limit is not None:
+            known = {one.id for one in chosen}
+            predictions = [one for one in predictions if one.id is None or one.id in known]
+        predictions = match_predictions(predictions, chosen)
+    return score_predictions(predictions[: request.limit]).summary()
+
+
+def _examples(request: EvaluateRequest) -> list[Example]:
+    source = request.data or default_of(TrainConfig, "data")
+    task = request.task or default_of(TrainConfig, "task")
+    rows = load_rows(source, split="test" if is_embedded(source) else None)
+    return examples(rows, task, request.columns)[: request.limit]

@@ -1,0 +1,262 @@
+"""Answers of a model, by greedy decoding.
+
+Nothing is sampled: settings that a model brings along for chatting (temperature, repetition
+penalty, a sampling switch) are set aside while the answers are made. Models that encode the prompt
+apart (encoder-decoders) are refused.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from ctkd.errors import DataError, ModelError, SettingError
+
+__all__ = ["Generated", "generate", "generate_ends"]
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A text that a model wrote.
+
+    Args:
+        text: Without special tokens and white space at its ends.
+        ended: Whether the model ended it; else it was cut after the most tokens.
+    """
+
+    text: str
+    ended: bool
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
+    stop_at_newline: bool = True,
+    progress: bool | str = False,
+) -> list[str]:
+    """Continue each prompt with the most likely token, again and again, and return the texts.
+
+    A text ends before the first end-of-sequence token, that of the tokenizer or one of the model's
+    generation config, or after `max_new_tokens`. With `stop_at_newline` it also ends before the
+    first newline, so an answer that begins with one is empty. White space at both ends is removed,
+    special tokens are left out.
+
+    Prompts are padded on the left and masked, so an answer does not depend on its batch, up to
+    rounding. A batch stops as soon as every row has ended. The model comes back as it was:
+    training mode per module, generation config and `config.use_cache` alike.
+
+    Args:
+        model: A decoder-only model; it runs where it lies and in its own dtype.
+        tokenizer: The model's tokenizer, to decode and for its end-of-sequence token. A padding
+            token is not needed.
+        prompts: Token ids of each prompt, at least one each, ids below the model's vocabulary.
+        max_new_tokens: Most tokens per answer, at least 1. The paper uses 150.
+        batch_size: Prompts decoded together, at least 1. Similar lengths share a batch.
+        stop_at_newline: Whether an answer is a single line.
+        progress: Whether to show a bar on stderr; a text is shown as its description.
+
+    Returns:
+        One text per prompt, in the order of `prompts`.
+
+    Raises:
+        SettingError: If `max_new_tokens` or `batch_size` is below 1.
+        DataError: If a prompt is empty, holds an id outside the model's vocabulary, or leaves too
+            little of the model's positions for the answer.
+        ModelError: If the model is an encoder-decoder.
+    """
+    generated = generate_ends(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop_at_newline=stop_at_newline,
+        progress=progress,
+    )
+    return [one.text for one in generated]
+
+
+def generate_ends(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
+    stop_at_newline: bool = True,
+    progress: bool | str = False,
+) -> list[Generated]:
+    """Do as `generate`, and tell which texts the model ended itself.
+
+    Args and Raises as there.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise SettingError(f"{name} must be at least 1, got {value}")
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            f"expected a decoder-only model, got the encoder-decoder {type(model).__name__}; "
+            "choose another model"
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    _check_prompts(prompts, vocabulary, _positions(model) - max_new_tokens)
+    ends = _end_tokens(model, tokenizer, vocabulary)
+    padding = _padding_token(tokenizer, ends, vocabulary)
+    greedy = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=padding,
+    )
+    criteria = StoppingCriteriaList([_NewlineSeen(tokenizer)] if stop_at_newline else [])
+
+    # Longest first: a batch that does not fit in memory fails at once, and the bar speeds up.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    texts = [Generated("", True)] * len(prompts)
+    bar = tqdm(
+        total=len(prompts),
+        desc=progress if isinstance(progress, str) else "generating",
+        unit="prompt",
+        disable=not progress,
+    )
+    with bar, _set_aside(model, greedy), torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, mask = _left_padded([prompts[index] for index in chosen], padding, model.device)
+            sequences = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=greedy,
+                stopping_criteria=criteria,
+            )
+            for index, row in zip(chosen, sequences[:, ids.shape[1] :].tolist(), strict=True):
+                texts[index] = _text(tokenizer, row, ends, stop_at_newline)
+            bar.update(len(chosen))
+    return texts
+
+
+class _NewlineSeen(StoppingCriteria):  # type: ignore[misc]
+    r"""Marks the rows whose last token holds a newline.
+
+    A newline is one byte in UTF-8, so it lies within a single token and a look at each token
+    decoded alone finds it, be it "\n", ".\n" or the byte token "<0x0A>".
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, bool] = {}
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: Any) -> Tensor:
+        seen = [self._holds_newline(token) for token in input_ids[:, -1].tolist()]
+        return torch.tensor(seen, dtype=torch.bool, device=input_ids.device)
+
+    def _holds_newline(self, token: int) -> bool:
+        if token not in self._known:
+            self._known[token] = "\n" in _decoded(self._tokenizer, [token])
+        return self._known[token]
+
+
+@contextlib.contextmanager
+def _set_aside(model: PreTrainedModel, greedy: GenerationConfig) -> Iterator[None]:
+    """Put the model in evaluation mode with its own generation settings out of reach."""
+    training = [module for module in model.modules() if module.training]
+    # transformers fills whatever a config leaves open from the model's own. A wrapper (of adapters,
+    # say) and the model within may each hold one.
+    configured = [
+        (module, module.generation_config)
+        for module in model.modules()
+        if "generation_config" in vars(module)
+    ]
+    model.eval()
+    for module, _ in configured:
+        module.generation_config = greedy
+    try:
+        yield
+    finally:
+        for module, config in configured:
+            module.generation_config = config
+        for module in training:
+            module.training = True
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int, longest: float) -> None:
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise DataError(f"prompt {number} is empty; a prompt needs at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+            raise DataError(
+                f"prompt {number} holds the token id {wrong}, but the model knows 0 to "
+                f"{vocabulary - 1}; use the tokenizer that belongs to the model"
+            )
+        if len(prompt) > longest:
+            raise DataError(
+                f"prompt {number} has {len(prompt)} tokens, but the model has room for "
+                f"{max(int(longest), 0)} before the answer; shorten it or lower max_new_tokens"
+            )
+
+
+def _positions(model: PreTrainedModel) -> float:
+    held = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return float("inf") if held is None else int(held)
+
+
+def _end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> set[int]:
+    ends = {tokenizer.eos_token_id}
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends.update(configured if isinstance(configured, list | tuple) else [configured])
+    return {int(token) for token in ends if token is not None and token < vocabulary}
+
+
+def _padding_token(tokenizer: PreTrainedTokenizerBase, ends: set[int], vocabulary: int) -> int:
+    # Masked and cut off again, so that any id the model knows would do.
+    padding = tokenizer.pad_token_id
+    return padding if padding is not None and padding < vocabulary else min(ends, default=0)
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], padding: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), padding, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: set[int], stop_at_newline: bool
+) -> Generated:
+    end = next((place for place, token in enumerate(tokens) if token in ends), None)
+    text = _decoded(tokenizer, tokens[:end])
+    line, newline, _ = text.partition("\n")
+    stopped = stop_at_newline and bool(newline)
+    return Generated((line if stopped else text).strip(), end is not None or stopped)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    text: str = tokenizer.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text

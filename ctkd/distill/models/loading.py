@@ -1,0 +1,315 @@
+"""Models and tokenizers by packaged name, folder, GGUF file or hub id.
+
+Causal language models alone; code that ships in a model's repository is never run. Nothing here
+trains: gradients stay as transformers leaves them.
+"""
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ctkd.distill.models.checks import check_causal, check_complete, one_line, quiet
+from ctkd.distill.models.gguf_convert import convert_gguf
+from ctkd.distill.models.packaged import PACKAGED, prepare
+from ctkd.errors import ModelError
+
+__all__ = [
+    "accepts_position_ids",
+    "check_token_ids",
+    "head_width",
+    "last_logits",
+    "load_model",
+    "load_tokenizer",
+    "most_positions",
+    "resolve",
+    "supports_logits_to_keep",
+]
+
+_HUB_TIMEOUT_S = 10
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "tekken.json")
+
+
+def resolve(name: str) -> str:
+    """Return what transformers can load for a name: a folder's path, or a hub id.
+
+    A packaged model is fetched, and a GGUF file converted, on first use. The order: a packaged
+    name (write `./NAME` for a folder called so), a path that exists, a hub id.
+
+    Args:
+        name: a packaged model's name, a folder, a `.gguf` file, or a hub id.
+
+    Raises:
+        ModelError: nothing goes by that name, or it cannot be fetched or converted.
+    """
+    if name in PACKAGED:
+        return str(prepare(PACKAGED[name]))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(
+                f"{name} is a file, but no .gguf file; give the folder of the model instead"
+            )
+        return str(convert_gguf(path))
+    if path.suffix.lower() == ".gguf":
+        raise ModelError(f"there is no file {name}; check the path. {_packaged_names(name)}")
+    if path.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name):
+        raise ModelError(f"there is no folder {name}; check the path. {_packaged_names(name)}")
+    if problem := _hub_problem(name):
+        raise ModelError(
+            f"there is no model {name!r}: it is neither a packaged model nor a folder, and "
+            f"{problem}. {_packaged_names(name)}"
+        )
+    return name
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Args:
+        name: as for `resolve`.
+
+    Raises:
+        ModelError: nothing goes by that name, or it has no usable tokenizer.
+    """
+    source = resolve(name)
+    folder = Path(source)
+    # transformers makes up an empty tokenizer for some architectures if there are no files.
+    if folder.is_dir() and not any(any(folder.glob(files)) for files in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{name} has no tokenizer: expected tokenizer.json in the folder; copy the "
+            "tokenizer's files there (tokenizer.save_pretrained writes them)"
+        )
+    try:
+        with quiet(show_downloads=sys.stderr.isatty()):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(
+            f"cannot load the tokenizer of {name}: {_cause(error)}; its tokenizer files may be "
+            "missing, damaged or made for another version of transformers"
+        ) from error
+    if tokenizer.vocab_size == 0:
+        raise ModelError(f"{name} has no tokenizer: the one that was loaded has no tokens")
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model, in evaluation mode.
+
+    Args:
+        name: as for `resolve`.
+        dtype: of the weights, whatever the file holds. Quantized checkpoints keep their own.
+        device: where the model goes; by default it stays in main memory.
+
+    Raises:
+        ModelError: nothing goes by that name; it is no causal language model; its files are
+            missing, damaged or incomplete; or it does not fit on the device.
+    """
+    source = resolve(name)
+    if Path(source).is_dir():
+        _check_has_config(Path(source))
+    try:
+        with quiet(show_downloads=sys.stderr.isatty()):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            check_causal(config, name)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"cannot load the model {name}: {_cause(error)}; its files may be missing, damaged "
+            "or made for another version of transformers"
+        ) from error
+    check_complete(report["missing_keys"], name)
+    _set_dtype(model, dtype)
+    try:
+        if device is not None:
+            model.to(device)
+    except Exception as error:
+        raise ModelError(
+            f"cannot put {name} on the device {str(device)!r}: {one_line(error)}; choose another "
+            "device, such as cpu, or a smaller dtype"
+        ) from error
+    model.eval()
+    return model
+
+
+def head_width(model: PreTrainedModel) -> int:
+    """Return the size of the last axis of a model's logits.
+
+    It can exceed the tokenizer's length: some models pad it to a round number.
+
+    Args:
+        model: a causal language model.
+
+    Raises:
+        ModelError: the model has no output embedding.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(
+            f"{type(model).__name__} has no output embedding; give a causal language model"
+        )
+    # Not the weight's shape where it can be helped: a sharded or packed weight is smaller.
+    width = getattr(head, "out_features", None)
+    return int(head.weight.shape[0] if width is None else width)
+
+
+def check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that writes ids the model has no embedding for.
+
+    Special tokens that only a text spelling them out would yield are let pass, since some
+    published models have one too many (Gemma 3's image token, on its text-only sizes).
+    A model wider than its tokenizer is fine.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the tokenizer that is to feed it.
+
+    Raises:
+        ModelError: an ordinary token, or the padding, begin or end token, is out of range.
+    """
+    width = min(head_width(model), model.get_input_embeddings().num_embeddings)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    used = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    outside = {
+        token: i
+        for token, i in tokenizer.get_vocab().items()
+        if i >= width and (i in used or i not in special)
+    }
+    if outside:
+        token, i = max(outside.items(), key=lambda item: item[1])
+        raise ModelError(
+            f"token ids out of a model's range: the tokenizer writes ids up to {i} ({token!r}), "
+            f"but {type(model).__name__} has embeddings for ids up to {width - 1} only; give the "
+            "model's own tokenizer, or resize the embeddings with resize_token_embeddings"
+        )
+
+
+def supports_logits_to_keep(model: nn.Module) -> bool:
+    """Tell whether `forward` can compute logits for some positions only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def accepts_position_ids(model: nn.Module) -> bool:
+    """Tell whether `forward` takes `position_ids`."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def last_logits(
+    model: nn.Module, unwrapped: nn.Module, inputs: Mapping[str, Tensor], count: int
+) -> Tensor:
+    """Logits at the last positions, (B, count, V), computed there alone where the model allows.
+
+    Args:
+        model: What is called, perhaps wrapped for training on several devices.
+        unwrapped: The model itself.
+        inputs: ``input_ids``, ``attention_mask`` and ``position_ids``.
+        count: How many positions.
+    """
+    arguments: dict[str, Any] = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+    }
+    if accepts_position_ids(unwrapped):
+        arguments["position_ids"] = inputs["position_ids"]
+    if supports_logits_to_keep(unwrapped):
+        arguments["logits_to_keep"] = count
+    logits: Tensor = model(**arguments, use_cache=False).logits
+    return logits[:, -count:]
+
+
+def most_positions(name: str) -> int | None:
+    """The most tokens a model can read, from its configuration alone; None if it does not say.
+
+    Raises:
+        ModelError: If nothing goes by that name, or it has no configuration that can be read.
+    """
+    source = resolve(name)
+    if Path(source).is_dir():
+        _check_has_config(Path(source))
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"cannot read the configuration of {name}: {_cause(error)}") from error
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
+def _cause(error: Exception) -> str:
+    # transformers would have the user run the code, which no option of ctkd does.
+    if "trust_remote_code" in str(error):
+        return "it needs Python code that ships with it, which ctkd never runs"
+    return one_line(error)
+
+
+def _check_has_config(path: Path) -> None:
+    if (path / "config.json").is_file():
+        return
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    way_out = f"give the file {path / files[0]}" if files else "give a folder of a saved model"
+    raise ModelError(f"the folder {path} holds no model: it has no config.json; {way_out}")
+
+
+def _packaged_names(name: str) -> str:
+    names = ", ".join(sorted(PACKAGED))
+    close = difflib.get_close_matches(name.lower(), PACKAGED, n=1)
+    guess = f"; did you mean {close[0]}?" if close else ""
+    return f"Packaged models: {names}{guess}"
+
+
+def _hub_problem(name: str) -> str | None:
+    """Return why the hub cannot give a model, or None if it can.
+
+    Asked once and briefly: transformers itself tries for half a minute when there is no network.
+    """
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return None
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        return "the hub has no such repository, or it is private"
+    except OfflineModeIsEnabled:
+        return "the hub is switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE"
+    except Exception as error:
+        return f"the hub did not answer ({one_line(error)})"
+    return None
+
+
+def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the weights that transformers kept wider; buffers are left as they are."""
+    if getattr(model, "is_quantized", False):
+        return
+    for weight in model.parameters():
+        if weight.is_floating_point() and weight.dtype != dtype:
+            weight.data = weight.data.to(dtype)

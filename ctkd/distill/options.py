@@ -1,0 +1,280 @@
+"""Options: fields of settings that carry their own help, and the ways to read their values.
+
+A field made by `option` says once what its setting is for. Command lines are made from such fields,
+and YAML files are read into the same dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ctkd.errors import SettingError
+
+__all__ = [
+    "check_names",
+    "check_types",
+    "default_of",
+    "default_text",
+    "option",
+    "parse_column",
+    "parse_loss_option",
+    "read_config_file",
+    "same_as",
+]
+
+_FACTORIES = (dict, list)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    unset: str | None = None,
+    metavar: str | None = None,
+    repeated: bool = False,
+    choice: bool = False,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """A field of a settings dataclass that is an option of the command line as well.
+
+    Args:
+        default: The setting where none is given; a mutable one is made anew for each instance.
+        help: One sentence on the setting.
+        flag: The option's name; by default the field's, ``--like-this``.
+        unset: Shown in place of a default of None.
+        metavar: Shown in place of the value.
+        repeated: The option may be given several times; values that `parse` makes key and value of
+            become a mapping.
+        choice: The command line itself refuses any but the values of the field's `Literal`.
+        parse: Reads a value from text.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Settings:
+        ...     rate: float = option(5e-5, "Peak learning rate.")
+        >>> Settings(), default_text(Settings, "rate")
+        (Settings(rate=5e-05), '5e-5')
+    """
+    metadata = {
+        "help": help,
+        "flag": flag,
+        "unset": unset,
+        "metavar": metavar,
+        "repeated": repeated,
+        "choice": choice,
+        "parse": parse,
+    }
+    return _field(default, metadata)
+
+
+def same_as(settings: type, name: str, **changes: Any) -> Any:
+    """The option of another dataclass once more, perhaps with another default or help.
+
+    A default of None stands for "as there": the default there is still the one that is shown.
+
+    Args:
+        settings: The other dataclass.
+        name: The field.
+        **changes: Arguments of `option` that differ.
+    """
+    original = _fields(settings)[name]
+    default = default_of(settings, name)
+    if "default" in changes:
+        default = changes.pop("default")
+        if default is None:
+            changes.setdefault("unset", default_text(settings, name))
+    return _field(default, {**original.metadata, **changes})
+
+
+def default_of(settings: type, name: str) -> Any:
+    """The default of a field."""
+    field = _fields(settings)[name]
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def default_text(settings: type, name: str) -> str | None:
+    """The default of a field as help shows it; None where there is nothing to show."""
+    default = default_of(settings, name)
+    if default is None:
+        unset: str | None = _fields(settings)[name].metadata.get("unset")
+        return unset
+    return _text(default) or None
+
+
+def check_types(config: Any) -> None:
+    """Check that every field of a dataclass holds what its annotation says.
+
+    Raises:
+        SettingError: If one does not.
+    """
+    hints = typing.get_type_hints(type(config))
+    for name in _fields(type(config)):
+        _check_type(name, getattr(config, name), hints[name])
+
+
+def check_names(settings: Mapping[str, Any], kind: type, source: str) -> None:
+    """Check that names are those of a dataclass's fields.
+
+    Raises:
+        SettingError: If one is not; the message suggests another.
+    """
+    names = list(_fields(kind))
+    for name in settings:
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise SettingError(
+                f"{source}: unknown setting {name!r}.{hint} Known: {', '.join(names)}"
+            )
+
+
+def parse_column(text: str) -> tuple[str, str]:
+    """Split ``FIELD=COLUMN``.
+
+    Raises:
+        SettingError: If it is not of that form.
+
+    Example:
+        >>> parse_column("context=passage")
+        ('context', 'passage')
+    """
+    field, separator, column = text.partition("=")
+    if not separator or not field or not column:
+        raise SettingError(f"a column is FIELD=COLUMN, such as context=passage, got {text!r}")
+    return field, column
+
+
+def parse_loss_option(text: str) -> tuple[str, Any]:
+    """Split ``KEY=VALUE`` and read the value as YAML does: numbers, words, true and null.
+
+    Raises:
+        SettingError: If there is no ``=``, or the value is not YAML.
+
+    Example:
+        >>> parse_loss_option("sl_weight=0.1"), parse_loss_option("matching=greedy")
+        (('sl_weight', 0.1), ('matching', 'greedy'))
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise SettingError(f"a loss option is KEY=VALUE, such as k=20, got {text!r}")
+    try:
+        return key.strip(), yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise SettingError(
+            f"cannot read the value of loss option {text!r}; write a number, a word, true or null"
+        ) from error
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Read settings from a YAML file.
+
+    Raises:
+        SettingError: If the file cannot be read or does not hold names and values.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise SettingError(
+            f"cannot read the configuration {path}: {cause}; name a YAML file of settings"
+        ) from error
+    try:
+        settings = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+        what = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise SettingError(
+            f"{path} is not YAML: {what}{where}; write settings as 'name: value' lines"
+        ) from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise SettingError(f"{path} must hold settings as 'name: value' lines")
+    return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML takes 1e-6 for text; everybody who writes it means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if typing.get_origin(hint) is types.UnionType:
+        kinds = typing.get_args(hint)
+    else:
+        kinds = (hint,)
+    if any(_is_a(value, kind) for kind in kinds):
+        return
+    choices = [choice for kind in kinds for choice in typing.get_args(kind) if kind is not dict]
+    if choices and all(isinstance(choice, str) for choice in choices):
+        raise SettingError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    wanted = " or ".join(_KINDS[kind] for kind in kinds)
+    raise SettingError(f"{name} must be {wanted}, got {value!r}")
+
+
+_KINDS = {
+    bool: "true or false",
+    dict[str, Any]: "a mapping of names to values",
+    dict[str, str]: "a mapping of names to names",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+    type(None): "nothing",
+}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is dict:
+        of_names, of_values = typing.get_args(kind)
+        return isinstance(value, dict) and all(
+            isinstance(name, of_names) and (of_values is Any or isinstance(entry, of_values))
+            for name, entry in value.items()
+        )
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _fields(settings: type) -> dict[str, dataclasses.Field[Any]]:
+    return {one.name: one for one in dataclasses.fields(settings)}
+
+
+def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
+    if isinstance(default, _FACTORIES):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}".replace("e-0", "e-")
+    if isinstance(value, tuple) and all(isinstance(one, str) for one in value):
+        return ",".join(value)
+    if isinstance(value, tuple):
+        return " and ".join(map(_text, value))
+    return str(value) if not isinstance(value, _FACTORIES) else ""

@@ -1,0 +1,1 @@
+"""Teachers whose answers are kept on disk."""

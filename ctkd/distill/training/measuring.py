@@ -1,0 +1,204 @@
+"""Measurements of a training run on held-out examples, its history, and its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctkd.distill.config import TrainConfig
+from ctkd.distill.data.prompts import PromptForm
+from ctkd.distill.data.tasks import Example
+from ctkd.distill.evaluation.evaluate import answer, score_predictions
+from ctkd.distill.evaluation.metrics import METRICS, Prediction, write_predictions
+from ctkd.distill.teachers.texts import TeacherTexts
+from ctkd.distill.training.curves import plot_curves
+from ctkd.distill.training.output_folder import OutputFolder
+from ctkd.distill.training.progress import loss_line
+from ctkd.distill.training.trainer import CrossTokenizerTrainer
+
+__all__ = ["CURVES", "Measure", "keep_history", "summarize"]
+
+CURVES = "curves.png"
+
+
+def keep_history(folder: OutputFolder, trainer: CrossTokenizerTrainer) -> None:
+    """Keep and draw what was logged, with the held-out losses at both ends of it."""
+    ends = {
+        "losses before": {"step": 0, "seconds": 0.0},
+        "losses after": {"step": trainer.state.global_step, "seconds": trainer.clock.total},
+    }
+    measured: list[dict[str, Any]] = [
+        {**when, **{f"eval_{name}": value for name, value in folder.results[stage].items()}}
+        for stage, when in ends.items()
+        if stage in folder.results
+    ]
+    ended = {entry["step"] for entry in measured}
+    logged = [
+        entry
+        for entry in trainer.state.log_history
+        if "eval_ce" not in entry or entry["step"] not in ended
+    ]
+    first = [entry for entry in measured if entry["step"] == 0]
+    last = [entry for entry in measured if entry["step"] > 0]
+    folder.keep("history", [*first, *logged, *last])
+    plot_curves(folder.results["history"], folder.path / CURVES)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measure:
+    """Measures on held-out examples, each once, also when a run is resumed."""
+
+    config: TrainConfig
+    folder: OutputFolder
+    held_out: Sequence[Example]
+    say: Callable[[str], None]
+
+    def metrics(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        form: PromptForm,
+    ) -> None:
+        if name not in self.folder.results:
+            predictions = answer(
+                model,
+                tokenizer,
+                self.held_out,
+                max_new_tokens=self.config.max_new_tokens,
+                form=form,
+                progress=f"{name}: answering",
+            )
+            self._keep(name, predictions)
+        self._say(name)
+
+    def written(
+        self,
+        name: str,
+        texts: TeacherTexts,
+        tokenizer: PreTrainedTokenizerBase,
+        form: PromptForm,
+    ) -> None:
+        """Score what a model wrote earlier, if it wrote to every held-out prompt."""
+        if texts.max_new_tokens != self.config.max_new_tokens:
+            self.say(
+                f"{name}: its stored answers have up to {texts.max_new_tokens} tokens, not "
+                f"{self.config.max_new_tokens}, not scored"
+            )
+            return
+        prompts = form.ids(tokenizer, self.held_out, side=name)
+        answers = [texts.text(prompt) for prompt in prompts]
+        if None in answers:
+            self.say(
+                f"{name}: {answers.count(None)} held-out prompts have no stored answer, not scored"
+            )
+            return
+        predictions = [
+            Prediction(
+                prediction=text or "", id=one.id, references=one.references, prompt=one.prompt
+            )
+            for text, one in zip(answers, self.held_out, strict=True)
+        ]
+        if name not in self.folder.results:
+            self._keep(name, predictions)
+        self._say(name)
+
+    def _keep(self, name: str, predictions: Sequence[Prediction]) -> None:
+        file = f"predictions-{name.replace(' ', '-')}.jsonl"
+        write_predictions(self.folder.path / file, predictions)
+        self.folder.keep(name, score_predictions(predictions).summary())
+
+    def _say(self, name: str) -> None:
+        scores = self.folder.results[name]
+        self.say(
+            f"{name}: F1 {scores['f1']:.1f}, exact match {scores['exact_match']:.1f}, "
+            f"Rouge-LSum {scores['rouge_lsum']:.1f}"
+        )
+
+    def losses(self, name: str, trainer: CrossTokenizerTrainer) -> None:
+        if name not in self.folder.results:
+            metrics = trainer.evaluate()
+            losses = {
+                entry.removeprefix("eval_"): value
+                for entry, value in metrics.items()
+                if entry == "eval_ce" or entry.startswith("eval_kd")
+            }
+            self.folder.keep(name, losses)
+        self.say(f"{name}, held-out: {loss_line(self.folder.results[name])}")
+
+
+_MAIN_METRIC = {"qa": "f1", "summarization": "rouge_lsum", "text": "rouge_lsum"}
+
+
+def summarize(folder: OutputFolder) -> str:
+    """Metrics and losses before and after, speed, and where the model lies."""
+    results = folder.results
+    config = TrainConfig.from_mapping(folder.record["settings"])
+    lines = []
+    # A run with measure="nothing" has none of these.
+    if "student before" in results and "student after" in results:
+        lines += [_metrics(results), ""]
+    if "losses before" in results and "losses after" in results:
+        lines += [_losses(results, config.loss), ""]
+    if "teacher" in results and "student after" in results:
+        before, after = results["student before"], results["student after"]
+        lines += _teacher_note(results["teacher"], before, after, _MAIN_METRIC[config.task])
+    if "seconds per step" in results:
+        lines.append(f"{results['seconds per step']:.2f} s per step, {results['steps']} steps")
+    lines.append(f"model, settings (ctkd.json) and curves (curves.png): {folder.path}")
+    return "\n".join(lines)
+
+
+def _metrics(results: dict[str, Any]) -> str:
+    before = results["student before"]
+    columns = {"before": before, "after": results["student after"]}
+    if "teacher" in results:
+        columns["teacher"] = results["teacher"]
+    return tabulate(
+        [
+            [title, *(scores[name] for scores in columns.values())]
+            for name, title in METRICS.items()
+        ],
+        headers=[f"held-out, {before['n']} examples", *columns],
+        floatfmt=".1f",
+    )
+
+
+def _losses(results: dict[str, Any], loss: str) -> str:
+    before, after = results["losses before"], results["losses after"]
+    shown = [name for name in after if not name.startswith("kd/")]
+    parts = [name for name in after if name.startswith("kd/")]
+    return tabulate(
+        [
+            [_loss_title(name, loss), before[name], after[name]]
+            for name in (*shown, *(parts if len(parts) > 1 else ()))
+        ],
+        headers=["held-out loss", "before", "after"],
+        floatfmt=".4f",
+    )
+
+
+def _loss_title(name: str, loss: str) -> str:
+    if name == "ce":
+        return "cross-entropy (nats per token)"
+    if name == "kd":
+        return loss
+    return f"- {name.removeprefix('kd/')}"
+
+
+def _teacher_note(
+    teacher: dict[str, float], before: dict[str, float], after: dict[str, float], metric: str
+) -> list[str]:
+    title = METRICS[metric]
+    for student, when in ((before, "before"), (after, "after")):
+        if teacher[metric] < student[metric]:
+            return [
+                f"note: the teacher's {title} ({teacher[metric]:.1f}) is below the student's "
+                f"{when} training ({student[metric]:.1f}): on this task it has little to teach. "
+                "Fine-tune it first (ctkd train --loss sft --student TEACHER), or take another."
+            ]
+    return []

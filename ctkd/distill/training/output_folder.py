@@ -1,0 +1,229 @@
+"""The folder a run writes to, and the file in it that says how to repeat the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ctkd.errors import OutputError
+
+__all__ = ["RECORD", "OutputFolder", "try_to_write"]
+
+RECORD = "ctkd.json"
+
+
+class OutputFolder:
+    """One run's folder.
+
+    ``ctkd.json`` is written when the run starts and again whenever a stage ends, so that nothing
+    already computed is lost.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        self.record = record
+
+    @staticmethod
+    def check(
+        path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
+    ) -> OutputFolder:
+        """Do as `prepare`, but touch nothing.
+
+        Raises:
+            OutputError: As `prepare`.
+        """
+        return OutputFolder(path, _plan(path, settings, resume=resume, overwrite=overwrite))
+
+    @classmethod
+    def prepare(
+        cls, path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
+    ) -> OutputFolder:
+        """Make the folder, or take up the one that is there.
+
+        Args:
+            path: The folder.
+            settings: Of the run, as they go into ``ctkd.json``.
+            resume: Go on with the run of these settings that is there, if any.
+            overwrite: Delete the run that is there.
+
+        Raises:
+            OutputError: If the folder holds something and neither was asked for, holds something
+                other than a run, or a run with other settings; or if it cannot be written.
+        """
+        record = _plan(path, settings, resume=resume, overwrite=overwrite)
+        with _as_output_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                _empty(path)
+            folder = cls(path, record)
+            folder.write()
+        return folder
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Results of the stages that have ended."""
+        results: dict[str, Any] = self.record["results"]
+        return results
+
+    def keep(self, name: str, value: Any) -> None:
+        """Add the result of a stage and write it to disk."""
+        self.results[name] = value
+        self.write()
+
+    @staticmethod
+    def settings_of(path: Path) -> dict[str, Any]:
+        """Settings of the run in a folder; none if it holds no run."""
+        if not (path / RECORD).is_file():
+            return {}
+        settings: dict[str, Any] = _read(path / RECORD)["settings"]
+        return settings
+
+    @classmethod
+    def relocate(cls, path: Path, places: Mapping[str, Any]) -> None:
+        """Record that the inputs of a run lie elsewhere now.
+
+        Args:
+            path: The folder of the run.
+            places: The settings that say so. The caller vouches that what lies there is the same.
+
+        Raises:
+            OutputError: If the folder's ``ctkd.json`` cannot be read or written.
+        """
+        record = _read(path / RECORD)
+        settings = {**record["settings"], **places}
+        if settings != record["settings"]:
+            with _as_output_errors(path):
+                cls(path, {**record, "settings": settings}).write()
+
+    def write(self) -> None:
+        """Write ``ctkd.json`` at once or not at all."""
+        partial = self.path / f".{RECORD}.partial"
+        partial.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        os.replace(partial, self.path / RECORD)
+
+    def last_checkpoint(self) -> Path | None:
+        """The last checkpoint that was written to its end.
+
+        The trainer writes ``trainer_state.json`` after everything else.
+        """
+        complete = [
+            folder
+            for folder in self.path.glob("checkpoint-*")
+            if folder.name.removeprefix("checkpoint-").isdigit() and _is_complete(folder)
+        ]
+        return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+    def remove_checkpoints(self) -> None:
+        """Delete all checkpoints."""
+        for folder in self.path.glob("checkpoint-*"):
+            shutil.rmtree(folder)
+
+
+def _plan(path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """The record to start from, if the folder can be used as asked."""
+    if resume and overwrite:
+        raise OutputError("--resume and --overwrite contradict each other; give one of them")
+    record: dict[str, Any] = {"settings": settings, "results": {}}
+    with _as_output_errors(path):
+        for place in (path, *path.parents):
+            if place.exists() and not place.is_dir():
+                raise OutputError(f"{place} is a file; choose a folder with --output")
+        present = path.is_dir() and any(path.iterdir())
+        if not present:
+            try_to_write(path)
+            return record
+        if not (path / RECORD).is_file():
+            raise OutputError(
+                f"{path} is not empty and holds no {RECORD}, so it is not a run of ctkd; choose "
+                "another --output"
+            )
+        if not (resume or overwrite):
+            raise OutputError(
+                f"{path} exists already; go on with --resume, replace it with --overwrite, or "
+                "choose another --output"
+            )
+        before = _read(path / RECORD)
+        try_to_write(path)
+        if resume:
+            _check_same(path, before["settings"], settings)
+            return {**before, "settings": settings}
+    return record
+
+
+def _empty(path: Path) -> None:
+    """Delete what is in the folder, but not the folder, which may be a link or a mount."""
+    # If this is cut short, what is left is still a run, but none that could be resumed.
+    OutputFolder(path, {"settings": {}, "results": {}}).write()
+    for entry in list(path.iterdir()):
+        if entry.name == RECORD:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+@contextmanager
+def _as_output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {path}: {error.strerror or error}; choose another --output, or "
+            "change its permissions"
+        ) from error
+
+
+def try_to_write(folder: Path) -> None:
+    """Make a file in the folder, or in the nearest above it that exists, and remove it.
+
+    Raises:
+        OSError: If that is impossible.
+    """
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{path} cannot be read ({error}); choose another --output, or delete the folder"
+        ) from error
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(part), dict) for part in ("settings", "results")
+    ):
+        raise OutputError(f"{path} was not written by ctkd; choose another --output")
+    return record
+
+
+def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    # What only says how much is shown or kept may change on the way.
+    free = {"output", "logging_steps", "save_steps", "keep_checkpoints", "report_to", "device"}
+    names = sorted({*before, *now} - free)
+    changed = [name for name in names if before.get(name) != now.get(name)]
+    if changed:
+        shown = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in changed)
+        raise OutputError(
+            f"{path} was started with other settings ({shown}); give the same ones to resume, or "
+            "use --overwrite or another --output"
+        )

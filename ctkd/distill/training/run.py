@@ -1,0 +1,357 @@
+"""One training run from settings to a trained model, with its metrics before and after."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import get_available_reporting_integrations
+
+from ctkd import __version__
+from ctkd.cache_folder import cache_dir
+from ctkd.distill.config import TrainConfig
+from ctkd.distill.data.collator import Collator, padding_id
+from ctkd.distill.data.encoding import EncodedExamples
+from ctkd.distill.data.tasks import Example
+from ctkd.distill.devices import PeakMemory, choose_device, is_cpu
+from ctkd.distill.models.fingerprint import model_fingerprint
+from ctkd.distill.models.loading import head_width
+from ctkd.distill.preparing import (
+    Forms,
+    Models,
+    answerable,
+    answered_by_teacher,
+    encode,
+    load_examples,
+    load_models,
+    teacher_dtype,
+)
+from ctkd.distill.teachers.cache import TeacherCache
+from ctkd.distill.teachers.texts import TeacherTexts
+from ctkd.distill.training.measuring import Measure, keep_history
+from ctkd.distill.training.output_folder import OutputFolder
+from ctkd.distill.training.progress import StepReport, StepsAsAsked, StopOnSignal
+from ctkd.distill.training.trainer import CrossTokenizerTrainer
+from ctkd.errors import CtkdError, ModelError, OutputError, SettingError
+from ctkd.loss import Loss
+from ctkd.tokenization.pair import TokenizerPair
+from ctkd.tokenization.vocabulary_map import fingerprint
+
+__all__ = ["Interrupted", "train"]
+
+
+class Interrupted(CtkdError):
+    """Training was stopped by the user; a checkpoint was written."""
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> OutputFolder:
+    """Distil the teacher into the student and measure both before and after.
+
+    The output folder holds the trained model and its tokenizer, ``ctkd.json`` with the settings
+    and every result, answers to held-out prompts, and a picture of the curves.
+
+    Args:
+        config: The settings.
+        resume: Go on with the same run where it was stopped.
+        overwrite: Replace a run that is there.
+        say: Prints one line of progress.
+
+    Raises:
+        CtkdError: If anything the user gave cannot be used; nothing has been trained then, or a
+            checkpoint is there.
+    """
+    device = choose_device(config.device)
+    _check_tracker(config.report_to)
+    if overwrite:
+        _check_nothing_needed_is_deleted(config)
+    settings = config.as_dict()
+    folder_before = OutputFolder.check(config.folder, settings, resume=resume, overwrite=overwrite)
+    if "finished" in folder_before.results:
+        say(f"{folder_before.path} is finished already; nothing is left to do")
+        return folder_before
+    training, held_out = load_examples(config, say)
+    cache = None
+    if config.teacher_cache is not None:
+        cache = TeacherCache.open(config.teacher_cache, say=say)
+    models = load_models(config, say, cache=cache)
+    student = models.student
+    if student is None:
+        raise ModelError(f"{config.student} was not loaded")
+    forms = Forms.of(config, training)
+    if config.answers == "teacher":
+        training = _as_the_teacher_answers(config, models, training, forms, cache, say)
+    encoded = encode(config, models, training, forms, "training", say)
+    encoded_held_out = encode(
+        config, models, held_out, forms, "held-out", say, reserved=config.max_new_tokens
+    )
+    kept = {row.id for row in encoded_held_out.rows}
+    held_out = [one for one in held_out if one.id in kept]
+    pair = _narrowed(config, models, student)
+    set_seed(config.seed)
+    loss = config.make_loss(pair)
+    if cache is not None and pair is not None and loss is not None:
+        cache.check_rows(encoded.rows, "training")
+        cache.check_rows(encoded_held_out.rows, "held-out")
+        cache.check_serves(loss, config.loss, pair.student_size)
+
+    # Only now may an earlier run be overwritten: everything that was given can be used.
+    folder = OutputFolder.prepare(config.folder, settings, resume=resume, overwrite=overwrite)
+    folder.record["environment"] = _environment(device)
+    folder.write()
+    stop = StopOnSignal(say)
+    trainer = _make_trainer(
+        config, models, loss, pair, encoded, encoded_held_out, folder, device, cache
+    )
+    report = StepReport(say, trainer.clock)
+    for callback in (StepsAsAsked(), report, stop):
+        trainer.add_callback(callback)
+
+    measure = Measure(config, folder, held_out, say)
+    if config.measure == "all":
+        measure.metrics("student before", student, models.student_tokenizer, forms.student)
+        _measure_teacher(measure, models, forms, cache)
+        measure.losses("losses before", trainer)
+
+    _tell_how_logits_are_read(trainer, say)
+    _warn_about_precision(config, say)
+    checkpoint = folder.last_checkpoint() if resume else None
+    if checkpoint is not None:
+        say(f"going on from {checkpoint.name}")
+    peak = PeakMemory(device)
+    try:
+        _train_from(trainer, checkpoint)
+    finally:
+        stop.restore()
+    held = [folder.results.get("peak memory"), peak.read()]
+    folder.results["peak memory"] = max((one for one in held if one is not None), default=None)
+    folder.results["training seconds"] = trainer.clock.total
+    folder.results["steps"] = trainer.state.global_step
+    if report.seconds_per_step is not None:
+        folder.results["seconds per step"] = report.seconds_per_step
+    keep_history(folder, trainer)
+    if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; repeat the "
+            "command with --resume to go on"
+        )
+
+    student.config.use_cache = True
+    trainer.save_model(str(folder.path))
+    if config.measure == "all":
+        measure.losses("losses after", trainer)
+        keep_history(folder, trainer)
+        measure.metrics("student after", student, models.student_tokenizer, forms.student)
+    folder.keep("finished", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    if not config.keep_checkpoints:
+        folder.remove_checkpoints()
+    return folder
+
+
+def _as_the_teacher_answers(
+    config: TrainConfig,
+    models: Models,
+    training: Sequence[Example],
+    forms: Forms,
+    cache: TeacherCache | None,
+    say: Callable[[str], None],
+) -> list[Example]:
+    """The training examples with the teacher's texts for answers, which are kept on disk."""
+    teacher, tokenizer = models.teacher, models.teacher_tokenizer
+    if tokenizer is None:
+        raise ModelError(f"the tokenizer of {config.teacher} was not loaded")
+    chosen, prompts = answerable(config, models, training, forms, "training", say)
+    if cache is not None:
+        if cache.texts.max_new_tokens != config.max_new_tokens:
+            raise SettingError(
+                f"the teacher cache {cache.path} holds answers of up to "
+                f"{cache.texts.max_new_tokens} tokens, but max_new_tokens is "
+                f"{config.max_new_tokens}; give the same"
+            )
+        return answered_by_teacher(chosen, prompts, cache.texts, say)
+    if teacher is None or models.pair is None:
+        raise ModelError(f"{config.teacher} was not loaded")
+    weights, words = model_fingerprint(config.teacher), fingerprint(models.pair.teacher_bytes)
+    name = f"{weights} {words} {teacher_dtype(config)}"
+    name = hashlib.sha256(name.encode()).hexdigest()[:16]
+    path = cache_dir() / "teacher_texts" / f"{name}.jsonl"
+    texts = TeacherTexts(path, max_new_tokens=config.max_new_tokens)
+    teacher.to(choose_device(config.device))
+    texts.complete(prompts, lambda: (teacher, tokenizer), progress="teacher: writing answers")
+    return answered_by_teacher(chosen, prompts, texts, say)
+
+
+def _narrowed(
+    config: TrainConfig, models: Models, student: PreTrainedModel
+) -> TokenizerPair | None:
+    """The pair as the loss sees it, without ids that a model has no output for."""
+    if not config.distils or models.pair is None or models.teacher_width is None:
+        return None
+    return models.pair.narrowed(head_width(student), models.teacher_width)
+
+
+def _measure_teacher(
+    measure: Measure, models: Models, forms: Forms, cache: TeacherCache | None
+) -> None:
+    """Measure the teacher, live or by what it wrote when the cache was made."""
+    tokenizer = models.teacher_tokenizer
+    if tokenizer is None:
+        return
+    if cache is not None:
+        measure.written("teacher", cache.texts, tokenizer, forms.teacher)
+    elif models.teacher is not None:
+        measure.metrics("teacher", models.teacher, tokenizer, forms.teacher)
+
+
+def _make_trainer(
+    config: TrainConfig,
+    models: Models,
+    loss: Loss | None,
+    pair: TokenizerPair | None,
+    encoded: EncodedExamples,
+    encoded_held_out: EncodedExamples,
+    folder: OutputFolder,
+    device: torch.device,
+    cache: TeacherCache | None,
+) -> CrossTokenizerTrainer:
+    student = models.student
+    if student is None:
+        raise ModelError(f"{config.student} was not loaded")
+    batches = math.ceil(len(encoded) / config.batch_size)
+    steps = math.ceil(math.ceil(batches / config.grad_accumulation) * config.epochs)
+    steps = config.max_steps or steps
+    arguments = TrainingArguments(
+        output_dir=str(folder.path),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="no" if config.eval_steps is None else "steps",
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
+        save_total_limit=1,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=config.dtype == "bfloat16",
+        use_cpu=is_cpu(device),
+        remove_unused_columns=False,
+        report_to=config.report_to,
+        disable_tqdm=True,
+        dataloader_pin_memory=not is_cpu(device),
+    )
+    teacher_tokenizer = models.teacher_tokenizer if config.distils else None
+    trainer = CrossTokenizerTrainer(
+        student,
+        arguments,
+        loss=loss,
+        teacher=models.teacher if config.distils else None,
+        teacher_cache=cache if config.distils else None,
+        weights=config.weights(),
+        student_vocab_size=None if pair is None else pair.student_size,
+        teacher_vocab_size=None if pair is None else pair.teacher_size,
+        data_collator=Collator(
+            student_pad_id=padding_id(models.student_tokenizer),
+            teacher_pad_id=None if teacher_tokenizer is None else padding_id(teacher_tokenizer),
+            score_eos=config.score_eos,
+            teacher_cache=cache if config.distils else None,
+        ),
+        train_dataset=encoded.rows,
+        eval_dataset=encoded_held_out.rows,
+        processing_class=models.student_tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _tell_how_logits_are_read(trainer: CrossTokenizerTrainer, say: Callable[[str], None]) -> None:
+    for name, logits in (("student", trainer.student_logits), ("teacher", trainer.teacher_logits)):
+        if logits is not None:
+            how = "a block at a time, from the head"
+            if logits.why_whole is not None:
+                how = f"all at once: {logits.why_whole}"
+            say(f"logits of the {name}: {how}")
+
+
+def _train_from(trainer: CrossTokenizerTrainer, checkpoint: Path | None) -> None:
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    # All steps are done; Trainer would do one more.
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    trainer.clock.go_on(state)
+
+
+def _check_tracker(name: str) -> None:
+    installed = get_available_reporting_integrations()
+    if name not in ("none", "all", *installed):
+        raise SettingError(
+            f"report_to {name!r} is no tracker that is installed here "
+            f"({', '.join(installed) or 'there are none'}); install it, or use none"
+        )
+
+
+def _check_nothing_needed_is_deleted(config: TrainConfig) -> None:
+    needed = {"student": config.student, "data": config.data, "eval_data": config.eval_data}
+    if config.needs_teacher:
+        needed["teacher"] = config.teacher
+        needed["teacher_cache"] = config.teacher_cache
+    folder = config.folder.resolve()
+    for what, name in needed.items():
+        path = None if name is None else Path(name).expanduser()
+        if path is not None and path.exists() and path.resolve().is_relative_to(folder):
+            raise OutputError(
+                f"{what} {name} lies in the output folder {config.folder}, which --overwrite "
+                "empties; choose another --output"
+            )
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    packages = ("torch", "transformers", "datasets", "accelerate")
+    environment = {"python": platform.python_version(), "ctkd": __version__, "device": str(device)}
+    for package in packages:
+        with suppress(ImportError):
+            environment[package] = version(package)
+    environment["threads"] = str(torch.get_num_threads())
+    return environment
+
+
+def _warn_about_precision(config: TrainConfig, say: Callable[[str], None]) -> None:
+    if config.dtype == "bfloat16-pure":
+        say(
+            "warning: weights are bfloat16, so updates smaller than about 1/256 of a weight are "
+            "lost; at learning rate 1e-6 hardly any weight moves. --dtype bfloat16 keeps them in "
+            "float32"
+        )

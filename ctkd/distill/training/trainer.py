@@ -1,0 +1,379 @@
+"""Training a student against a teacher with another tokenizer, on top of `transformers.Trainer`.
+
+Everything a user knows from `Trainer` comes with it. What is added is the loss: cross-entropy on
+the student's labels plus a weighted `ctkd.Loss` between both models' answers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import ParallelMode
+
+from ctkd.batch import IGNORE_INDEX, Batch, Side
+from ctkd.distill.data.collator import KEPT
+from ctkd.distill.models.model_logits import ModelLogits
+from ctkd.distill.teachers.cache import TeacherCache
+from ctkd.distill.training.progress import StepClock
+from ctkd.errors import BatchError, SettingError
+from ctkd.loss import Loss, Weights
+from ctkd.row_logits import RowLogits
+from ctkd.top_k_logits import TopKLogits
+
+__all__ = ["CrossTokenizerTrainer"]
+
+LOSS_FILE = "ctkd_loss.safetensors"
+_LOSS_MODULE = "ctkd_loss"
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over scored units, so that any split of a batch adds up to the same."""
+
+    ce: Tensor
+    ce_count: Tensor
+    kd: Tensor | None = None
+    kd_count: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensor(self) -> Tensor:
+        """All of them in a row, detached, for adding up over batches and ranks."""
+        entries = [self.ce, self.ce_count]
+        if self.kd is not None and self.kd_count is not None:
+            entries += [self.kd, self.kd_count, *self.parts.values()]
+        return torch.stack([entry.detach().double() for entry in entries])
+
+
+class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
+    """Distils a teacher into a student whose tokenizer differs.
+
+    The training loss is ``weights.ce * CE + weights.kd * KD``. CE is a mean over the student's
+    labels, KD a mean over the loss's own units, both over the whole optimizer step: all
+    micro-batches and all ranks. So any split of a batch gives the same gradient.
+
+    Batches come from `ctkd.distill.data.collator.Collator`. Logs hold ``ce``, ``kd`` (unweighted)
+    and ``kd/<part>`` for each part of the loss.
+
+    Args:
+        model: The student.
+        args: As in `Trainer`. ``remove_unused_columns`` must be False.
+        loss: What to distil with; None trains on cross-entropy alone, without a teacher.
+        teacher: The teacher; needed with a loss, or a cache. It is moved to the training device and
+            frozen.
+        teacher_cache: What the teacher said, in its place; the collator's as well.
+        weights: Of cross-entropy and distillation; default the loss's own.
+        student_vocab_size: Length of the student's tokenizer. Wider heads are cut for the loss.
+            With a loss that knows the pair of tokenizers, the pair's ``student_size``.
+        teacher_vocab_size: The same for the teacher.
+        data_collator: As in `Trainer`.
+        train_dataset: As in `Trainer`.
+        eval_dataset: As in `Trainer`.
+        processing_class: The student's tokenizer, saved with the model.
+        callbacks: As in `Trainer`.
+        whole_logits: Compute all logits of a batch at once, also where a model's head allows to
+            compute them a block at a time.
+
+    Attributes:
+        student_logits: How the student's logits are read; its ``why_whole`` says why all at once.
+        teacher_logits: The same for a live teacher.
+
+    Raises:
+        SettingError: If loss and teacher do not come together, or the arguments would train
+            wrongly without a word.
+    """
+
+    # The loss is divided by the counts of the whole step; Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        loss: Loss | None = None,
+        teacher: PreTrainedModel | None = None,
+        teacher_cache: TeacherCache | None = None,
+        weights: Weights | None = None,
+        student_vocab_size: int | None = None,
+        teacher_vocab_size: int | None = None,
+        data_collator: Callable[[Sequence[Any]], dict[str, Tensor]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        whole_logits: bool = False,
+    ) -> None:
+        if (loss is None) != (teacher is None and teacher_cache is None):
+            raise SettingError("a loss needs a teacher and a teacher a loss; give both or neither")
+        if teacher is not None and teacher_cache is not None:
+            raise SettingError("a cache stands for the teacher; give one of them")
+        _check_arguments(args)
+        if loss is not None and any(parameter.requires_grad for parameter in loss.parameters()):
+            # Only what hangs below the model is optimized, clipped, synchronized and saved.
+            model.add_module(_LOSS_MODULE, loss)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.distillation_loss = None if loss is None else loss.to(args.device)
+        self.teacher = None if teacher is None else _frozen(teacher, args.device)
+        self.teacher_cache = teacher_cache
+        self.whole_logits = whole_logits
+        self.clock = StepClock()
+        self.add_callback(self.clock)
+        if weights is None:
+            weights = Weights(1.0, 0.0) if loss is None else loss.default_weights
+        self.weights = weights
+        self.student_vocab_size = student_vocab_size
+        self.teacher_vocab_size = teacher_vocab_size
+        refuse = self._why_whole_logits()
+        self.student_logits = ModelLogits(self.model, refuse=refuse)
+        self.teacher_logits = (
+            None if self.teacher is None else ModelLogits(self.teacher, refuse=refuse)
+        )
+        self._step_counts: tuple[Tensor, Tensor] | None = None
+        self._logged = torch.zeros(0, dtype=torch.float64)
+        self._part_names: list[str] = []
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Fetch the micro-batches of one optimizer step and count what they score."""
+        self.clock.start()
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        ce_count = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        kd_count = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        for sample in samples:
+            ce_count += (sample["labels"][:, 1:] != IGNORE_INDEX).sum().to(self.args.device)
+            if self.distillation_loss is not None:
+                kd_count += self.distillation_loss.units(_without_logits(sample)).to(
+                    self.args.device
+                )
+        counts = self.accelerator.reduce(torch.stack([ce_count, kd_count]), reduction="sum")
+        self._step_counts = (counts[0], counts[1])
+        return samples, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Share of this micro-batch in the loss of the whole optimizer step."""
+        sums = self._sums(model, inputs)
+        if self._step_counts is None:
+            ce_count, kd_count = sums.ce_count, sums.kd_count
+        else:
+            ce_count, kd_count = self._step_counts
+        loss = self.weights.ce * sums.ce / ce_count.clamp_min(1)
+        if sums.kd is not None and kd_count is not None:
+            loss = loss + self.weights.kd * sums.kd / kd_count.clamp_min(1)
+        if self._step_counts is not None:
+            # Gradients are averaged over ranks, but the counts are those of all ranks.
+            loss = loss * self.accelerator.num_processes
+        self._remember(sums)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add cross-entropy and the parts of the loss, averaged since the last log."""
+        if "loss" in logs and len(self._logged):
+            sums = self.accelerator.reduce(self._logged.to(self.args.device), reduction="sum")
+            logs.update(self._means(sums))
+            self._logged = self._logged.new_zeros(0)
+        if "loss" in logs or "eval_ce" in logs:
+            logs["seconds"] = self.clock.total
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Average cross-entropy and the loss over the units of all batches."""
+        model = self._wrap_model(self.model, training=False, dataloader=dataloader)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        total: Tensor | None = None
+        samples = 0
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                sums = self._sums(model, inputs)
+            self._part_names = list(sums.parts)
+            total = sums.tensor() if total is None else total + sums.tensor()
+            samples += len(inputs["labels"])
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if total is None:
+            raise BatchError("there is nothing to evaluate on; give evaluation data")
+        means = self._means(self.accelerator.reduce(total, reduction="sum"))
+        means["loss"] = self.weights.ce * means["ce"] + self.weights.kd * means.get("kd", 0.0)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=metrics, num_samples=samples
+        )
+
+    def _sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> _Sums:
+        labels = inputs["labels"]
+        logits = self.student_logits.read(model, inputs, labels.shape[1])
+        with torch.autocast(logits.device.type, enabled=False):
+            if self.distillation_loss is None:
+                return _cross_entropy(logits, labels)
+            student = Side.from_causal_lm(
+                logits,
+                inputs["distill_labels"],
+                chunk_ids=inputs.get("distill_chunk_ids"),
+                vocab_size=self.student_vocab_size,
+            )
+            batch = Batch(student=student, teacher=self._teacher_side(inputs))
+            output = self.distillation_loss(batch)
+            # Last: statistics of the rows that the loss computed serve cross-entropy too.
+            sums = _cross_entropy(logits, labels)
+        sums.kd = output.value * output.count
+        sums.kd_count = output.count
+        sums.parts = {name: part * output.count for name, part in output.parts.items()}
+        return sums
+
+    def _why_whole_logits(self) -> str | None:
+        """Why a model's head must not be taken apart, whatever it is."""
+        if self.whole_logits:
+            return "this was asked for"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "weights are sharded over devices"
+        if self.args.n_gpu > 1:
+            return "the model is copied to several devices in one process"
+        if self.args.torch_compile:
+            return "the model is compiled"
+        return None
+
+    def _teacher_side(self, inputs: Mapping[str, Tensor]) -> Side:
+        """The teacher's side, live or from the cache."""
+        labels = inputs["teacher_distill_labels"]
+        chunk_ids = inputs.get("teacher_distill_chunk_ids")
+        if self.teacher_cache is not None:
+            kept = {
+                name.removeprefix(KEPT): value
+                for name, value in inputs.items()
+                if name.startswith(KEPT)
+            }
+            targets = labels[:, 1:]
+            mask = targets != IGNORE_INDEX
+            return Side(
+                logits=TopKLogits(self.teacher_cache.as_top_k(kept), mask=mask),
+                token_ids=targets.masked_fill(~mask, 0),
+                mask=mask,
+                chunk_ids=None if chunk_ids is None else chunk_ids[:, 1:],
+            )
+        teacher_inputs = {
+            name.removeprefix("teacher_"): value
+            for name, value in inputs.items()
+            if name.startswith("teacher_")
+        }
+        if self.teacher is None or self.teacher_logits is None:
+            raise SettingError("a loss needs a teacher, or a cache in its place")
+        with torch.no_grad():
+            logits = self.teacher_logits.read(self.teacher, teacher_inputs, labels.shape[1])
+        return Side.from_causal_lm(
+            logits, labels, chunk_ids=chunk_ids, vocab_size=self.teacher_vocab_size
+        )
+
+    def _remember(self, sums: _Sums) -> None:
+        self._part_names = list(sums.parts)
+        tensor = sums.tensor()
+        self._logged = tensor if len(self._logged) == 0 else self._logged + tensor
+
+    def _means(self, sums: Tensor) -> dict[str, float]:
+        entries = sums.tolist()
+        means = {"ce": entries[0] / max(entries[1], 1.0)}
+        if len(entries) > 2:
+            count = max(entries[3], 1.0)
+            means["kd"] = entries[2] / count
+            for name, entry in zip(self._part_names, entries[4:], strict=True):
+                means[f"kd/{name}"] = entry / count
+        return means
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the student without the loss's parameters, and those in a file of their own."""
+        if not hasattr(self.model, _LOSS_MODULE):
+            super()._save(output_dir, state_dict)
+            return
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        prefix = f"{_LOSS_MODULE}."
+        student = {name: value for name, value in state_dict.items() if not name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): value.contiguous().cpu()
+            for name, value in state_dict.items()
+            if name.startswith(prefix)
+        }
+        folder = Path(output_dir or self.args.output_dir)
+        super()._save(str(folder), student)
+        save_file(own, folder / LOSS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / LOSS_FILE
+        if path.is_file() and self.distillation_loss is not None:
+            self.distillation_loss.load_state_dict(load_file(path))
+
+
+def _cross_entropy(logits: RowLogits, labels: Tensor) -> _Sums:
+    scored = Side.from_causal_lm(logits, labels)
+    log_likelihood = scored.logits.log_probs(scored.token_ids.unsqueeze(-1))
+    return _Sums(ce=-log_likelihood.sum(), ce_count=scored.mask.sum())
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    if args.remove_unused_columns:
+        raise SettingError(
+            "TrainingArguments(remove_unused_columns=False) is needed: the teacher's columns would "
+            "be dropped silently"
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise SettingError(
+            f"{world} processes were started, but training is not distributed, so gradients would "
+            "not be synchronized; on CPUs set use_cpu=True (--device cpu)"
+        )
+    if world > 1 and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
+
+
+def _frozen(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    teacher.requires_grad_(False)
+    return teacher.to(device).eval()
+
+
+def _without_logits(sample: Mapping[str, Tensor]) -> Batch:
+    """A batch that knows masks and ids; its logits are one zero seen from everywhere."""
+    labels, teacher_labels = sample["distill_labels"], sample["teacher_distill_labels"]
+    return Batch.from_causal_lm(
+        student_logits=torch.zeros((), device=labels.device).expand(*labels.shape, 1),
+        student_labels=labels,
+        student_chunk_ids=sample.get("distill_chunk_ids"),
+        teacher_logits=torch.zeros((), device=labels.device).expand(*teacher_labels.shape, 1),
+        teacher_labels=teacher_labels,
+        teacher_chunk_ids=sample.get("teacher_distill_chunk_ids"),
+    )

@@ -1,0 +1,102 @@
+"""Runs a comparison in processes that kill themselves at chosen moments; a script of its own.
+
+Arguments: a JSON file with "attempts", a list of settings for `CompareConfig` and of the moment at
+which to die (null for never), and "log", to which every step, answer and record is written.
+"""
+
+import gc
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import rouge_score.rouge_scorer  # noqa: F401  # so that no process has to
+
+from ctkd.compare.plan.config import CompareConfig
+from ctkd.compare.run import runner
+from ctkd.distill.teachers import texts as teacher_texts
+from ctkd.distill.training import measuring, output_folder, progress
+
+
+class Moments:
+    """Counts what happens, writes it down, and dies where it was told to."""
+
+    def __init__(self, log: Path, last: tuple[str, int] | None) -> None:
+        self.log, self.last = log, last
+        self.counts: dict[str, int] = {}
+
+    def happened(self, what: str, detail: object = "") -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+        with self.log.open("a") as file:
+            file.write(json.dumps([what, detail]) + "\n")
+        if self.last == (what, self.counts[what]):
+            with self.log.open("a") as file:
+                file.write(json.dumps(["killed", what]) + "\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watch(moments: Moments) -> None:
+    """Report every moment at which a comparison could die."""
+    step_end = progress.StepReport.on_step_end
+    generate, append = teacher_texts.generate_ends, runner.append_record
+    replace, unlink = os.replace, Path.unlink
+
+    def stepped(self, args, state, control, **rest):
+        # Before the step is saved.
+        moments.happened("step", [Path(args.output_dir).name, state.global_step])
+        return step_end(self, args, state, control, **rest)
+
+    def generated(model, tokenizer, prompts, **rest):
+        texts = generate(model, tokenizer, prompts, **rest)
+        for prompt in prompts:
+            moments.happened("answer", [Path(model.config._name_or_path).name, prompt])
+        return texts
+
+    def appended(folder, record):
+        moments.happened("record", record.key)
+        if moments.last == ("half a record", moments.counts["record"]):
+            with (folder / "results.jsonl").open("a") as file:
+                file.write(record.as_json()[:200])
+            moments.happened("half a record")
+        append(folder, record)
+        moments.happened("recorded", record.key)
+
+    def replaced(source, target):
+        if Path(target).name == output_folder.RECORD and not Path(target).exists():
+            moments.happened("first ctkd.json")
+        replace(source, target)
+        if Path(target).name == output_folder.RECORD and '"finished"' in Path(target).read_text():
+            moments.happened("finished")
+
+    def unlinked(self, *rest):
+        if self.suffix == ".safetensors":
+            moments.happened("deleting weights")
+        unlink(self, *rest)
+
+    progress.StepReport.on_step_end = stepped
+    teacher_texts.generate_ends = generated
+    runner.append_record = appended
+    os.replace = replaced
+    Path.unlink = unlinked
+    measuring.plot_curves = lambda history, path: None
+    runner.write_report = lambda comparison, analysis, folder, published: folder
+
+
+def main() -> None:
+    """One process after another; each begins with what is imported already."""
+    told = json.loads(Path(sys.argv[1]).read_text())
+    gc.freeze()
+    for settings, last in told["attempts"]:
+        child = os.fork()
+        if child == 0:
+            watch(Moments(Path(told["log"]), None if last is None else tuple(last)))
+            runner.compare(CompareConfig.from_mapping(settings), say=lambda line: None)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        ended = "killed" if os.WIFSIGNALED(status) else f"code {os.WEXITSTATUS(status)}"
+        print(ended, flush=True)
+
+
+if __name__ == "__main__":
+    main()

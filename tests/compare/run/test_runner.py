@@ -1,0 +1,380 @@
+"""A comparison on tiny models: what is trained, measured, kept and refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import ctkd
+from ctkd.compare.plan.config import CompareConfig
+from ctkd.compare.records import TEACHER, UNTRAINED
+from ctkd.compare.run import evaluating, runner
+from ctkd.compare.run.folder import read_records
+from ctkd.distill.models import loading as models
+from ctkd.distill.training import measuring
+from ctkd.distill.training import run as training
+from ctkd.errors import DataError, OutputError, SettingError
+from ctkd.registry import describe
+from tests.distill.tiny_runs import Workplace, record
+
+LOSSES = ("sft", "uld", "seqkd")
+SWEEP = {"learning_rate": (1e-4, 1e-2)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
+    monkeypatch.setattr(
+        runner, "write_report", lambda comparison, analysis, folder, published: folder / "page"
+    )
+
+
+def config(place: Workplace, output: str, *, common=None, **settings) -> CompareConfig:
+    shared = {
+        "student": str(place.student), "teacher": str(place.teacher), "data": str(place.rows),
+        "task": "text", "max_steps": 4, "logging_steps": 1, "max_new_tokens": 3,
+        "device": "cpu", **(common or {}),
+    }  # fmt: skip
+    defaults = {"losses": LOSSES, "output": str(place.folder / output)}
+    return CompareConfig(**{**defaults, "common": shared, **settings})
+
+
+@pytest.fixture(scope="module")
+def done(place) -> Path:
+    """The folder of a finished comparison with a sweep and two seeds."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(measuring, "plot_curves", lambda history, path: None)
+    patch.setattr(runner, "write_report", lambda *rest, published: Path("page"))
+    runner.compare(config(place, "done", seeds=2, sweep=SWEEP), say=lambda line: None)
+    patch.undo()
+    return place.folder / "done"
+
+
+@pytest.fixture
+def copied(place, done, tmp_path_factory) -> str:
+    """Another name for that comparison: a folder that was moved, and may be changed."""
+    name = tmp_path_factory.mktemp("copy").name
+    shutil.copytree(done, place.folder / name)
+    return name
+
+
+@pytest.fixture
+def worked(monkeypatch) -> list[str]:
+    """What is trained and loaded, in order."""
+    found = []
+    train, load = runner.train, evaluating.load_model
+
+    def trained(settings, **rest):
+        found.append(f"train {settings.loss} {settings.answers} seed {settings.seed}")
+        return train(settings, **rest)
+
+    def loaded(name, **rest):
+        found.append(f"load {Path(name).name}")
+        return load(name, **rest)
+
+    monkeypatch.setattr(runner, "train", trained)
+    monkeypatch.setattr(evaluating, "load_model", loaded)
+    return found
+
+
+def by_stage(folder: Path) -> dict[str, list]:
+    found = {"reference": [], "trial": [], "final": []}
+    for one in read_records(folder).values():
+        found[one.stage].append(one)
+    return found
+
+
+def test_every_method_is_tried_chosen_and_measured_on_equal_terms(place, done):
+    records = by_stage(done)
+    assert [one.method for one in records["reference"]] == [UNTRAINED, TEACHER]
+    assert [(one.method, one.varied["learning_rate"]) for one in records["trial"]] == [
+        (loss, rate) for loss in LOSSES for rate in SWEEP["learning_rate"]
+    ]
+    assert [(one.seed, one.method) for one in records["final"]] == [
+        (seed, loss) for seed in (0, 1) for loss in LOSSES
+    ]
+    choices = json.loads((done / "comparison.json").read_text())["choices"]
+    for method in LOSSES:
+        trials = [one for one in records["trial"] if one.method == method]
+        best = max(trials, key=lambda one: (one.metrics["rouge_lsum"], -one.losses["ce"]))
+        assert choices[method]["varied"] == best.varied
+        assert choices[method]["trial"] == best.key
+        assert {str(one.varied) for one in records["final"] if one.method == method} == {
+            str(best.varied)
+        }
+    tests = [one for stage in ("reference", "final") for one in records[stage]]
+    assert len({tuple((each.id, each.prompt) for each in one.answers) for one in tests}) == 1
+    for one in (*records["trial"], *records["final"]):
+        assert one.steps == 4
+        logged = [entry for entry in one.history if "ce" in entry]
+        assert [entry["step"] for entry in logged] == [1, 2, 3, 4]
+        assert [entry["step"] for entry in one.history if "eval_ce" in entry] == [1, 2, 3, 4]
+        assert one.seconds > 0
+        assert one.metrics["f1"] == pytest.approx(
+            sum(each.scores["f1"] for each in one.answers) / len(one.answers)
+        )
+
+
+def test_all_methods_begin_with_one_student_and_read_the_same_rows_in_one_order(done):
+    for seed in (0, 1):
+        first = {
+            one.method: next(entry["ce"] for entry in one.history if "ce" in entry)
+            for one in by_stage(done)["final"]
+            if one.seed == seed
+        }
+        assert first["sft"] == first["uld"]
+        # It trains on other answers.
+        assert first["seqkd"] != first["sft"]
+
+
+def test_one_run_serves_the_trial_and_the_report(done):
+    folders = list((done / "runs").iterdir())
+    assert len(folders) == 2 * len(LOSSES) + len(LOSSES)
+    files = sorted(len(list(one.glob("predictions-*.jsonl"))) for one in folders)
+    # One split for trials that lost and for the second seed, both for the winners.
+    assert files == [1] * 6 + [2] * 3
+
+
+def test_weights_go_when_nothing_will_be_asked_of_them(place, done):
+    assert not list(done.glob("runs/*/*.safetensors"))
+    assert not list(done.glob("runs/*/checkpoint-*"))
+    assert len(list(done.glob("runs/*/ctkd.json"))) == 9
+    kept = config(place, "kept", losses=("sft",), keep_models=True)
+    runner.compare(kept, say=lambda line: None)
+    assert len(list((place.folder / "kept").glob("runs/*/model.safetensors"))) == 1
+
+
+def test_a_finished_comparison_is_only_looked_up(place, copied, worked):
+    folder = place.folder / copied
+    before = (folder / "results.jsonl").read_bytes()
+    said = []
+    outcome = runner.compare(config(place, copied, seeds=2, sweep=SWEEP), say=said.append)
+    assert worked == []
+    assert (folder / "results.jsonl").read_bytes() == before
+    assert outcome.comparison.methods == list(LOSSES)
+    assert outcome.analysis.baseline == "sft"
+    assert not any("run 1 of" in line for line in said)
+
+
+def test_the_settings_say_what_was_trained_how_and_with_what(place, copied, worked):
+    again = config(place, copied, seeds=2, sweep=SWEEP, published_task="fairytaleqa")
+    comparison = runner.compare(again, say=lambda line: None).comparison
+    found = comparison.settings
+    assert worked == []
+    assert found["published task"] == "fairytaleqa"
+    splits = (found["training rows"], found["development rows"], found["test rows"])
+    assert all(isinstance(one, int) for one in (*splits, found["curve rows"]))
+    assert found["curve rows"] == found["development rows"]
+    assert not {"development split", "test split"} & found.keys()
+    size = json.loads((place.folder / copied / "teacher" / "cache.json").read_text())["vocab_size"]
+    assert found["teacher logits"] == f"top 256 of {size}, cached, asked in float32"
+    assert (found["device"], found["threads"]) == ("cpu", "1")
+    assert (found["torch"], found["ctkd"]) == (torch.__version__, ctkd.__version__)
+    assert "transformers" in found
+    # A loss's own weights are where they take effect.
+    assert "ce_weight" not in found
+    (uld, *_) = comparison.of("uld")
+    assert (uld.settings["ce_weight"], uld.settings["kd_weight"]) == describe("uld").default_weights
+    assert uld.settings["loss_options"] == describe("uld").settings
+
+
+def test_runs_in_two_environments_are_told_as_such(place, copied, worked, monkeypatch):
+    monkeypatch.setattr(training, "__version__", "99")
+    more = config(place, copied, seeds=3, sweep=SWEEP)
+    found = runner.compare(more, say=lambda line: None).comparison.settings
+    assert found["ctkd"] == f"{ctkd.__version__}, 99"
+    assert found["device"] == "cpu"
+
+
+def test_losses_and_seeds_may_be_added(place, copied, worked):
+    more = config(place, copied, losses=(*LOSSES, "mined"), seeds=3, sweep=SWEEP)
+    outcome = runner.compare(more, say=lambda line: None)
+    trained = [one for one in worked if one.startswith("train")]
+    assert trained == [
+        *["train mined data seed 0"] * 2,
+        "train mined data seed 1",
+        *("train sft data seed 2", "train uld data seed 2", "train sft teacher seed 2"),
+        "train mined data seed 2",
+    ]
+    assert outcome.comparison.seeds == [0, 1, 2]
+    # Each was measured once; a winner twice.
+    assert len([one for one in worked if one.startswith("load")]) == 8
+
+
+def test_the_teacher_is_loaded_once_to_make_the_cache(place, monkeypatch):
+    loaded = []
+    original = models.AutoModelForCausalLM.from_pretrained
+
+    def load(source, *rest, **settings):
+        loaded.append(Path(source).name.split("-")[0])
+        return original(source, *rest, **settings)
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", load)
+    runner.compare(config(place, "once"), say=lambda line: None)
+    # The student to know what it can read, then untrained, then trained and measured by each loss.
+    assert loaded == [
+        *("student", "teacher", "student"),
+        *(name for loss in LOSSES for name in ("student", loss)),
+    ]
+
+
+def test_a_cache_that_is_there_is_used(place, done, worked):
+    runner.compare(
+        config(place, "with-cache", sweep=SWEEP, cache=str(done / "teacher")),
+        say=lambda line: None,
+    )
+    assert not (place.folder / "with-cache" / "teacher").exists()
+    ours, theirs = by_stage(place.folder / "with-cache"), by_stage(done)
+    assert [one.answers for one in ours["trial"]] == [one.answers for one in theirs["trial"]]
+    assert [one.losses for one in ours["trial"]] == [one.losses for one in theirs["trial"]]
+
+
+def test_a_cache_of_other_rows_is_refused_before_anything_is_trained(place, done, worked):
+    rows = place.folder / "others.jsonl"
+    rows.write_text(place.rows.read_text().replace("train", "cat"))
+    other = config(place, "other-rows", cache=str(done / "teacher"), common={"data": str(rows)})
+    with pytest.raises(DataError) as caught:
+        runner.compare(other, say=lambda line: None)
+    assert "not in the teacher cache" in str(caught.value)
+    assert worked == []
+
+
+def test_a_cache_without_training_texts_is_refused_before_anything_is_trained(place, worked):
+    made = config(place, "no-texts", losses=("sft", "uld"))
+    runner.compare(made, say=lambda line: None)
+    worked.clear()
+    cache = str(place.folder / "no-texts" / "teacher")
+    for live in (False, True):
+        settings = {"cache": cache, "live_teacher": live}
+        with pytest.raises(DataError) as caught:
+            runner.compare(config(place, f"written-{live}", **settings), say=lambda line: None)
+        assert "holds no answer of the teacher to example" in str(caught.value)
+        assert "--texts all" in str(caught.value)
+    assert worked == []
+    others = config(place, "written-not", losses=("sft",), cache=cache)
+    runner.compare(others, say=lambda line: None)
+
+
+def test_whole_rows_are_asked_of_a_live_teacher(place, worked):
+    losses = ("sft", "mined:form=dense")
+    with pytest.raises(SettingError) as caught:
+        runner.compare(config(place, "rows", losses=losses, top_k=16), say=lambda line: None)
+    assert "mined form=dense needs whole rows of the teacher's logits" in str(caught.value)
+    assert "--live-teacher, or keep all of them with --top-k" in str(caught.value)
+    assert worked == []
+    live = config(place, "live", losses=losses, live_teacher=True)
+    outcome = runner.compare(live, say=lambda line: None)
+    (run,) = [one for one in outcome.comparison.finals if one.method != "sft"]
+    folder = next((place.folder / "live" / "runs").glob("mined*"))
+    assert record(folder)["settings"]["teacher_cache"] is None
+    assert outcome.comparison.settings["teacher logits"] == "live, asked in float32"
+    assert "kd" in run.history[0]
+
+
+def test_a_temperature_that_the_cache_was_not_made_for_is_refused(place, copied, worked):
+    warm = config(place, copied, losses=(*LOSSES, "uld:teacher_temperature=3.0"), sweep=SWEEP)
+    with pytest.raises(OutputError, match="was not made for temperature 3, which"):
+        runner.compare(warm, say=lambda line: None)
+    assert worked == []
+    hot = config(place, "hot", losses=("sft", "uld:teacher_temperature=3.0"))
+    runner.compare(hot, say=lambda line: None)
+    # A cache that knows more is not made anew for a method less.
+    runner.compare(config(place, "hot", losses=("sft",)), say=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"common": {"max_steps": 5}}, "max_steps 4 -> 5"),
+        ({"common": {"seed": 1}}, "seed 0 -> 1"),
+        ({"top_k": 64}, "top_k 256 -> 64"),
+        ({"sweep": {"learning_rate": (1e-4, 1e-3)}}, "sweep of sft"),
+        ({"sweep": {}}, "sweep True -> False"),
+        ({"metric": "f1"}, "metric 'rouge_lsum' -> 'f1'"),
+    ],
+)
+def test_other_settings_than_at_the_beginning_are_refused(place, done, worked, settings, said):
+    before = (done / "comparison.json").read_bytes()
+    with pytest.raises(OutputError) as caught:
+        runner.compare(config(place, "done", **{"sweep": SWEEP, **settings}))
+    assert said in str(caught.value)
+    assert "choose another --output" in str(caught.value)
+    assert worked == []
+    assert (done / "comparison.json").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(place):
+    (place.folder / "thesis").mkdir()
+    (place.folder / "thesis" / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="it is no comparison"):
+        runner.compare(config(place, "thesis"))
+    with pytest.raises(OutputError, match="is a file"):
+        runner.compare(config(place, "thesis/thesis.tex"))
+    assert [one.name for one in (place.folder / "thesis").iterdir()] == ["thesis.tex"]
+
+
+def test_two_processes_do_not_work_in_one_folder(place, copied, monkeypatch):
+    same = config(place, copied, seeds=2, sweep=SWEEP)
+    refused = []
+
+    def nested(settings, folder, say):
+        monkeypatch.undo()
+        with pytest.raises(OutputError) as caught:
+            runner.compare(same, say=say)
+        refused.append(str(caught.value))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "prepare", nested)
+    with pytest.raises(KeyboardInterrupt):
+        runner.compare(same, say=lambda line: None)
+    assert "another process works in" in refused[0]
+
+
+def test_a_record_that_was_lost_is_made_again(place, copied, worked, monkeypatch):
+    monkeypatch.setattr(runner, "give_back_freed_memory", lambda: worked.append("give back"))
+    folder = place.folder / copied
+    lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    lost = [line for line in lines if '"stage": "final"' in line][-2:]
+    (folder / "results.jsonl").write_text("".join(line for line in lines if line not in lost))
+    before = read_records(place.folder / "done")
+    runner.compare(config(place, copied, seeds=2, sweep=SWEEP), say=lambda line: None)
+    assert [one for one in worked if not one.startswith("load")] == [
+        "give back",
+        "train uld data seed 1",
+        "give back",
+        "train sft teacher seed 1",
+    ]
+    found = read_records(folder)
+    assert found.keys() == before.keys()
+    for key, one in found.items():
+        assert (one.answers, one.losses) == (before[key].answers, before[key].losses)
+
+
+def test_progress_says_which_run_it_is_and_how_long_the_rest_takes(place):
+    said = []
+    rows = {"eval_data": str(place.rows), "eval_limit": 3}
+    quick = config(place, "told", losses=("sft", "uld:kd_weight=0.15"), seeds=2, common=rows)
+    outcome = runner.compare(quick, say=said.append)
+    assert outcome.comparison.settings["test rows"] == 3
+    assert outcome.comparison.settings["test split"] == "first 3 of 20"
+    runs = [line for line in said if line.startswith("run ")]
+    assert [line.split(";")[0] for line in runs] == [
+        "run 1 of 4: sft, seed 0",
+        "run 2 of 4: uld kd_weight=0.15, seed 0",
+        "run 3 of 4: sft, seed 1",
+        "run 4 of 4: uld kd_weight=0.15, seed 1",
+    ]
+    assert "to go" not in runs[0]
+    assert all(" so far, about " in line and line.endswith(" to go") for line in runs[1:])
+    (prepared,) = [line for line in said if line.startswith("done once, before any run: ")]
+    assert "teacher cache" in prepared and "vocabulary maps" in prepared

@@ -1,0 +1,285 @@
+"""What a cache holds is what the teacher says, and a cache that is not whole is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import ctkd
+from ctkd.dense_logits import DenseLogits
+from ctkd.distill.data.encoding import EncodedSide
+from ctkd.distill.models.loading import load_model
+from ctkd.distill.preparing import Forms, encode, load_examples, load_models
+from ctkd.distill.teachers.cache import TeacherCache, row_key
+from ctkd.errors import DataError, SettingError
+from ctkd.top_k import TopK
+from tests.distill import tiny
+from tests.distill.tiny_caches import save_teacher, write_ragged_rows
+
+TEMPERATURES = (1.0, 2.0, 0.5)
+
+
+@pytest.fixture(scope="module")
+def caches(place) -> dict[int, TeacherCache]:
+    """Of nothing, of some and of all columns, in shards that no batch size divides."""
+    return {
+        k: place.cache(f"k{k}", k=k, temperatures=TEMPERATURES, shard_rows=7, texts="none")
+        for k in (0, 5, 10_000)
+    }
+
+
+@pytest.fixture(scope="module")
+def sides(place) -> list[EncodedSide]:
+    """The teacher's side of every row."""
+    return [row.teacher for row in rows_of(place)]
+
+
+def rows_of(place, **settings):
+    config = place.config(**settings)
+    training, held_out = load_examples(config, lambda line: None)
+    models = load_models(config, lambda line: None)
+    forms = Forms.of(config, training)
+    return [
+        row
+        for chosen in (training, held_out)
+        for row in encode(config, models, chosen, forms, "training", lambda line: None).rows
+    ]
+
+
+def live(place, side: EncodedSide, k: int) -> dict[str, torch.Tensor]:
+    """What the teacher says of one row, asked alone and without padding."""
+    model = load_model(str(place.teacher))
+    size = len(tiny.tokenizer(330))
+    assert model.lm_head.out_features == size + 7
+    with torch.no_grad():
+        logits = model(torch.tensor([[*side.prompt_ids, *side.answer_ids]])).logits
+    logits = logits[:, len(side.prompt_ids) - 1 :, :size]
+    targets = torch.tensor([[*side.answer_ids, side.eos_id]])
+    kept = TopK.of(DenseLogits(logits), targets, min(k, size), TEMPERATURES)
+    log_probs = F.log_softmax(logits, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return {**{name: value[0] for name, value in kept.tensors().items()}, "label": log_probs[0]}
+
+
+@pytest.mark.parametrize("k", [0, 5, 10_000])
+def test_a_row_is_what_the_teacher_says_of_it(place, caches, sides, k):
+    cache = caches[k]
+    assert len(cache.record["shards"]) == 3
+    assert len(cache) == len(sides) == 20
+    assert cache.vocab_size == len(tiny.tokenizer(330))
+    assert cache.k == min(k, cache.vocab_size)
+    for side in sides:
+        count = len(side.answer_ids) + 1
+        stored = cache.batch([side], count)
+        expected = live(place, side, k)
+        assert stored.keys() | {"label"} == expected.keys()
+        for name, value in stored.items():
+            assert value.shape == (1, *expected[name].shape), name
+            assert value.dtype == expected[name].dtype, name
+            assert torch.allclose(value[0].double(), expected[name].double(), 1e-5, 1e-5), name
+        assert stored["label_ids"].tolist() == [[*side.answer_ids, side.eos_id]]
+        plain = stored["label_values"] - stored["log_normalisers"][..., 0, 0]
+        assert torch.allclose(plain[0], expected["label"], 0, 1e-5)
+
+
+def test_ids_are_those_of_the_teacher_without_ties(place, caches, sides):
+    for side in sides[:3]:
+        stored = caches[5].batch([side], len(side.answer_ids) + 1)["ids"][0]
+        assert torch.equal(stored, live(place, side, 5)["ids"])
+        assert not stored.eq(stored.roll(1, -1)).any()
+
+
+def test_rows_of_a_batch_are_cut_and_padded_to_what_is_asked(caches, sides):
+    ragged = sorted(sides, key=lambda side: len(side.answer_ids))
+    ragged = [ragged[0], ragged[-1], ragged[7]]
+    lengths = [len(side.answer_ids) for side in ragged]
+    assert lengths[0] < lengths[2] < lengths[1]
+    longest = max(lengths)
+    stored = caches[5].batch(ragged, longest)
+    for name, value in stored.items():
+        assert value.shape[:2] == (3, longest), name
+        for row, side in enumerate(ragged):
+            alone = caches[5].batch([side], len(side.answer_ids) + 1)[name][0]
+            end = min(len(side.answer_ids) + 1, longest)
+            assert torch.equal(value[row, :end], alone[:end]), name
+            assert not value[row, end:].any(), name
+    assert caches[5].as_top_k(stored).temperatures == TEMPERATURES
+
+
+def test_files_take_four_bytes_an_entry(caches):
+    cache = caches[5]
+    tensors = load_file(cache.path / "logits-00000.safetensors")
+    assert {value.element_size() for value in tensors.values()} == {4}
+    assert len(tensors["ids"]) == sum(count for _, count in cache.record["shards"][0]["rows"])
+
+
+def test_a_row_is_found_by_all_that_the_teacher_reads_and_is_scored_on(caches, sides):
+    side = sides[0]
+    assert side in caches[5]
+    for changes in (
+        {"prompt_ids": [*side.prompt_ids, 5]},
+        {"answer_ids": side.answer_ids[:-1]},
+        {"eos_id": None},
+        {"prompt_ids": side.prompt_ids + side.answer_ids[:1], "answer_ids": side.answer_ids[1:]},
+    ):
+        other = replace(side, **{"chunk_ids": [], **changes})
+        assert row_key(other) != row_key(side)
+        assert other not in caches[5]
+        with pytest.raises(DataError, match="a row is not in the teacher cache .*same options"):
+            caches[5].batch([other], 1)
+    assert replace(side, chunk_ids=[]) in caches[5]
+
+
+def test_rows_that_were_not_asked_about_are_named(place, caches, tmp_path):
+    write_ragged_rows(tmp_path / "more.jsonl", 24)
+    rows = rows_of(place, data=str(tmp_path / "more.jsonl"))
+    with pytest.raises(DataError, match="4 of 24 training rows are not in the teacher cache"):
+        caches[5].check_rows(rows, "training")
+    caches[5].check_rows(rows_of(place), "training")
+
+
+@pytest.fixture
+def copied(place, caches, tmp_path):
+    """A cache to be damaged."""
+    for file in caches[5].path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    TeacherCache.open(tmp_path)
+    return tmp_path
+
+
+def flip(path, place=-10):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+SHARD = "logits-00001.safetensors"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: flip(folder / SHARD),
+        lambda folder: flip(folder / SHARD, 20),
+        lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100]),
+        lambda folder: (folder / SHARD).write_bytes(b""),
+        lambda folder: (folder / SHARD).unlink(),
+    ],
+    ids=["flipped", "flipped-header", "cut", "empty", "missing"],
+)
+def test_a_damaged_shard_is_named_with_a_way_out(copied, damage):
+    damage(copied)
+    with pytest.raises(DataError, match=rf"{SHARD} is missing or not as it was written; repeat"):
+        TeacherCache.open(copied)
+
+
+def test_a_folder_without_a_cache_is_named(tmp_path):
+    with pytest.raises(DataError, match="holds no teacher cache .* make one with `ctkd cache"):
+        TeacherCache.open(tmp_path)
+    with pytest.raises(DataError, match="holds no teacher cache"):
+        TeacherCache.open(tmp_path / "none")
+
+
+def change(folder, **entries):
+    record = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps({**record, **entries}))
+
+
+def test_other_formats_and_unfinished_caches_are_refused(copied):
+    change(copied, format=2)
+    with pytest.raises(DataError, match="not written by this version of ctkd .format 1.; make"):
+        TeacherCache.open(copied)
+    change(copied, format=1, finished=False)
+    with pytest.raises(DataError, match="is not finished; repeat the `ctkd cache` that began it"):
+        TeacherCache.open(copied)
+    (copied / "cache.json").write_text('{"format": 1, ')
+    with pytest.raises(DataError, match=r"cache.json cannot be read .*delete the folder"):
+        TeacherCache.open(copied)
+    (copied / "cache.json").write_text("[1]")
+    with pytest.raises(DataError, match="not written by this version"):
+        TeacherCache.open(copied)
+
+
+def test_texts_that_are_missing_or_damaged_are_noticed(place):
+    folder = place.cache("texts", k=3, texts="held-out").path
+    whole = (folder / "texts.jsonl").read_bytes()
+    assert len(whole.splitlines()) == 2
+    for damaged in (whole.splitlines(keepends=True)[0], b"", whole[:-30]):
+        (folder / "texts.jsonl").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"holds [01] of 2 texts that can be read; repeat"):
+            TeacherCache.open(folder)
+    (folder / "texts.jsonl").unlink()
+    with pytest.raises(DataError, match="holds 0 of 2 texts"):
+        TeacherCache.open(folder)
+    assert len(place.cache("texts", k=3, texts="held-out").texts) == 2
+
+
+def test_a_cache_of_another_teacher_is_refused(place, caches, tmp_path):
+    table = load_models(place.config(), print).pair.teacher_bytes
+    save_teacher(tmp_path / "other", seed=3)
+    caches[5].check_teacher(str(place.teacher), table)
+    with pytest.raises(SettingError, match="made from other weights than those of .*other"):
+        caches[5].check_teacher(str(tmp_path / "other"), table)
+    narrower = ctkd.tokenization.token_bytes.TokenBytes.from_tokenizer(tiny.tokenizer(320))
+    with pytest.raises(SettingError, match="made for the tokenizer of .*teacher, that of it"):
+        caches[5].check_teacher("it", narrower)
+
+
+def test_a_moved_teacher_is_the_same_teacher(place, caches, tmp_path):
+    table = load_models(place.config(), print).pair.teacher_bytes
+    moved = tmp_path / "moved"
+    save_teacher(moved)
+    caches[5].check_teacher(str(moved), table)
+    again = place.cache("moved", teacher=str(moved), k=5, temperatures=TEMPERATURES, texts="none")
+    assert again.fingerprint == caches[5].fingerprint
+    assert caches[0].fingerprint != caches[5].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in ctkd.list_losses()),
+        ("mined", {"alignment": "dtw"}),
+        ("alm", {"debias": True}),
+        ("multilevelot", {"matching": "greedy"}),
+    ],
+)
+def test_every_loss_is_served_by_all_columns(place, caches, name, options):
+    temperatures = tuple({1.0, 2.0, 1.5})
+    cache = place.cache("every", k=10_000, temperatures=temperatures, texts="none")
+    pair = load_models(place.config(), print).pair
+    cache.check_serves(ctkd.get_loss(name, pair=pair, **options), name, pair.student_size)
+
+
+def test_many_shards_are_read_without_keeping_files_open(place, sides):
+    cache = place.cache("many", k=1, shard_rows=1, texts="none")
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc").is_dir() else 0
+    cache.batch(sides, 3)
+    after = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc").is_dir() else 0
+    assert len(cache.record["shards"]) == 20
+    assert after - before < 5
+
+
+def test_a_loss_that_asks_too_much_is_refused(place, caches):
+    pair = load_models(place.config(), print).pair
+    size = pair.student_size
+
+    def serves(name, stored, **options):
+        caches[stored].check_serves(ctkd.get_loss(name, pair=pair, **options), name, size)
+
+    for name in ("uld", "mined", "multilevelot", "alm", "gold"):
+        serves(name, 10_000)
+    serves("uld", 5)
+    serves("mined", 5, k=5)
+    serves("alm", 0)
+    with pytest.raises(SettingError, match=r"gold needs whole rows.* 5 of \d+ entries; train it"):
+        serves("gold", 5)
+    with pytest.raises(SettingError, match="uld needs the teacher's largest logits, but .*k is 0"):
+        serves("uld", 0)
+    with pytest.raises(SettingError, match="the largest 10 entries .* only 5 are stored; cache"):
+        serves("mined", 5)
+    with pytest.raises(SettingError, match=r"temperature 1.5, .* stored at 1, 2, 0.5; cache it"):
+        serves("uld", 5, teacher_temperature=1.5)

@@ -1,0 +1,380 @@
+"""A whole training run: what it reads, what it leaves behind, and that it can be repeated."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ctkd
+from ctkd.distill import preparing
+from ctkd.distill.config import TrainConfig
+from ctkd.distill.preparing import load_examples
+from ctkd.distill.training import measuring
+from ctkd.distill.training import run as training
+from ctkd.distill.training.measuring import summarize
+from ctkd.errors import DataError, SettingError
+from tests.distill.tiny_runs import (
+    ANSWER,
+    error_of,
+    finish,
+    invoke,
+    record,
+    weights,
+    write_rows,
+)
+
+LEARNING = ["--max-steps", "20", "--logging-steps", "5", "--learning-rate", "0.03"]
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """A run that learns the one answer, with what it printed."""
+    return finish(*place.train("run", *LEARNING))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
+
+
+def logged(folder, key) -> list[float]:
+    return [entry[key] for entry in record(folder)["results"]["history"] if key in entry]
+
+
+def same(first, second) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_folder_is_a_model_as_transformers_saves_it(place, run):
+    model, report = AutoModelForCausalLM.from_pretrained(
+        place.folder / "run", output_loading_info=True
+    )
+    assert not any(report.values())
+    assert model.config.use_cache is True
+    tokenizer = AutoTokenizer.from_pretrained(place.folder / "run")
+    assert (
+        tokenizer("Rain fell.").input_ids
+        == AutoTokenizer.from_pretrained(place.student)("Rain fell.").input_ids
+    )
+    before, after = weights(place.student), weights(place.folder / "run")
+    assert before["model.norm.weight"].dtype == torch.float64
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert all((before[name] != after[name]).any() for name in after)
+
+
+def test_the_folder_holds_nothing_else_than_the_run(place, run):
+    assert sorted(path.name for path in (place.folder / "run").iterdir()) == [
+        "config.json",
+        "ctkd.json",
+        "curves.png",
+        "generation_config.json",
+        "model.safetensors",
+        "predictions-student-after.jsonl",
+        "predictions-student-before.jsonl",
+        "predictions-teacher.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_args.bin",
+    ]
+    assert (place.folder / "run" / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_everything_that_was_found_is_recorded(place, run):
+    results = record(place.folder / "run")["results"]
+    for stage in ("student before", "teacher"):
+        assert results[stage] == {"exact_match": 0.0, "f1": 0.0, "rouge_lsum": 0.0, "n": 2}
+    assert results["student after"]["f1"] == results["student after"]["exact_match"] == 100.0
+    names = ["ce", "kd", "kd/had", "kd/sl", "kd/sd"]
+    for stage in ("losses before", "losses after"):
+        assert list(results[stage]) == names
+        parts = [results[stage][name] for name in names[2:]]
+        assert sum(parts) == pytest.approx(results[stage]["kd"], rel=1e-5)
+    assert results["losses before"]["ce"] > 5 > 1 > results["losses after"]["ce"]
+    assert results["seconds per step"] > 0
+    assert results["steps"] == 20
+    assert results["finished"]
+    environment = record(place.folder / "run")["environment"]
+    assert environment["ctkd"] == ctkd.__version__
+    assert environment["device"] == "cpu"
+    assert {"python", "torch", "transformers", "threads"} <= set(environment)
+
+
+def test_the_history_has_each_log_and_both_ends(place, run):
+    history = record(place.folder / "run")["results"]["history"]
+    results = record(place.folder / "run")["results"]
+    training_logs = [entry for entry in history if "ce" in entry]
+    assert [entry["step"] for entry in training_logs] == [1, 5, 10, 15, 20]
+    # Later ones average over steps of unequal size: the loss by steps, its terms by tokens.
+    first = training_logs[0]
+    assert first["loss"] == pytest.approx(first["ce"] + 0.15 * first["kd"], rel=1e-5)
+    for entry in training_logs:
+        assert entry["kd"] == pytest.approx(
+            sum(entry[f"kd/{part}"] for part in ("had", "sl", "sd")), rel=1e-5
+        )
+    held_out = [entry for entry in history if "eval_ce" in entry]
+    assert [entry["step"] for entry in held_out] == [0, 20]
+    for entry, stage in zip(held_out, ("losses before", "losses after"), strict=True):
+        assert {f"eval_{name}": value for name, value in results[stage].items()}.items() <= (
+            entry.items()
+        )
+
+
+def test_results_go_to_stdout_and_progress_to_stderr(place, run):
+    lines = run.stdout.splitlines()
+    assert lines[0].split() == ["held-out,", "2", "examples", "before", "after", "teacher"]
+    assert lines[2].split() == ["F1", "0.0", "100.0", "0.0"]
+    losses = record(place.folder / "run")["results"]["losses after"]
+    table = {tuple(line.split()[:-2]): line.split()[-2:] for line in lines if line[:1].strip()}
+    assert table["cross-entropy", "(nats", "per", "token)"][1] == f"{losses['ce']:.4f}"
+    assert table["multilevelot",][1] == f"{losses['kd']:.4f}"
+    assert table["-", "sd"][1] == f"{losses['kd/sd']:.4f}"
+    assert any(line.endswith("s per step, 20 steps") for line in lines)
+    assert lines[-1].endswith(str(place.folder / "run"))
+    for said in (
+        "cut off 2 of the training examples",
+        "18 training examples, 2 held out",
+        f"student: {place.student}",
+        f"teacher: {place.teacher}",
+        "student before: F1 0.0",
+        "losses before, held-out: ce 5.",
+        "step    1/20  ce ",
+        "step   20/20  ce ",
+        "student after: F1 100.0, exact match 100.0",
+    ):
+        assert said in run.stderr, said
+        assert said not in run.stdout, said
+
+
+def test_answers_to_held_out_prompts_are_kept(place, run):
+    lines = (place.folder / "run" / "predictions-student-after.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    rows = {row["id"]: row for row in map(json.loads, place.rows.read_text().splitlines())}
+    assert len(answers) == 2
+    for answer in answers:
+        assert answer["prediction"] == ANSWER.strip()
+        assert answer["prompt"] == rows[answer["id"]]["prompt"]
+        assert answer["references"] == [ANSWER]
+
+
+def test_a_teacher_below_the_student_is_pointed_out(place, run, monkeypatch):
+    assert "note: the teacher's Rouge-LSum (0.0) is below the student's after training" in (
+        run.stdout
+    )
+    folder = training.OutputFolder(place.folder / "run", record(place.folder / "run"))
+    folder.results["student before"]["rouge_lsum"] = 0.5
+    assert "is below the student's before training (0.5)" in summarize(folder)
+    folder.results["teacher"]["rouge_lsum"] = 100.0
+    assert "note:" not in summarize(folder)
+    assert "Traceback" not in summarize(folder)
+    folder.results["teacher"]["f1"] = 0.0
+    folder.record["settings"]["task"] = "qa"
+    assert "note: the teacher's F1 (0.0) is below" in summarize(folder)
+
+
+def test_a_run_is_repeated_from_its_record(place, run, undrawn):
+    settings = record(place.folder / "run")["settings"]
+    assert TrainConfig.from_mapping(settings).as_dict() == settings
+    (place.folder / "again.yaml").write_text(yaml.safe_dump(settings))
+    again = place.folder / "again"
+    finish("train", "--config", str(place.folder / "again.yaml"), "--output", str(again))
+    assert same(weights(place.folder / "run"), weights(again))
+    first, second = record(place.folder / "run")["results"], record(again)["results"]
+    for stage in ("student before", "teacher", "losses before", "losses after", "student after"):
+        assert first[stage] == second[stage]
+    assert logged(place.folder / "run", "ce") == logged(again, "ce")
+    assert {**record(again)["settings"], "output": settings["output"]} == settings
+
+
+def test_another_seed_is_another_order(place, undrawn):
+    write_rows(place.folder / "same.jsonl", 3)
+    for seed in ("0", "1"):
+        words = ["--seed", seed, "--eval-data", str(place.folder / "same.jsonl")]
+        finish(*place.train(f"seed{seed}", *words, "--max-steps", "1"))
+    first, second = place.folder / "seed0", place.folder / "seed1"
+    assert logged(first, "ce") != pytest.approx(logged(second, "ce"), rel=1e-6)
+    before = [record(folder)["results"]["losses before"] for folder in (first, second)]
+    assert before[0] == before[1]
+
+
+def test_options_override_the_file(place, undrawn):
+    file = place.folder / "options.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "loss": "multilevelot",
+                "loss_options": {"k": 7, "matching": "greedy"},
+                "columns": {"prompt": "wrong"},
+                "max_steps": 1,
+                "learning_rate": 1e-6,
+                "seed": 3,
+            }
+        ).replace("1.0e-06", "1e-6")
+    )
+    assert "1e-6" in file.read_text()
+    place_options = place.train("options", "--config", str(file), "--column", "prompt=prompt")
+    finish(*place_options, "--loss-option", "k=5")
+    settings = record(place.folder / "options")["settings"]
+    assert settings["loss_options"] == {"k": 5, "matching": "greedy"}
+    assert settings["columns"] == {"prompt": "prompt"}
+    assert (settings["learning_rate"], settings["seed"], settings["max_steps"]) == (1e-6, 3, 2)
+
+
+def test_epochs_as_an_option_go_before_the_steps_of_the_file(place, undrawn):
+    file = place.folder / "steps.yaml"
+    file.write_text("max_steps: 1\n")
+    words = place.train("epochs", "--config", str(file))
+    start = words.index("--max-steps")
+    finish(*words[:start], *words[start + 2 :], "--epochs", "0.5")
+    # 18 examples in batches of 4 are 5 steps an epoch; 2.5 of them are begun.
+    assert record(place.folder / "epochs")["results"]["steps"] == 3
+    assert record(place.folder / "epochs")["settings"]["max_steps"] is None
+
+
+def test_sft_never_loads_a_teacher(place, monkeypatch, undrawn):
+    asked = []
+    for name in ("load_model", "load_tokenizer"):
+        load = getattr(preparing, name)
+        monkeypatch.setattr(
+            preparing,
+            name,
+            lambda source, _load=load, **settings: (
+                asked.append(source) or _load(source, **settings)
+            ),
+        )
+    shown = finish(*place.train("sft", "--loss", "sft", "--teacher", "./no-such-model"))
+    assert set(asked) == {str(place.student)}
+    results = record(place.folder / "sft")["results"]
+    assert "teacher" not in results
+    assert list(results["losses after"]) == ["ce"]
+    assert logged(place.folder / "sft", "kd") == []
+    assert "teacher" not in shown.output
+
+
+def test_weights_of_zero_switch_a_term_off(place, undrawn):
+    folder = place.folder
+    finish(*place.train("sft-alone", "--loss", "sft"))
+    finish(*place.train("kd0", "--kd-weight", "0"))
+    finish(*place.train("ce0", "--ce-weight", "0", "--kd-weight", "1.5"))
+    assert same(weights(folder / "sft-alone"), weights(folder / "kd0"))
+    assert not same(weights(folder / "kd0"), weights(folder / "ce0"))
+    for name, ce, kd in (("kd0", 1.0, 0.0), ("ce0", 0.0, 1.5)):
+        for loss, ce_value, kd_value in zip(
+            *(logged(folder / name, key) for key in ("loss", "ce", "kd")), strict=True
+        ):
+            assert loss == pytest.approx(ce * ce_value + kd * kd_value, rel=1e-4)
+
+
+def test_accumulated_batches_make_the_steps_of_one_batch(place, undrawn):
+    finish(*place.train("whole", "--batch-size", "4"))
+    finish(*place.train("split", "--batch-size", "1", "--grad-accumulation", "4"))
+    whole, split = place.folder / "whole", place.folder / "split"
+    for key in ("ce", "kd", "kd/sd"):
+        assert logged(whole, key) == pytest.approx(logged(split, key), rel=1e-4)
+    assert record(split)["results"]["steps"] == 2
+
+
+def test_evaluation_data_of_its_own_is_used(place, undrawn):
+    write_rows(place.folder / "held-out.jsonl", 3)
+    shown = finish(*place.train("held", "--eval-data", str(place.folder / "held-out.jsonl")))
+    assert "20 training examples, 3 held out" in shown.stderr
+    assert "cut off" not in shown.stderr
+    assert record(place.folder / "held")["results"]["student after"]["n"] == 3
+
+
+def test_the_end_of_sequence_is_scored_if_asked(place, undrawn):
+    finish(*place.train("eos", "--score-eos", "--max-steps", "1"))
+    finish(*place.train("no-eos", "--no-score-eos", "--max-steps", "1"))
+    with_eos, without = logged(place.folder / "eos", "kd"), logged(place.folder / "no-eos", "kd")
+    assert with_eos[0] != pytest.approx(without[0], rel=1e-2)
+    assert logged(place.folder / "eos", "ce") == pytest.approx(
+        logged(place.folder / "no-eos", "ce"), rel=1e-6
+    )
+
+
+def test_bfloat16_trains_float32_weights(place, undrawn):
+    shown = finish(*place.train("bf16", "--dtype", "bfloat16"))
+    after = weights(place.folder / "bf16")
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert any((value.bfloat16().float() != value).any() for value in after.values())
+    assert "warning" not in shown.stderr
+
+
+def test_weights_in_bfloat16_are_warned_about(place, undrawn):
+    shown = finish(*place.train("pure", "--dtype", "bfloat16-pure"))
+    assert {value.dtype for value in weights(place.folder / "pure").values()} == {torch.bfloat16}
+    warned = [line for line in shown.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 1
+    assert "--dtype bfloat16 keeps them in float32" in warned[0]
+
+
+def test_the_last_checkpoint_is_kept_if_asked(place, undrawn):
+    finish(*place.train("kept", "--keep-checkpoints", "--save-steps", "1"))
+    assert [path.name for path in place.folder.glob("kept/checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_rows_too_long_for_a_model_are_left_out_and_said(place, undrawn):
+    rows = place.folder / "long.jsonl"
+    write_rows(rows, 20)
+    held_out = place.folder / "long-held-out.jsonl"
+    write_rows(held_out, 2)
+    long = {"prompt": "Well? " * 200, "answer": ANSWER}
+    for file in (rows, held_out):
+        file.write_text(file.read_text() + json.dumps(long) + "\n")
+    shown = finish(*place.train("long", "--data", str(rows), "--eval-data", str(held_out)))
+    assert "training: left out 1 of 21 examples as longer than 128 tokens" in shown.stderr
+    assert "held-out: left out 1 of 3 examples as longer than 125 tokens" in shown.stderr
+    assert record(place.folder / "long")["results"]["student after"]["n"] == 2
+
+
+def test_an_answer_must_fit_into_the_model(place):
+    result = invoke(*place.train("wide", "--max-new-tokens", "127"))
+    assert "max_new_tokens 127 leaves no room for a prompt in the 128 positions of " in (
+        error_of(result)
+    )
+    assert not (place.folder / "wide").exists()
+
+
+def passages(path, count) -> None:
+    rows = [
+        {"context": f"Passage {number // 3}.", "question": f"Which? {number}", "answers": ["It"]}
+        for number in range(count)
+    ]
+    path.write_text(json.dumps(rows))
+
+
+def test_a_held_out_part_shares_no_passage_with_the_rest(tmp_path):
+    passages(tmp_path / "rows.json", 60)
+    said = []
+    config = TrainConfig(data=str(tmp_path / "rows.json"), loss="sft")
+    found, held_out = load_examples(config, said.append)
+    assert len(found) + len(held_out) == 60
+    assert 6 <= len(held_out) <= 8
+    assert not {one.group for one in found} & {one.group for one in held_out}
+    assert said[0] == f"no evaluation data given: cut off {len(held_out)} of the training examples"
+    other = TrainConfig(data=config.data, loss="sft", seed=1)
+    assert load_examples(other, said.append)[1] != held_out
+
+
+def test_the_embedded_set_brings_its_own_test_part():
+    said = []
+    found, held_out = load_examples(TrainConfig(eval_limit=7), said.append)
+    assert len(held_out) == 7
+    assert not any("cut off" in line for line in said)
+    assert said[0].startswith("held-out examples: the first 7 of ")
+    assert not {one.group for one in found} & {one.group for one in held_out}
+    named = TrainConfig(eval_limit=7, eval_data="pocketqa")
+    assert load_examples(named, said.append)[1] == held_out
+
+
+def test_one_passage_cannot_be_split(tmp_path):
+    passages(tmp_path / "rows.json", 3)
+    with pytest.raises(DataError, match="name evaluation data of its own"):
+        load_examples(TrainConfig(data=str(tmp_path / "rows.json")), print)
+
+
+def test_only_known_devices_are_chosen():
+    with pytest.raises(SettingError, match="one of auto, cpu, cuda, got 'tpu'"):
+        training.choose_device("tpu")
+    assert training.choose_device("cpu").type == "cpu"

@@ -1,0 +1,269 @@
+"""The trainer's loss is that of the whole optimizer step, however the step is split."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import ctkd
+from ctkd.distill.training.trainer import LOSS_FILE, CrossTokenizerTrainer
+from ctkd.errors import SettingError
+from ctkd.loss import LossOutput
+from tests.distill.tiny import Setup
+
+
+def arguments(folder, **settings) -> TrainingArguments:
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 1,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "data_seed": 0,
+        "logging_nan_inf_filter": False,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **settings})
+
+
+def trainer(setup, folder, loss="uld", *, with_teacher=True, weights=None, **settings):
+    chosen = ctkd.get_loss(loss) if isinstance(loss, str) else loss
+    return CrossTokenizerTrainer(
+        setup.student,
+        arguments(folder, **settings),
+        loss=chosen if with_teacher else None,
+        teacher=setup.teacher if with_teacher else None,
+        weights=weights,
+        student_vocab_size=len(setup.student_tokenizer),
+        teacher_vocab_size=len(setup.teacher_tokenizer),
+        data_collator=setup.collator,
+        train_dataset=setup.rows,
+        eval_dataset=setup.rows,
+        processing_class=setup.student_tokenizer,
+    )
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same_weights(first, second, tolerance=1e-12) -> bool:
+    return all(torch.allclose(first[name], second[name], 0, tolerance) for name in first)
+
+
+@pytest.mark.parametrize("loss", ["uld", "multilevelot"])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_step_is_the_same_however_it_is_split(tmp_path, loss, batch_size):
+    whole, split = Setup(), Setup()
+    before = weights_of(whole.student)
+    trainer(whole, tmp_path, loss, per_device_train_batch_size=6).train()
+    trainer(
+        split,
+        tmp_path,
+        loss,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=6 // batch_size,
+    ).train()
+    assert not same_weights(before, weights_of(whole.student), 1e-6)
+    assert same_weights(weights_of(whole.student), weights_of(split.student))
+
+
+def by_hand(setup, row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum of cross-entropy, its tokens, and ULD's sum of one unpadded row."""
+    student, teacher = row.student, row.teacher
+    ids = torch.tensor([[*student.prompt_ids, *student.answer_ids, student.eos_id]])
+    start, size = len(student.prompt_ids), len(student.answer_ids)
+    logits = setup.student(ids).logits[0]
+    ce = F.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum")
+    teacher_ids = torch.tensor([[*teacher.prompt_ids, *teacher.answer_ids]])
+    teacher_logits = setup.teacher(teacher_ids).logits[0, len(teacher.prompt_ids) - 1 : -1]
+    student_logits = logits[start - 1 : start - 1 + size, : len(setup.student_tokenizer)]
+    n = min(size, len(teacher.answer_ids))
+    p = student_logits.softmax(-1).sort(-1, descending=True).values[:n]
+    q = teacher_logits.softmax(-1).sort(-1, descending=True).values[:n]
+    q = F.pad(q, (0, max(0, p.shape[1] - q.shape[1])))
+    p = F.pad(p, (0, q.shape[1] - p.shape[1]))
+    return ce, torch.tensor(size + 1), (p - q).abs().sum(), torch.tensor(size)
+
+
+def test_the_gradient_is_that_of_a_loop_over_unpadded_rows(tmp_path):
+    setup, other = Setup(), Setup()
+    run = trainer(
+        setup,
+        tmp_path,
+        weights=ctkd.Weights(0.7, 1.3),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+    )
+    run.train()
+    rows = [torch.stack(by_hand(other, row)) for row in other.rows]
+    ce, tokens, kd, units = torch.stack(rows).sum(0)
+    loss = 0.7 * ce / tokens + 1.3 * kd / units
+    loss.backward()
+    for name, parameter in other.student.named_parameters():
+        moved = parameter - 0.1 * parameter.grad
+        assert torch.allclose(setup.student.get_parameter(name), moved, 0, 1e-10), name
+    log = run.state.log_history[0]
+    assert log["ce"] == pytest.approx(float((ce / tokens).detach()), rel=1e-9)
+    assert log["kd"] == pytest.approx(float((kd / units).detach()), rel=1e-9)
+    assert log["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+def test_parts_are_logged_and_sum_to_the_loss(tmp_path):
+    run = trainer(Setup(), tmp_path, "multilevelot", per_device_train_batch_size=2, max_steps=2)
+    run.train()
+    log = run.state.log_history[1]
+    parts = [log[f"kd/{name}"] for name in ("had", "sl", "sd")]
+    assert sum(parts) == pytest.approx(log["kd"], rel=1e-6)
+
+
+def test_evaluation_does_not_depend_on_its_batches(tmp_path):
+    setup = Setup()
+    small = trainer(setup, tmp_path, "multilevelot", per_device_eval_batch_size=1).evaluate()
+    large = trainer(setup, tmp_path, "multilevelot", per_device_eval_batch_size=6).evaluate()
+    for name in ("eval_ce", "eval_kd", "eval_kd/had", "eval_kd/sd", "eval_loss"):
+        assert small[name] == pytest.approx(large[name], rel=1e-9), name
+
+
+def test_the_teacher_stays_as_it_was(tmp_path):
+    setup = Setup()
+    setup.teacher.train()
+    before = weights_of(setup.teacher)
+    run = trainer(setup, tmp_path, max_steps=2)
+    run.train()
+    assert same_weights(before, weights_of(setup.teacher), 0)
+    assert not setup.teacher.training
+    assert all(not p.requires_grad and p.grad is None for p in setup.teacher.parameters())
+    assert not any("teacher" in name for name, _ in run.model.named_parameters())
+
+
+def test_without_a_loss_it_is_cross_entropy_alone(tmp_path):
+    setup = Setup()
+    run = trainer(setup, tmp_path, with_teacher=False, per_device_train_batch_size=6)
+    run.train()
+    log = run.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["ce"], rel=1e-4)
+    assert "kd" not in log
+
+
+def test_logits_are_computed_only_where_answers_are_scored(tmp_path):
+    setup = Setup()
+    seen = []
+    setup.student.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape[1]))
+    trainer(setup, tmp_path, per_device_train_batch_size=6).train()
+    longest = max(len(row.student.answer_ids) + 1 for row in setup.rows)
+    assert seen == [longest + 1]
+
+
+def test_resuming_gives_the_same_weights(tmp_path):
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4}
+    settings |= {"per_device_train_batch_size": 2, "lr_scheduler_type": "linear"}
+    straight, stopped = Setup(), Setup()
+    trainer(straight, tmp_path / "a", **settings).train()
+    saving = {**settings, "save_strategy": "steps", "save_steps": 2}
+    trainer(stopped, tmp_path / "b", **saving).train()
+    again = Setup()
+    trainer(again, tmp_path / "b", **saving).train(
+        resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2")
+    )
+    assert same_weights(weights_of(straight.student), weights_of(again.student), 0)
+
+
+class Learned(ctkd.losses.ULD):
+    """ULD times a number that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, batch):
+        output = super().forward(batch)
+        value = output.value * self.scale
+        return LossOutput(value, output.count, {"uld": value.detach()})
+
+
+def test_a_losss_own_parameters_are_trained_saved_and_restored(tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    setup, loss = Setup(), Learned()
+    trainer(setup, tmp_path, loss, **settings).train()
+    assert loss.scale.item() != 2.0
+    checkpoint = tmp_path / "checkpoint-2"
+    assert load_file(checkpoint / LOSS_FILE)["scale"] == loss.scale
+    reloaded, report = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert isinstance(reloaded, type(setup.student))
+    restored = Learned()
+    trainer(Setup(), tmp_path, restored, **settings).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+    )
+    assert restored.scale.item() == loss.scale.item()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"remove_unused_columns": True}, "remove_unused_columns=False"),
+    ],
+)
+def test_arguments_that_train_wrongly_are_refused(tmp_path, changes, message):
+    with pytest.raises(SettingError, match=message):
+        trainer(Setup(), tmp_path, **changes)
+
+
+def test_a_loss_without_a_teacher_is_refused(tmp_path):
+    setup = Setup()
+    with pytest.raises(SettingError, match="give both or neither"):
+        CrossTokenizerTrainer(setup.student, arguments(tmp_path), loss=ctkd.get_loss("uld"))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    settings = arguments(tmp_path)
+    assert settings.device.type == "cpu"  # the state of the process is settled here
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingError, match="not distributed"):
+        CrossTokenizerTrainer(Setup().student, settings)
+
+
+TWO_RANKS = """
+import sys
+import torch
+from tests.distill.training.test_trainer import trainer, Setup
+setup = Setup()
+run = trainer(setup, sys.argv[1], "multilevelot", per_device_train_batch_size=3)
+run.train()
+if run.args.process_index == 0:
+    log = run.state.log_history[0]
+    torch.save({"weights": setup.student.state_dict(), "log": log}, sys.argv[2])
+"""
+
+
+def test_two_processes_make_the_step_of_one(tmp_path):
+    single = Setup()
+    run = trainer(single, tmp_path / "one", "multilevelot", per_device_train_batch_size=6)
+    run.train()
+    script = tmp_path / "ranks.py"
+    script.write_text(TWO_RANKS)
+    root = Path(__file__).parents[3]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launch += ["--master_port=29517", str(script), str(tmp_path / "two"), str(tmp_path / "r.pt")]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "r.pt", weights_only=False)
+    assert same_weights(weights_of(single.student), found["weights"], 1e-10)
+    log = run.state.log_history[0]
+    for name in ("ce", "kd", "kd/sd"):
+        assert found["log"][name] == pytest.approx(log[name], rel=1e-9), name
