@@ -5,15 +5,14 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.faults import warm
 from tests.faults.listing import Fault
 
 PACKAGES = ("torch", "numba", "numpy", "transformers", "pytest")
@@ -72,36 +71,18 @@ class Copy:
     def run(self, tests: Sequence[str], timeout: float, fault: Fault | None = None) -> Result:
         shutil.rmtree(self.caches, ignore_errors=True)
         environment = {
-            **os.environ,
             "PYTHONPATH": str(self.tree),
-            "OMP_NUM_THREADS": "1",
             "CTKD_CACHE": str(self.caches / "ctkd"),
         }
         if fault is not None and "@compiled" in (self.tree / fault.file).read_text():
             # Nothing compiled from other sources is found here, whatever its key depends on.
             environment["NUMBA_CACHE_DIR"] = str(self.caches / "numba")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--tb=line",
-        ]
         started = time.perf_counter()
-        process = subprocess.Popen(
-            [*command, *_LEFT_OUT, *tests], cwd=self.tree, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line", *_LEFT_OUT]
+        code, output = warm.run(self.tree, [*options, *tests], environment, timeout)
+        if code is None:
             return Result(fault=fault, outcome="timeout", by="", seconds=timeout)
-        outcome, by = _outcome(process.returncode, output)
+        outcome, by = _outcome(code, output)
         return Result(fault=fault, outcome=outcome, by=by, seconds=time.perf_counter() - started)
 
 
