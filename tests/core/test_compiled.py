@@ -8,7 +8,7 @@ import torch
 from ctkd import Batch, DenseLogits, HeadLogits, compiled
 from ctkd.compiled import RowArray, has_kernels, is_readable
 from ctkd.errors import BatchError
-from ctkd.sorting import stable_top_ids
+from ctkd.sorting import stable_top_ids, top_of
 from tests.core.test_head_losses import with_heads
 from tests.core.test_threads import torch_threads
 from tests.losses.test_stored_teacher import build, forms
@@ -71,6 +71,16 @@ def test_parts_and_no_rows_at_all():
     assert rows_in(RowArray.of(block[1:, :2]), 2) == block[1:, :2].tolist()
     assert RowArray.of(torch.empty(0, 5)).values.size == 0
     assert RowArray.of(torch.empty(2, 0, 5), torch.empty(0, dtype=torch.int64)).starts.size == 0
+
+
+def test_rows_beyond_the_reach_of_32_bits():
+    # Only the last columns of this are ever memory.
+    wide = torch.empty(3, 2**30 + 1, dtype=torch.bfloat16)
+    wide[2, -4:] = torch.tensor([1.0, 3.0, 2.0, 0.0])
+    last = RowArray.of(wide[:, -4:]).some(slice(2, 3))
+    assert last.starts.tolist() == [2**31 + 2]
+    ids, entries = top_of(last, 4, 2)
+    assert (ids.tolist(), entries.tolist()) == ([[1, 2]], [[3.0, 2.0]])
 
 
 @pytest.mark.parametrize(
