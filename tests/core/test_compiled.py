@@ -126,6 +126,21 @@ def test_every_loss(name, settings, dtype, monkeypatch):
     assert not gradient[..., 70:].any()
 
 
+@pytest.fixture
+def fresh_memory_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("uld", {}), ("gold", {}), ("shared_kl", {})])
+def test_columns_beyond_the_tokenizer_get_no_gradient(name, settings, fresh_memory_is_nan):
+    inputs = ragged_inputs(3, V=70, W=55, head=3, dtype=torch.float32)
+    _, _, gradient = loss_and_gradient(build(name, settings, (70, 55)), inputs)
+    assert gradient[..., :70].any() and not gradient[..., 70:].any()
+
+
 @forms("rows", "top_k", "observed")
 @pytest.mark.parametrize("head", ["plain", "scale", "softcap"])
 def test_every_loss_on_heads(name, settings, head, monkeypatch):
