@@ -41,7 +41,8 @@ class Table:
         ]
 
     def write(self) -> None:
-        counts = Counter(row[2] for row in self.rows.values())
+        names = {fault.id for fault in self.faults}
+        counts = Counter(row[2] for name, row in self.rows.items() if name in names)
         told = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
         lines = [
             HEAD,
