@@ -213,6 +213,9 @@ def a_padded_head_changes_nothing(loss: Loss) -> None:
     inputs = make_inputs()
     output, gradient = _run(loss, inputs)
     inputs["student_logits"][..., STUDENT_VOCABULARY:] = 50.0
+    teacher = inputs["teacher_logits"]
+    inputs["teacher_vocab_size"] = teacher.shape[2]
+    inputs["teacher_logits"] = torch.nn.functional.pad(teacher, (0, 3), value=50.0)
     other_output, other_gradient = _run(loss, inputs)
     _equal(other_output.value, output.value, "padded columns change the value")
     _equal(other_gradient, gradient, "padded columns change the gradient")

@@ -8,7 +8,7 @@ import torch
 from ctkd import Batch, DenseLogits, HeadLogits, compiled
 from ctkd.compiled import RowArray, has_kernels, is_readable
 from ctkd.errors import BatchError
-from ctkd.sorting import stable_top_ids
+from ctkd.sorting import stable_top_ids, top_of
 from tests.core.test_head_losses import with_heads
 from tests.core.test_threads import torch_threads
 from tests.losses.test_stored_teacher import build, forms
@@ -73,6 +73,16 @@ def test_parts_and_no_rows_at_all():
     assert RowArray.of(torch.empty(2, 0, 5), torch.empty(0, dtype=torch.int64)).starts.size == 0
 
 
+def test_rows_beyond_the_reach_of_32_bits():
+    # Only the last columns of this are ever memory.
+    wide = torch.empty(3, 2**30 + 1, dtype=torch.bfloat16)
+    wide[2, -4:] = torch.tensor([1.0, 3.0, 2.0, 0.0])
+    last = RowArray.of(wide[:, -4:]).some(slice(2, 3))
+    assert last.starts.tolist() == [2**31 + 2]
+    ids, entries = top_of(last, 4, 2)
+    assert (ids.tolist(), entries.tolist()) == ([[1, 2]], [[3.0, 2.0]])
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "there_may_be"),
     [("cpu", torch.float32, True), ("cpu", torch.float64, False), ("meta", torch.float32, False)],
@@ -115,6 +125,21 @@ def test_every_loss(name, settings, dtype, monkeypatch):
     assert expected.abs().max() > 1e-5
     is_close(gradient, expected, dtype)
     assert not gradient[..., 70:].any()
+
+
+@pytest.fixture
+def fresh_memory_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("uld", {}), ("gold", {}), ("shared_kl", {})])
+def test_columns_beyond_the_tokenizer_get_no_gradient(name, settings, fresh_memory_is_nan):
+    inputs = ragged_inputs(3, V=70, W=55, head=3, dtype=torch.float32)
+    _, _, gradient = loss_and_gradient(build(name, settings, (70, 55)), inputs)
+    assert gradient[..., :70].any() and not gradient[..., 70:].any()
 
 
 @forms("rows", "top_k", "observed")

@@ -100,7 +100,8 @@ def test_log_probs_at(layout, standardise, per_position):
     leaf, logits, dense = build(layout)
     ids = torch.randint(V, (B, S if per_position else 1, 4), generator=seeded(1))
     ids[..., 3] = ids[..., 1]
-    temperatures = (1.0, 0.5, 2.0)
+    # Some are half of another, and one is not.
+    temperatures = (1.0, 0.5, 2.0, 0.3)
     answers = logits.log_probs_at(ids, temperatures, standardise=standardise)
     chosen = ids.expand(-1, S, -1)
     expected = [naive_log_probs(dense, t, standardise).gather(2, chosen) for t in temperatures]

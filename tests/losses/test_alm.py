@@ -102,6 +102,32 @@ def test_the_oracle_agrees_in_single_precision(settings):
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-9)
 
 
+def test_nearly_equal_models_in_single_precision():
+    """Their coins differ by 1e-3, so that the terms of each divergence nearly cancel."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(2, 9, 20, generator=generator)
+    labels = torch.randint(20, (2, 9), generator=generator)
+    chunk_ids = torch.arange(-1, 8).expand(2, -1)
+
+    def value(dtype: torch.dtype) -> Tensor:
+        batch = Batch.from_causal_lm(
+            student_logits=(logits + 1e-3 * noise).to(dtype),
+            student_labels=labels,
+            student_chunk_ids=chunk_ids,
+            teacher_logits=logits.to(dtype),
+            teacher_labels=labels,
+            teacher_chunk_ids=chunk_ids,
+        )
+        return make_loss(temperature=1.0)(batch).value.double()
+
+    noise = torch.randn(logits.shape, generator=generator)
+    expected = value(torch.float64)
+    assert 1e-9 < expected < 1e-5
+    # Log-likelihoods of about 3 are rounded by 3e-7 on either side, and the value is about the
+    # square of their distance: 2 * 2 * 3e-7 / 1e-3, with room for smaller distances.
+    torch.testing.assert_close(value(torch.float32), expected, rtol=6e-3, atol=0)
+
+
 def one_token(student: Tensor, teacher: Tensor) -> Batch:
     """N texts of one token whose log-likelihoods on the two sides are (N,) and (N,)."""
 

@@ -173,6 +173,19 @@ def test_less_stored_is_a_dense_teacher_with_spread_rows(name, settings, tempera
     )
 
 
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_less_stored_in_single_precision(k, temperature):
+    batch, leaf = ragged_batch(2, torch.float32)
+    agree(
+        build("uld", {"teacher_temperature": temperature}),
+        with_spread_rows(batch, k, temperature),
+        with_stored_teacher(batch, k, [temperature]),
+        leaf,
+        1e-6,
+    )
+
+
 def test_another_temperature_has_other_spread_rows():
     batch, _ = ragged_batch(0)
     loss = build("uld", {"teacher_temperature": 2.0})

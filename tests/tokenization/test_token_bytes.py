@@ -195,12 +195,13 @@ def test_a_decoder_that_cannot_be_undone_is_refused_in_one_line(decoder, message
     ("tokens", "expected"),
     [
         (["▁a", "b", "<0x0A>"], (b" a", b"b", b"\n")),
+        (["▁▁▁a", "b▁c▁"], (b"   a", b"b c ")),
         (["a", "##b", "##"], (b" a", b"b", b" ##")),
         (["a", "b</w>"], (b"a", b"b ")),
         (["a@@", "b", "@@"], (b"a", b"b ", b"@@ ")),
         ([b"\xc3", b"\xa9"], (b"\xc3", b"\xa9")),
     ],
-    ids=["spaces", "wordpiece", "end of word", "unfinished", "bytes"],
+    ids=["spaces", "several spaces", "wordpiece", "end of word", "unfinished", "bytes"],
 )
 def test_slow_tokenizers_are_known_by_their_marks(tokens, expected):
     table = TokenBytes.from_tokenizer(InPython([*tokens, "<s>"], eos_token="<s>"))

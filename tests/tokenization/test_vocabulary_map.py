@@ -248,6 +248,24 @@ def test_a_map_is_computed_once_for_each_pair(searches):
     ]
 
 
+OTHER = table(["dot", "hat", "cat"])
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [(STUDENT, TEACHER, [0, 1, 0]), (STUDENT, OTHER, [1, 0, 0])],
+        [(TEACHER, STUDENT, [2, 1]), (OTHER, STUDENT, [2, 0])],
+    ],
+    ids=["teacher", "student"],
+)
+def test_a_map_of_another_vocabulary_is_computed_anew(searches, answers):
+    """Also where it is as large, so that the kept one would pass for its map."""
+    for student, teacher, expected in answers:
+        assert load_or_compute(student, teacher, progress=False).tolist() == expected
+    assert len(searches) == 2
+
+
 def test_a_new_format_is_computed_anew(searches, monkeypatch):
     load_or_compute(STUDENT, TEACHER, progress=False)
     monkeypatch.setattr(vocabulary_map, "_FORMAT", 0)

@@ -238,6 +238,15 @@ def test_a_moved_teacher_is_the_same_teacher(place, caches, tmp_path):
     assert caches[0].fingerprint != caches[5].fingerprint
 
 
+def test_a_fingerprint_depends_on_all_that_was_asked(caches):
+    record = caches[5].record
+    asked = ("rows", "prompt", "k", "temperatures", "vocab_size", "dtype", "max_new_tokens")
+    others = [{**record, name: "another"} for name in asked]
+    others += [{**record, "teacher": {**record["teacher"], "weights": "others"}}]
+    found = {TeacherCache(caches[5].path, one).fingerprint for one in (record, *others)}
+    assert len(found) == 1 + len(others)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
