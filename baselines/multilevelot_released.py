@@ -78,8 +78,8 @@ def terms(
         student_labels: (B, S), -100 where ignored, not shifted.
         teacher_logits: (B, T, W).
         teacher_labels: (B, T), as the student's.
-        student_temperature: divides the student's normalised logits.
-        teacher_temperature: divides the teacher's normalised logits.
+        student_temperature: divides the student's normalized logits.
+        teacher_temperature: divides the teacher's normalized logits.
         skip_student_eos: leave out the last student token; the authors' training passes True.
         skip_teacher_eos: leave out the last teacher token.
 

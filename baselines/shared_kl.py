@@ -20,7 +20,7 @@ def first_position(chunk_ids: Sequence[int]) -> dict[int, int]:
 
 
 def shared_classes(probs: Tensor, shared: Sequence[int], rest: str) -> list[Tensor]:
-    """Probabilities of the shared tokens, renormalised or with the rest as one more class."""
+    """Probabilities of the shared tokens, renormalized or with the rest as one more class."""
     kept = [probs[i] for i in shared]
     others = [probs[i] for i in range(len(probs)) if i not in set(shared)]
     if rest == "class":
@@ -55,7 +55,7 @@ def loss(
     student_shared: Sequence[int],
     teacher_shared: Sequence[int],
     *,
-    rest: str = "renormalise",
+    rest: str = "renormalize",
     direction: str = "forward",
     temperature: float = 1.0,
 ) -> tuple[Tensor, int]:
@@ -68,7 +68,7 @@ def loss(
         teacher_chunks: likewise.
         student_shared: student ids of the tokens that both vocabularies have.
         teacher_shared: their teacher ids, in the same order.
-        rest: ``"renormalise"`` or ``"class"``, which needs a rest on both sides.
+        rest: ``"renormalize"`` or ``"class"``, which needs a rest on both sides.
         direction: ``"forward"``, ``"reverse"`` or ``"jsd"``.
         temperature: divides both sides' logits.
     """

@@ -32,7 +32,7 @@ def plan(
     The kernel is exp(-cost / regularization). The columns are exact after the last round, so the
     total mass of the result is that of the columns. POT scales the side of its second marginal
     first and that of its first one last, hence the transposed call. One factor on all row masses
-    cancels in the column step, so both masses are normalised for POT and the plan is scaled back.
+    cancels in the column step, so both masses are normalized for POT and the plan is scaled back.
 
     A column of zero mass still takes part in the first row step. Drop points that are not there.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import ctkd
 from baselines.as_published import PUBLISHED
 from baselines.trl_uld import HOW_TO_INSTALL, is_installed
-from ctkd.testing_inputs import TinyPair
+from ctkd.testing.inputs import TinyPair
 
 UNIT = "cross-entropy"
 STORED = 256

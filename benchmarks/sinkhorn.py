@@ -26,7 +26,7 @@ from torch import Tensor
 from baselines import sinkhorn as oracle
 from benchmarks.measuring import append_row, draw_bars, environment, time_in_turn
 from benchmarks.options import note_option, results_option, threads_option
-from ctkd.sinkhorn import sinkhorn
+from ctkd.ot.sinkhorn import sinkhorn
 
 OURS, POT = "ctkd", "POT, one by one"
 SHAPES = ((8, 128, 128), (8, 64, 96), (4, 512, 512), (1, 16, 16))

@@ -30,9 +30,8 @@ from ctkd.distill.models.loading import head_width, last_logits
 from ctkd.distill.preparing import Models
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.errors import CtkdError
+from ctkd.logits import TopK, TopKLogits
 from ctkd.loss import Loss
-from ctkd.top_k import TopK
-from ctkd.top_k_logits import TopKLogits
 
 
 def measure_steps(prepared: Prepared, repeats: int) -> dict[str, float]:

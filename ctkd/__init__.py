@@ -6,10 +6,8 @@
 
 from ctkd import losses
 from ctkd.batch import Batch, Side
-from ctkd.dense_logits import DenseLogits
 from ctkd.errors import CtkdError
-from ctkd.head_logits import HeadLogits
-from ctkd.logits import Logits
+from ctkd.logits import DenseLogits, HeadLogits, Logits, TopK, TopKLogits, map_rows
 from ctkd.loss import Loss, LossOutput, Paper, Weights
 from ctkd.registry import (
     LossFacts,
@@ -19,8 +17,6 @@ from ctkd.registry import (
     list_losses,
     register,
 )
-from ctkd.top_k import TopK
-from ctkd.top_k_logits import TopKLogits
 
 __version__ = "0.1.0"
 
@@ -43,5 +39,6 @@ __all__ = [
     "get_loss_class",
     "list_losses",
     "losses",
+    "map_rows",
     "register",
 ]

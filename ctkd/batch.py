@@ -7,7 +7,7 @@ Letters used for shapes everywhere in ctkd:
     V  student vocabulary           W  teacher vocabulary
     H  student hidden size          J  teacher hidden size
     L  positions before packing     K  entries asked for per position
-    N  rows or pairs of rows, flattened over sequences and positions
+    N  rows, or aligned positions, flattened over sequences and positions
 
 Shifting and packing happen here, once. No loss knows of unshifted labels.
 """
@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ctkd.dense_logits import DenseLogits
 from ctkd.errors import BatchError
-from ctkd.logits import Logits
-from ctkd.row_logits import RowLogits
+from ctkd.logits import DenseLogits, Logits, RowLogits
+from ctkd.ops import can_inspect
 
 __all__ = ["IGNORE_INDEX", "Batch", "Side"]
 
@@ -106,8 +105,7 @@ class Side:
             value = getattr(self, name)
             if value is not None and value.dtype != torch.int64:
                 raise BatchError(f"{name} must be int64, got {value.dtype}")
-        # Only a CPU tensor can be looked into without making the device wait.
-        if self.mask.device.type == "cpu" and bool((self.mask[:, 1:] & ~self.mask[:, :-1]).any()):
+        if can_inspect(self.mask) and bool((self.mask[:, 1:] & ~self.mask[:, :-1]).any()):
             raise BatchError(
                 "mask must be True on the first positions of each row and False after them; "
                 "Side.from_causal_lm packs scored positions that way"
@@ -118,7 +116,7 @@ class Side:
         """Refuse ids of another tokenizer, where looking at them makes no device wait."""
         width = self.logits.shape[2]
         # One column stands for logits that nobody will look at.
-        if self.mask.device.type != "cpu" or width == 1 or self.mask.numel() == 0:
+        if not can_inspect(self.mask) or width == 1 or self.mask.numel() == 0:
             return
         ids = self.token_ids.masked_fill(~self.mask, 0)
         if int(ids.min()) < 0 or int(ids.max()) >= width:
@@ -154,7 +152,7 @@ class Side:
             vocab_size: Length of the tokenizer. Columns past it (a padded head) are cut off
                 before any softmax.
             max_scored: The most tokens scored in one sequence, S of the result. Default L - 1.
-                Only on the CPU is it checked; elsewhere tokens beyond it are not scored.
+                Checked where values may be inspected; elsewhere tokens beyond it are not scored.
 
         Raises:
             BatchError: If shapes disagree, or a sequence scores more than ``max_scored`` tokens.
@@ -220,7 +218,7 @@ class Side:
             logits = DenseLogits(logits)
         scored = targets != IGNORE_INDEX
         size = targets.shape[1] if max_scored is None else min(max_scored, targets.shape[1])
-        if scored.device.type == "cpu" and scored.shape[1]:
+        if can_inspect(scored) and scored.shape[1]:
             most = int(scored.sum(1).max()) if scored.shape[0] else 0
             if most > size:
                 raise BatchError(
@@ -299,8 +297,7 @@ class Batch:
             object.__setattr__(self, "num_chunks", max(student.shape[1], teacher.shape[1]))
         for name, side in (("student", self.student), ("teacher", self.teacher)):
             chunk_ids = side.chunk_ids
-            # Only a CPU tensor can be looked into without making the device wait.
-            if chunk_ids is None or chunk_ids.device.type != "cpu" or chunk_ids.numel() == 0:
+            if chunk_ids is None or not can_inspect(chunk_ids) or chunk_ids.numel() == 0:
                 continue
             if int(chunk_ids.max()) >= self.num_chunks:
                 raise BatchError(

@@ -18,16 +18,15 @@ from ctkd.errors import BatchError
 
 __all__ = [
     "PAIRINGS",
-    "PositionPairs",
-    "chunk_pairs",
+    "AlignedPositions",
+    "align_positions",
     "chunk_sizes",
     "chunk_sums",
     "chunks_on_both_sides",
     "first_positions",
+    "flat_positions",
     "last_positions",
     "one_to_one",
-    "pair_positions",
-    "pair_rows",
 ]
 
 PAIRINGS = ("position", "chunk")
@@ -82,19 +81,19 @@ def _end_positions(side: Side, num_chunks: int, *, first: bool) -> Tensor:
     nowhere = size if first else -1
     position = torch.arange(size, device=chunk_ids.device).expand_as(chunk_ids)
     position = position.masked_fill(~in_chunk, nowhere)
-    found = chunk_ids.new_full((chunk_ids.shape[0], num_chunks), nowhere)
-    found = found.scatter_reduce(1, chunk_ids, position, reduce="amin" if first else "amax")
-    return found.masked_fill(found == nowhere, 0)
+    ends = chunk_ids.new_full((chunk_ids.shape[0], num_chunks), nowhere)
+    ends = ends.scatter_reduce(1, chunk_ids, position, reduce="amin" if first else "amax")
+    return ends.masked_fill(ends == nowhere, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PositionPairs:
-    """Which student position is compared with which teacher position, P pairs per sequence.
+class AlignedPositions:
+    """Student positions and the teacher positions they are compared with, P per sequence.
 
     Args:
-        student: (B, P) int64, no position twice among valid pairs.
+        student: (B, P) int64, no position twice among valid ones.
         teacher: (B, P) int64.
-        valid: (B, P) bool, False where there is no pair.
+        valid: (B, P) bool, False where nothing is compared.
     """
 
     student: Tensor
@@ -110,25 +109,31 @@ class PositionPairs:
         return _pick(values, self.teacher)
 
     def at_student_positions(self, values: Tensor, size: int) -> Tensor:
-        """Put values of pairs where the student's positions are, (B, P, ...) to (B, S, ...)."""
+        """Move values to the student's positions, (B, P, ...) to (B, S, ...)."""
         shape = (*self.student.shape, *[1] * (values.ndim - 2))
         index = self.student.masked_fill(~self.valid, size).view(shape)
         placed = values.new_zeros((values.shape[0], size + 1, *values.shape[2:]))
         return placed.scatter(1, index.expand_as(values), values)[:, :size]
 
-    def rows(self, batch: Batch) -> Tensor:
-        """Rows of both sides for `ctkd.row_pairs.map_row_pairs`, (B * P, 2), -1 where none."""
-        return pair_rows(batch, self.student, self.teacher, self.valid)
+    def flattened(self, batch: Batch) -> Tensor:
+        """Positions of both sides for `ctkd.logits.map_rows`, (B * P, 2), -1 where none."""
+        return flat_positions(batch, self.student, self.teacher, self.valid)
 
 
-def pair_positions(batch: Batch, pairing: str = "position") -> PositionPairs:
-    """Pair the positions of both sides.
+def align_positions(batch: Batch, pairing: str = "position") -> AlignedPositions:
+    """Align the positions of both sides.
 
-    ``"position"`` pairs the k-th scored positions, ``"chunk"`` those at which both models have
-    read the same bytes: the first positions of each chunk that both sides have.
+    Args:
+        batch: The batch.
+        pairing: ``"position"`` pairs the k-th scored positions, ``"chunk"`` those at which both
+            models have read the same bytes: the first positions of each chunk that both sides
+            have.
+
+    Raises:
+        BatchError: If chunks are to be paired and the batch has none.
     """
     if pairing == "chunk":
-        return PositionPairs(
+        return AlignedPositions(
             first_positions(batch.student, batch.num_chunks),
             first_positions(batch.teacher, batch.num_chunks),
             chunks_on_both_sides(batch),
@@ -136,16 +141,11 @@ def pair_positions(batch: Batch, pairing: str = "position") -> PositionPairs:
     length = min(batch.student.mask.shape[1], batch.teacher.mask.shape[1])
     valid = batch.student.mask[:, :length] & batch.teacher.mask[:, :length]
     position = torch.arange(length, device=valid.device).expand_as(valid)
-    return PositionPairs(position, position, valid)
+    return AlignedPositions(position, position, valid)
 
 
-def chunk_pairs(batch: Batch) -> Tensor:
-    """Rows of the first positions of each chunk that both sides have, (B * C, 2), -1 where none."""
-    return pair_positions(batch, "chunk").rows(batch)
-
-
-def pair_rows(batch: Batch, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """Flatten pairs of positions (B, P) into rows (B * P, 2), -1 where they are not valid."""
+def flat_positions(batch: Batch, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """Aligned positions (B, P) as flattened ones, (B * P, 2), -1 where they are not valid."""
     index = torch.arange(valid.shape[0], device=valid.device).unsqueeze(1)
     rows = torch.stack(
         [
@@ -158,7 +158,7 @@ def pair_rows(batch: Batch, student: Tensor, teacher: Tensor, valid: Tensor) -> 
 
 
 def _pick(values: Tensor, positions: Tensor) -> Tensor:
-    if values.shape[1] == 0:  # no pair is valid then, and any value will do
+    if values.shape[1] == 0:  # nothing is valid then, and any value will do
         values = F.pad(values, (0, 0, 0, 1))
     return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 

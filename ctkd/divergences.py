@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-__all__ = ["LOG_FLOOR", "divergence_terms", "jsd", "kl", "reverse_kl"]
+__all__ = ["LOG_FLOOR", "jsd", "kl", "reverse_kl", "sorted_l1"]
 
 LOG_FLOOR = -1e4
 """Where minus infinity is cut off. exp of it is 0 in every floating-point type."""
@@ -70,7 +71,7 @@ def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
 
 def jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, beta: float = 0.5) -> Tensor:
-    r"""Generalised Jensen-Shannon divergence.
+    r"""Generalized Jensen-Shannon divergence.
 
     .. math::
         JSD_\beta = \sum_i \beta\, t_i \log \frac{t_i}{m_i} + (1 - \beta)\, s_i \log
@@ -95,49 +96,50 @@ def jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, beta: float = 0
     return _Divergence.apply(student_log_probs, teacher_log_probs, beta)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def divergence_terms(
-    gap: Tensor,
-    student_probs: Tensor,
-    teacher_probs: Tensor,
-    beta: float,
-    *,
-    spare: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    r"""Derivatives of `jsd` with respect to log s and log t, which add up to it.
+def sorted_l1(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
+    r"""Distance between the ranked entries of two rows over different vocabularies.
+
+    .. math:: \sum_k |s_{(k)} - t_{(k)}|, \quad s_{(1)} \ge s_{(2)} \ge \dots
+
+    The narrower row is padded with zeros. The rows need not sum to 1, and may be empty. Of equal
+    entries the one in the lower column comes first.
 
     Shape:
-        All (..., V). ``gap``, ``teacher_probs`` and ``spare`` are written to, and the answers are
-        stored in some of them.
+        (N, V) and (N, W) give (N,); between distributions at most 2.
+
+    Args:
+        student_probs: s, at least 0, in any order.
+        teacher_probs: t, at least 0, in any order.
+
+    Example:
+        >>> sorted_l1(torch.tensor([[0.2, 0.8]]), torch.tensor([[0.5, 0.5, 0.0]]))
+        tensor([0.6000])
+    """
+    missing = teacher_probs.shape[-1] - student_probs.shape[-1]
+    student = F.pad(student_probs, (0, max(missing, 0))).sort(dim=-1, descending=True, stable=True)
+    teacher = F.pad(teacher_probs, (0, max(-missing, 0))).sort(dim=-1, descending=True, stable=True)
+    return (student.values - teacher.values).abs().sum(-1)
+
+
+def _terms(gap: Tensor, student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Derivatives of `jsd` with respect to log s and log t, which add up to it.
 
     Args:
         gap: log s - log t, finite also where both are 0.
-        student_probs: s.
-        teacher_probs: t.
-        beta: Weight of the teacher, from 0 to 1: 0 gives those of `kl`, 1 those of `reverse_kl`.
-        spare: Room for temporaries.
-
-    Example:
-        >>> s, t = torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5])
-        >>> student_term, teacher_term = divergence_terms((s / t).log(), s, t, 0.0)
-        >>> student_term, (student_term + teacher_term).sum()
-        (tensor([-0.2500,  0.2500]), tensor(0.1438))
+        student: s.
+        teacher: t.
+        beta: Weight of the teacher.
     """
     if beta == 0:
-        teacher_term = gap.mul_(teacher_probs).neg_()
-        return torch.sub(student_probs, teacher_probs, out=teacher_probs), teacher_term
+        return student - teacher, -gap * teacher
     if beta == 1:
-        return gap.mul_(student_probs), teacher_probs.sub_(student_probs)
-    mixed, student_term = spare or (torch.empty_like(gap), torch.empty_like(gap))
-    if beta == 0.5:
-        weight_of_smaller: Tensor | float = 0.5
-    else:
-        # Arithmetic on signs, because comparisons and masks are slow on a CPU.
-        weight_of_smaller = torch.sign(gap, out=student_term).mul_(beta - 0.5).add_(0.5)
+        return gap * student, teacher - student
     # log m = max(log s, log t) + mixed: nothing overflows, and equal rows give exactly 0.
-    torch.abs(gap, out=mixed).neg_().expm1_().mul_(weight_of_smaller).log1p_()
-    torch.clamp_max(gap, 0.0, out=student_term)
-    torch.sub(mixed, student_term, out=student_term).mul_(student_probs).mul_(beta - 1.0)
-    return student_term, gap.relu_().add_(mixed).mul_(teacher_probs).mul_(-beta)
+    # Two plain numbers would be taken for float32.
+    weight_of_smaller = torch.where(gap > 0, gap.new_full((), beta), 1.0 - beta)
+    mixed = (-gap.abs()).expm1_().mul_(weight_of_smaller).log1p_()
+    student_term = (mixed - gap.clamp_max(0.0)).mul_(student).mul_(beta - 1.0)
+    return student_term, (gap.relu() + mixed).mul_(teacher).mul_(-beta)
 
 
 class _Divergence(torch.autograd.Function):
@@ -148,9 +150,7 @@ class _Divergence(torch.autograd.Function):
         student_log = student_log_probs.clamp_min(LOG_FLOOR)
         teacher_log = teacher_log_probs.clamp_min(LOG_FLOOR)
         student, teacher = student_log.exp(), teacher_log.exp()
-        student_term, teacher_term = divergence_terms(
-            student_log.sub_(teacher_log), student, teacher, beta
-        )
+        student_term, teacher_term = _terms(student_log - teacher_log, student, teacher, beta)
         ctx.save_for_backward(student_term, teacher_term)
         return (student_term + teacher_term).sum(-1)
 

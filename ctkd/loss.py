@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ctkd.batch import Batch
-from ctkd.errors import SettingError
 from ctkd.masked_columns import refuse_masked_columns
-from ctkd.tracing import not_traced
+from ctkd.ops import can_inspect, not_traced
 
 __all__ = [
     "Loss",
@@ -24,10 +23,6 @@ __all__ = [
     "Unit",
     "Weights",
     "average",
-    "check_choice",
-    "check_count",
-    "check_positive",
-    "check_weight",
     "masked_sum",
 ]
 
@@ -38,7 +33,7 @@ Unit = Literal["position", "chunk", "sequence"]
 
 @dataclass(frozen=True, slots=True)
 class Paper:
-    """Where a loss comes from, to the equation."""
+    """Source of a loss, down to the equation."""
 
     title: str
     arxiv: str
@@ -46,7 +41,7 @@ class Paper:
 
 
 class Weights(NamedTuple):
-    """How a paper balances cross-entropy and distillation: ``ce * CE + kd * loss``."""
+    """A paper's balance of cross-entropy and distillation: ``ce * CE + kd * loss``."""
 
     ce: float
     kd: float
@@ -77,7 +72,7 @@ class Loss(nn.Module, ABC):
     ``__init__`` and are stored under their own names. Facts about the method are on the class:
 
     Attributes:
-        paper: Where the method comes from.
+        paper: Source of the method.
         matches: What is compared with what, in a few words, for tables.
         unit: What ``count`` counts.
         needs: What the loss must be given besides logits and ids: "chunks" and "hidden" in the
@@ -85,6 +80,10 @@ class Loss(nn.Module, ABC):
         teacher_needs: What of a teacher's logits the loss must know, so that a stored teacher can
             serve it: whole "rows", the "top_k" of each (what is left is spread evenly), or the
             log-probabilities of the "observed" tokens alone. A setting may change it.
+        teacher_temperatures: Temperatures at which the loss looks at the teacher. Settings change
+            it.
+        teacher_entries: Number of the teacher's largest entries it looks up by rank; 0 if none.
+            Settings change it.
         default_weights: The paper's weights of cross-entropy and of this loss.
     """
 
@@ -93,6 +92,8 @@ class Loss(nn.Module, ABC):
     unit: ClassVar[Unit]
     needs: frozenset[Need] = frozenset()
     teacher_needs: TeacherNeed = "rows"
+    teacher_temperatures: tuple[float, ...] = (1.0,)
+    teacher_entries: int = 0
     default_weights: ClassVar[Weights]
 
     @abstractmethod
@@ -101,7 +102,7 @@ class Loss(nn.Module, ABC):
 
     @abstractmethod
     def units(self, batch: Batch) -> Tensor:
-        """Say what ``count`` will be, () int64, from masks, ids and chunks alone."""
+        """The value of ``count``, () int64, from masks, ids and chunks alone."""
 
     @not_traced
     def __call__(self, batch: Batch) -> LossOutput:
@@ -111,7 +112,10 @@ class Loss(nn.Module, ABC):
             BatchError: See `ctkd.masked_columns.refuse_masked_columns`.
         """
         output: LossOutput = super().__call__(batch)
-        refuse_masked_columns(batch, output.value)
+        value = output.value
+        # Tensors of another class, such as those of functorch, may hold no values.
+        if can_inspect(value) and type(value) is Tensor and not bool(value.isfinite().all()):
+            refuse_masked_columns(batch)
         return output
 
 
@@ -137,38 +141,7 @@ def average(parts: Mapping[str, Tensor], count: Tensor) -> LossOutput:
         >>> average({"a": torch.tensor([1.0, 2.0])}, torch.tensor(6)).value
         tensor(0.5000)
     """
-    divisor = count.clamp_min(1)
-    means = {
-        name: sums.sum(dtype=torch.promote_types(sums.dtype, torch.float32)) / divisor
-        for name, sums in parts.items()
-    }
-    value = torch.stack(list(means.values())).sum()
-    return LossOutput(value, count, {name: mean.detach() for name, mean in means.items()})
-
-
-def check_positive(name: str, value: float) -> None:
-    """Refuse a setting that is not a finite number above 0."""
-    if not (_is_number(value) and 0 < value < float("inf")):
-        raise SettingError(f"{name} must be a finite number above 0, got {value!r}")
-
-
-def check_weight(name: str, value: float) -> None:
-    """Refuse a weight that is not a finite number of at least 0."""
-    if not (_is_number(value) and 0 <= value < float("inf")):
-        raise SettingError(f"{name} must be a finite number of at least 0, got {value!r}")
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuse a setting that is not a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a setting that is not one of the choices."""
-    if value not in choices:
-        raise SettingError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    dtype = torch.promote_types(next(iter(parts.values())).dtype, torch.float32)
+    means = torch.stack(list(parts.values())).sum(1, dtype=dtype) / count.clamp_min(1)
+    detached = dict(zip(parts, means.detach().unbind(), strict=True))
+    return LossOutput(means.sum(), count, detached)

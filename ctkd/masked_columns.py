@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ctkd.batch import Batch, Side
 from ctkd.errors import BatchError
-from ctkd.row_logits import RowLogits
+from ctkd.logits import RowLogits
 
 __all__ = ["refuse_masked_columns"]
 
 
 @torch.no_grad()
-def refuse_masked_columns(batch: Batch, value: Tensor) -> None:
-    """Refuse a value that is infinite or nan because logits are minus infinity.
+def refuse_masked_columns(batch: Batch) -> None:
+    """Refuse a batch whose loss is infinite or nan because logits are minus infinity.
 
     Values that come from logits which are nan or infinite themselves are let pass: a trainer looks
     for those.
 
     Raises:
-        BatchError: If the value lies on the CPU, where looking at it makes no device wait, is not
-            finite, and a scored position has a logit of minus infinity.
+        BatchError: If a scored position has a logit of minus infinity.
     """
-    if value.device.type != "cpu" or type(value) is not Tensor or bool(value.isfinite().all()):
-        return
-    found = []
+    masked = []
     for name, side in (("student", batch.student), ("teacher", batch.teacher)):
         if isinstance(side.logits, RowLogits):
-            finite, place = _masked_column(side, side.logits)
+            finite, where = _masked_column(side, side.logits)
             if not finite:
                 return
-            if place:
-                sequence, position, column = place
-                found.append(
+            if where:
+                sequence, position, column = where
+                masked.append(
                     f"the {name}'s logits are minus infinity in column {column} "
                     f"(sequence {sequence}, position {position})"
                 )
-    if found:
+    if masked:
         raise BatchError(
-            f"{' and '.join(found)}, and this loss has no finite value there; mask no column that "
+            f"{' and '.join(masked)}, and this loss has no finite value there; mask no column that "
             "a scored token or the other side needs, cut off padded ones with student_vocab_size "
             "or teacher_vocab_size, or use a loss that takes probabilities of 0, such as uld"
         )
@@ -65,8 +61,8 @@ def _masked_column(side: Side, logits: RowLogits) -> tuple[bool, tuple[int, int,
             row, column = which.nonzero()[0].tolist()
             if columns is not None:
                 column = int(columns[row])
-            place = *divmod(int(position[row]), logits.shape[1]), column
+            entry = *divmod(int(position[row]), logits.shape[1]), column
             if columns is not None:
-                return True, place
-            first = place
+                return True, entry
+            first = entry
     return True, first

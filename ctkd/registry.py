@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ctkd.errors import DuplicateLossError, PluginError, SettingError, UnknownLossError
 from ctkd.loss import Loss, Need, Paper, TeacherNeed, Unit, Weights
-from ctkd.pair import Pair
+from ctkd.tokenizers import Pair
 
 __all__ = ["LossFacts", "describe", "get_loss", "get_loss_class", "list_losses", "register"]
 

@@ -1,7 +1,7 @@
 """Runs tests as other machines would run them: vector widths, threads, with and without numba.
 
     python -m tests.machines                  # files that depend on the machine most
-    python -m tests.machines --all            # all of tests/core, tests/losses and tests/kernels
+    python -m tests.machines --all            # all tests of the core
     python -m tests.machines tests/losses -k gold
 
 Any two factors meet in every pair of their values, in nine runs of pytest. A table follows, line by
@@ -27,20 +27,22 @@ CAPABILITIES = ("default", "avx2", "avx512")
 THREADS = (1, 2, 4)
 NUMBAS = ("native", "generic", "missing")
 
-FOLDERS = ("tests/core", "tests/losses", "tests/kernels")
+FOLDERS = (
+    "tests/losses",
+    "tests/logits",
+    "tests/ops",
+    "tests/ot",
+    "tests/testing",
+    "tests/test_loss.py",
+)
 NARROW = (
-    "tests/core/test_compiled.py",
-    "tests/core/test_head_losses.py",
-    "tests/core/test_row_gradients.py",
-    "tests/core/test_top_k_logits.py",
-    "tests/kernels",
+    "tests/logits",
+    "tests/ops",
     "tests/losses/test_closed_forms.py",
     "tests/losses/test_gold.py",
     "tests/losses/test_multilevelot.py",
     "tests/losses/test_shared_kl.py",
     "tests/losses/test_uld.py",
-    # Slow, and no other arithmetic than in the rest.
-    "-knot every_check",
 )
 _PROBE = """
 import torch

@@ -19,10 +19,11 @@ from ctkd.distill.options import (
     same_as,
 )
 from ctkd.errors import SettingError
-from ctkd.loss import Loss, Weights, check_count, check_positive
-from ctkd.pair import Pair, PlaceholderPair
+from ctkd.loss import Loss, Weights
 from ctkd.registry import get_loss
+from ctkd.settings import check_count, check_positive
 from ctkd.tokenization.doctor import Thresholds
+from ctkd.tokenizers import Pair, PlaceholderPair
 
 __all__ = [
     "DTYPES",

@@ -3,10 +3,8 @@
 from ctkd.losses.alm import ALM
 from ctkd.losses.gold import GOLD
 from ctkd.losses.mined import MinED
-from ctkd.losses.multilevelot import MultiLevelOT
+from ctkd.losses.multilevelot import MultiLevelOT, MultiLevelOTSequence, MultiLevelOTToken
 from ctkd.losses.multilevelot_released import MultiLevelOTReleased
-from ctkd.losses.multilevelot_sequence import MultiLevelOTSequence
-from ctkd.losses.multilevelot_token import MultiLevelOTToken
 from ctkd.losses.shared_kl import SharedKL
 from ctkd.losses.uld import ULD
 

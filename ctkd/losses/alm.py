@@ -9,18 +9,10 @@ from torch.nn import functional as F
 from ctkd.batch import Batch, Side
 from ctkd.chunks import chunk_sums, chunks_on_both_sides, last_positions
 from ctkd.errors import SettingError
-from ctkd.loss import (
-    Loss,
-    LossOutput,
-    Paper,
-    TeacherNeed,
-    Weights,
-    average,
-    check_positive,
-    masked_sum,
-)
-from ctkd.pair import Pair, check_sizes
+from ctkd.loss import Loss, LossOutput, Paper, TeacherNeed, Weights, average, masked_sum
 from ctkd.registry import register
+from ctkd.settings import check_positive
+from ctkd.tokenizers import Pair, check_sizes
 
 __all__ = ["ALM", "binary_kl", "log1mexp"]
 
@@ -125,7 +117,7 @@ class ALM(Loss):
         Needs the observed tokens alone: nothing is lost with k = 0. ``debias`` needs whole rows.
 
     Differs from the paper:
-        The paper minimises the cross-entropy of the coins; this is that minus the teacher's own
+        The paper minimizes the cross-entropy of the coins; this is that minus the teacher's own
         entropy, which has the same gradient and is 0 at equality. The paper merges neighbouring
         chunks until the teacher finds the boundary between them likely enough; here chunks are
         those of the text, because the count must not depend on logits. Its hidden-state loss and
@@ -139,7 +131,7 @@ class ALM(Loss):
     paper = Paper(
         "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching",
         "2503.20083",
-        "binarised f-divergence of chunk likelihoods, sec. 3",
+        "binarized f-divergence of chunk likelihoods, sec. 3",
     )
     matches = "likelihood of each chunk of text"
     unit = "chunk"
@@ -205,8 +197,8 @@ class ALM(Loss):
 
 def _chunk_log_likelihoods(side: Side, num_chunks: int) -> Tensor:
     """Return (B, C) in float64: in float32 the coins of two good models cannot be told apart."""
-    log_probs = side.logits.log_probs(side.token_ids.unsqueeze(-1)).squeeze(-1)
-    return chunk_sums(side, log_probs.double(), num_chunks)
+    (log_probs,) = side.logits.log_probs_at(side.token_ids.unsqueeze(-1), (1.0,))
+    return chunk_sums(side, log_probs.squeeze(-1).double(), num_chunks)
 
 
 def _following_positions(side: Side, num_chunks: int) -> tuple[Tensor, Tensor]:
@@ -219,6 +211,6 @@ def _boundaries(side: Side, following: Tensor, valid: Tensor, starts: Tensor) ->
     """Log-probability that a word begins after each chunk, (B, C); 0 where that is not valid."""
     size = side.mask.shape[1]
     following = following.masked_fill(~valid, size)
-    asked = F.pad(torch.zeros_like(side.mask), (0, 1)).scatter(1, following, True)[:, :size]
+    queried = F.pad(torch.zeros_like(side.mask), (0, 1)).scatter(1, following, True)[:, :size]
     # Reading the other rows would cost as much as reading these.
-    return F.pad(side.logits.masked(asked).log_mass(starts), (0, 1)).gather(1, following)
+    return F.pad(side.logits.masked(queried).log_mass(starts), (0, 1)).gather(1, following)

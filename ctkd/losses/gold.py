@@ -12,27 +12,18 @@ from ctkd.chunks import (
     chunk_sums,
     chunks_on_both_sides,
     first_positions,
+    flat_positions,
     last_positions,
-    pair_rows,
 )
-from ctkd.divergences import LOG_FLOOR
+from ctkd.divergences import LOG_FLOOR, jsd, sorted_l1
 from ctkd.errors import SettingError
-from ctkd.loss import (
-    Loss,
-    LossOutput,
-    Paper,
-    Weights,
-    average,
-    check_choice,
-    check_positive,
-    check_weight,
-)
-from ctkd.losses.gold_solver import GoldColumns, GoldSolver, compiled_gold_solver
+from ctkd.logits import map_rows
+from ctkd.loss import Loss, LossOutput, Paper, Weights, average
 from ctkd.losses.shared_kl import columns_outside
-from ctkd.pair import Pair, check_sizes
-from ctkd.powers import Workspace
+from ctkd.ops import RowLoss
 from ctkd.registry import register
-from ctkd.row_pairs import solve_row_pairs
+from ctkd.settings import check_choice, check_positive, check_weight
+from ctkd.tokenizers import Pair, check_sizes
 
 __all__ = ["GOLD"]
 
@@ -46,7 +37,7 @@ class GOLD(Loss):
             + w_u \sum_k \left| v^T_c[\overline M]_{(k)} - v^S_c[\overline M]_{(k)} \right|
 
     M holds the tokens that both vocabularies have, C counts the chunks that both sides have, and
-    v are probabilities, over M not renormalised. The divergence is `ctkd.divergences.jsd`; (k) is
+    v are probabilities, over M not renormalized. The divergence is `ctkd.divergences.jsd`; (k) is
     the k-th largest, and the narrower side is padded with zeros. By default w_m = \|M\| / W.
 
     A chunk has several tokens where the tokenizers cut differently, and ``merging`` says which
@@ -81,8 +72,8 @@ class GOLD(Loss):
         One chunk, v = (0.6 | 0.4) and (0.6 | 0.2, 0.2), the shared token before the bar. The
         first term is 0, w_u = 1 - 1 / 3: 2 / 3 (0.2 + 0.2).
 
-        >>> import ctkd
-        >>> class Tokens(ctkd.pair.PlaceholderPair):
+        >>> import ctkd, ctkd.tokenizers
+        >>> class Tokens(ctkd.tokenizers.PlaceholderPair):
         ...     student_size, teacher_size = 2, 3
         >>> batch = ctkd.Batch.from_causal_lm(
         ...     student_logits=torch.tensor([[[0.6, 0.4], [0.0, 0.0]]]).log(),
@@ -154,6 +145,7 @@ class GOLD(Loss):
         self.beta = beta
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
+        self.teacher_temperatures = (teacher_temperature,)
         self.merging = merging
         self.matched_weight = matched_weight
         self.unmatched_weight = unmatched_weight
@@ -212,31 +204,51 @@ class GOLD(Loss):
                 )
             log_scales = torch.stack([student_scale, teacher_scale], dim=-1).flatten(0, 1)
         both = chunks_on_both_sides(batch)
-        settings = (
-            GoldColumns(self.student_columns, self.teacher_columns, self.shared),
-            self.beta,
-            self._weights,
-            self.student_temperature,
-            self.teacher_temperature,
-        )
-        workspace = Workspace()
-        values, parts = solve_row_pairs(
+        settings = {
+            "student_columns": self.student_columns,
+            "teacher_columns": self.teacher_columns,
+            "shared": self.shared,
+            "student_temperature": float(self.student_temperature),
+            "teacher_temperature": float(self.teacher_temperature),
+            "beta": float(self.beta),
+            "matched_weight": float(self._weights[0]),
+            "unmatched_weight": float(self._weights[1]),
+            "log_floor": LOG_FLOOR,
+        }
+        values, parts = map_rows(
             batch.student.logits,
             batch.teacher.logits,
-            pair_rows(batch, student_positions, teacher_positions, both),
-            GoldSolver(*settings, workspace),
-            compiled=lambda: compiled_gold_solver(*settings),
-            parts=2,
-            per_pair=log_scales,
+            flat_positions(batch, student_positions, teacher_positions, both),
+            RowLoss("gold", self._terms, parts=2, settings=settings),
+            per_row=log_scales,
             teacher_temperature=self.teacher_temperature,
         )
-        workspace.release()
         count = self.units(batch)
         matched, unmatched = parts.view(*both.shape, 2).sum(1).unbind(-1)
         value = average({"gold": values.view(both.shape).sum(1)}, count).value
         return LossOutput(
             value, count, average({"matched": matched, "unmatched": unmatched}, count).parts
         )
+
+    def _terms(
+        self, student_logits: Tensor, teacher_logits: Tensor, log_scales: Tensor | None = None
+    ) -> Tensor:
+        """Both weighted terms of rows, (n, 2)."""
+        student = (student_logits / self.student_temperature).log_softmax(-1)
+        teacher = (teacher_logits / self.teacher_temperature).log_softmax(-1)
+        if log_scales is not None:
+            student, teacher = student + log_scales[:, :1], teacher + log_scales[:, 1:]
+        student, teacher = student[:, self.student_columns], teacher[:, self.teacher_columns]
+        matched_weight, unmatched_weight = self._weights
+        terms = [student.new_zeros(student.shape[0])] * 2
+        # A weight of 0 leaves a term out, whatever it is.
+        if matched_weight:
+            matched = jsd(student[:, : self.shared], teacher[:, : self.shared], beta=self.beta)
+            terms[0] = matched_weight * matched
+        if unmatched_weight:
+            unmatched = sorted_l1(student[:, self.shared :].exp(), teacher[:, self.shared :].exp())
+            terms[1] = unmatched_weight * unmatched
+        return torch.stack(terms, dim=-1)
 
     def extra_repr(self) -> str:
         return (

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ctkd.batch import Batch
-from ctkd.chunks import PositionPairs, first_positions, one_to_one
-from ctkd.divergences import LOG_FLOOR
-from ctkd.loss import (
-    Loss,
-    LossOutput,
-    Paper,
-    TeacherNeed,
-    Weights,
-    average,
-    check_choice,
-    check_count,
-    check_positive,
-    masked_sum,
-)
-from ctkd.pair import Pair, check_sizes
-from ctkd.pair_solvers import RowSolution
-from ctkd.powers import LOG_2, Workspace, powers_of_two
+from ctkd.chunks import AlignedPositions, first_positions, one_to_one
+from ctkd.logits import map_rows
+from ctkd.loss import Loss, LossOutput, Paper, TeacherNeed, Weights, average, masked_sum
 from ctkd.registry import register
-from ctkd.row_pairs import solve_row_pairs
+from ctkd.settings import check_choice, check_count, check_positive
+from ctkd.tokenizers import Pair, check_sizes
 
 __all__ = ["MinED", "carried_kl", "first_occurrences", "first_sources"]
 
@@ -93,53 +78,6 @@ def carried_kl(
     return terms.masked_fill(target_probs == 0, 0.0).sum(-1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Solver:
-    """`carried_kl` and its gradient, the difference of two softmaxes.
-
-    Attributes:
-        sources: Teacher column of each student column, (V,), any where there is none.
-        absent: Minus infinity in columns without a source and 0 in the others, (V,).
-        temperature: Divides the logits of both.
-        workspace: Where temporaries go.
-    """
-
-    sources: Tensor
-    absent: Tensor
-    temperature: float
-    workspace: Workspace
-
-    def __call__(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        per_pair: Tensor | None,
-        with_gradient: bool,
-    ) -> RowSolution:
-        student_exponents, student_powers, carried, target_powers = (
-            self.workspace.rows(name, student_logits, student_logits.shape[1])
-            for name in ("student exponents", "student powers", "carried", "target powers")
-        )
-        index = self.sources.expand(teacher_logits.shape[0], -1)
-        torch.gather(teacher_logits, 1, index, out=carried).add_(self.absent)
-        target = powers_of_two(carried, self.temperature, exponents=carried, powers=target_powers)
-        student = powers_of_two(
-            student_logits, self.temperature, exponents=student_exponents, powers=student_powers
-        )
-        target_probs = target.powers.div_(target.total)
-        # The target is 0 there, and 0 times infinity would not be.
-        gap = target.exponents.clamp_min_(LOG_FLOOR).sub_(student.exponents).mul_(target_probs)
-        if gap.device.type != "cpu" or bool(student_logits.amin() == -torch.inf):
-            gap.masked_fill_(target_probs == 0, 0.0)
-        values = gap.sum(-1, keepdim=True) * LOG_2 + (student.log_total - target.log_total)
-        if not with_gradient:
-            return RowSolution(values)
-        gradient = student.powers.div_(student.total).sub_(target_probs)
-        if self.temperature != 1.0:
-            gradient.div_(self.temperature)
-        return RowSolution(values, gradient)
-
-
 @register("mined")
 class MinED(Loss):
     r"""Matches the teacher's distribution, its tokens renamed, wherever both predict one token.
@@ -150,7 +88,7 @@ class MinED(Loss):
 
     Where student position i is aligned with teacher position j, d is made of the teacher's k
     largest probabilities at j: each teacher token becomes the student token of the nearest text,
-    of several that become the same one the largest is kept, and what is kept is renormalised.
+    of several that become the same one the largest is kept, and what is kept is renormalized.
     Elsewhere d is one-hot on the student's own label. ``parts`` tells these apart: ``fused`` and
     ``label``.
 
@@ -161,7 +99,7 @@ class MinED(Loss):
         pair: The two tokenizers.
         k: Entries taken of the teacher's row, at least 1. ``"dense"`` takes all.
         temperature: Above 0. For ``"top_k"`` it divides the teacher's logits before the target is
-            renormalised; for ``"dense"`` it divides the logits of both models.
+            renormalized; for ``"dense"`` it divides the logits of both models.
         alignment: ``"chunk"`` aligns positions whose tokens cover the same bytes. ``"dtw"``
             aligns tokens by edit distance, as the paper does, and keeps a pair whose teacher
             token is renamed to the student's; it waits for the ids and works on the CPU.
@@ -198,7 +136,7 @@ class MinED(Loss):
         a cache of fewer is refused. ``"dense"`` needs whole rows.
 
     Differs from the paper:
-        The paper's code pairs positions by the tokens they read and puts its one-hot on that same
+        The paper's code aligns positions by the tokens they read and puts its one-hot on that same
         token, which the row no longer predicts; here positions are paired, and labelled, by the
         token they predict. Its choice among several teachers, per text, is not part of this, nor
         is the base model's own distribution as a target.
@@ -235,6 +173,8 @@ class MinED(Loss):
         check_choice("form", form, ("top_k", "dense"))
         self.k = k
         self.temperature = temperature
+        self.teacher_temperatures = (temperature,)
+        self.teacher_entries = k if form == "top_k" else 0
         self.alignment = alignment
         self.form = form
         nearest_student_ids = pair.nearest_student_ids()
@@ -252,19 +192,19 @@ class MinED(Loss):
 
     def forward(self, batch: Batch) -> LossOutput:
         check_sizes(batch, self.sources.shape[0], self.nearest_student_ids.shape[0])
-        pairs = self._pairs(batch)
-        paired = pairs.at_student_positions(pairs.valid, batch.student.mask.shape[1])
-        values = (self._dense if self.form == "dense" else self._top_k)(batch, pairs, paired)
+        aligned = self._aligned(batch)
+        paired = aligned.at_student_positions(aligned.valid, batch.student.mask.shape[1])
+        values = (self._dense if self.form == "dense" else self._top_k)(batch, aligned, paired)
         sums = {
             "fused": masked_sum(values, paired),
             "label": masked_sum(values, batch.student.mask & ~paired),
         }
         return average(sums, self.units(batch))
 
-    def _pairs(self, batch: Batch) -> PositionPairs:
+    def _aligned(self, batch: Batch) -> AlignedPositions:
         student, teacher = batch.student, batch.teacher
         if self.alignment == "chunk":
-            return PositionPairs(
+            return AlignedPositions(
                 first_positions(student, batch.num_chunks),
                 first_positions(teacher, batch.num_chunks),
                 one_to_one(batch),
@@ -277,22 +217,22 @@ class MinED(Loss):
         renamed = self.nearest_student_ids[teacher_ids]
         everywhere = torch.arange(matched.shape[1], device=matched.device).expand_as(matched)
         valid = student.mask & (matched >= 0) & (renamed == student.token_ids)
-        return PositionPairs(everywhere, positions, valid)
+        return AlignedPositions(everywhere, positions, valid)
 
-    def _top_k(self, batch: Batch, pairs: PositionPairs, paired: Tensor) -> Tensor:
+    def _top_k(self, batch: Batch, aligned: AlignedPositions, paired: Tensor) -> Tensor:
         size = paired.shape[1]
         width = batch.teacher.mask.shape[1]
-        asked = F.pad(torch.zeros_like(batch.teacher.mask), (0, 1))
-        asked = asked.scatter(1, pairs.teacher.masked_fill(~pairs.valid, width), True)
+        queried = F.pad(torch.zeros_like(batch.teacher.mask), (0, 1))
+        queried = queried.scatter(1, aligned.teacher.masked_fill(~aligned.valid, width), True)
         # Only these rows are used, and finding the largest entries takes a while.
-        teacher = batch.teacher.logits.masked(asked[:, :width])
+        teacher = batch.teacher.logits.masked(queried[:, :width])
         with torch.no_grad():
             teacher_ids = teacher.top_ids(min(self.k, teacher.shape[2]))
             log_probs = teacher.log_probs(teacher_ids, temperature=self.temperature)
             ids = self.nearest_student_ids[teacher_ids]
             probs = log_probs.masked_fill(~first_occurrences(ids), -torch.inf).softmax(-1)
-        ids = pairs.at_student_positions(pairs.of_teacher(ids), size)
-        probs = pairs.at_student_positions(pairs.of_teacher(probs), size)
+        ids = aligned.at_student_positions(aligned.of_teacher(ids), size)
+        probs = aligned.at_student_positions(aligned.of_teacher(probs), size)
         one_hot = torch.zeros_like(probs)
         one_hot[..., 0] = 1.0
         ids = torch.where(paired.unsqueeze(-1), ids, batch.student.token_ids.unsqueeze(-1))
@@ -300,23 +240,18 @@ class MinED(Loss):
         terms = -probs * batch.student.logits.log_probs(ids)
         return terms.masked_fill(probs == 0, 0.0).sum(-1)
 
-    def _dense(self, batch: Batch, pairs: PositionPairs, paired: Tensor) -> Tensor:
+    def _dense(self, batch: Batch, aligned: AlignedPositions, paired: Tensor) -> Tensor:
         student = batch.student
         labels = student.token_ids.unsqueeze(-1)
         log_probs = student.logits.log_probs(labels, temperature=self.temperature).squeeze(-1)
-        absent = torch.zeros(
-            self.sources.shape, dtype=student.logits.dtype, device=self.sources.device
-        ).masked_fill_(self.sources < 0, -torch.inf)
-        workspace = Workspace()
-        fused, _ = solve_row_pairs(
+        fused = map_rows(
             student.logits,
             batch.teacher.logits,
-            pairs.rows(batch),
-            _Solver(self.sources.clamp_min(0), absent, self.temperature, workspace),
+            aligned.flattened(batch),
+            lambda ours, theirs: carried_kl(ours, theirs, self.sources, self.temperature),
             teacher_temperature=self.temperature,
-        )
-        workspace.release()
-        fused = pairs.at_student_positions(fused.view(pairs.valid.shape), paired.shape[1])
+        ).values
+        fused = aligned.at_student_positions(fused.view(aligned.valid.shape), paired.shape[1])
         return torch.where(paired, fused, -log_probs)
 
     def extra_repr(self) -> str:

@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctkd.batch import Batch, Side
-from ctkd.loss import Loss, LossOutput, Paper, Weights, average, check_positive, masked_sum
-from ctkd.matching import paired_positions
+from ctkd.chunks import align_positions
+from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
+from ctkd.ops import Rows, top_k
+from ctkd.ot.sinkhorn import sinkhorn
 from ctkd.registry import register
-from ctkd.sinkhorn import sinkhorn
-from ctkd.sorting import stable_top_ids
+from ctkd.settings import check_positive
 
 __all__ = ["MultiLevelOTReleased"]
 
@@ -60,8 +61,8 @@ class MultiLevelOTReleased(Loss):
         Student (B, S, V), teacher (B, T, W). ``count`` is B.
 
     Args:
-        student_temperature: Divides the student's standardised logits, above 0.
-        teacher_temperature: Divides the teacher's standardised logits, above 0.
+        student_temperature: Divides the student's standardized logits, above 0.
+        teacher_temperature: Divides the teacher's standardized logits, above 0.
 
     Raises:
         SettingError: If a temperature is not above 0.
@@ -83,7 +84,7 @@ class MultiLevelOTReleased(Loss):
 
     Stored teacher:
         Needs the largest entries of each row. Stored entries are taken as they were, also after
-        the standardisation; every other column has an even share of what is left of its row,
+        the standardization; every other column has an even share of what is left of its row,
         which is off by at most the smallest of the k stored probabilities.
         `benchmarks/teacher_cache.py` prints the error as a function of k.
 
@@ -109,6 +110,7 @@ class MultiLevelOTReleased(Loss):
         check_positive("teacher_temperature", teacher_temperature)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
+        self.teacher_temperatures = (teacher_temperature,)
 
     def units(self, batch: Batch) -> Tensor:
         return torch.full(
@@ -125,9 +127,9 @@ class MultiLevelOTReleased(Loss):
             F.pad(probs, (0, width - probs.shape[-1], 0, rows - probs.shape[1]))
             for probs in (student, teacher)
         )
-        paired = paired_positions(batch)
-        lengths = torch.cat([batch.student.mask.sum(1), batch.teacher.mask.sum(1)])
-        longest = F.pad(lengths, (0, 1)).amax()  # 0 in a batch without sequences
+        paired = align_positions(batch).valid
+        longest = torch.cat([batch.student.mask.sum(1), batch.teacher.mask.sum(1)])
+        longest = F.pad(longest, (0, 1)).amax()
         used = (torch.arange(rows, device=paired.device) < longest).expand(student.shape[0], -1)
 
         had = (student - teacher).abs().sum(-1)[:, : paired.shape[1]]
@@ -163,8 +165,8 @@ class MultiLevelOTReleased(Loss):
 
 def _kept_probs(side: Side, temperature: float) -> Tensor:
     """Probabilities of the batch's 50 heaviest columns, (B, S, 50), zero past each answer."""
-    mass = side.logits.column_mass(temperature=temperature, standardise=True).sum(0, keepdim=True)
-    ids = stable_top_ids(mass, min(_KEPT_COLUMNS, side.logits.shape[2]))
+    mass = side.logits.column_mass(temperature=temperature, standardize=True).sum(0, keepdim=True)
+    ids = top_k(Rows(mass, None, mass.shape[1]), min(_KEPT_COLUMNS, mass.shape[1]))[0]
     ids = ids.expand(side.logits.shape[0], -1).unsqueeze(1)
-    probs = side.logits.log_probs(ids, temperature=temperature, standardise=True).exp()
+    probs = side.logits.log_probs(ids, temperature=temperature, standardize=True).exp()
     return probs.masked_fill(~side.mask.unsqueeze(-1), 0.0)

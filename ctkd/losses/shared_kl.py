@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+import warnings
 
 import torch
 from torch import Tensor
 
 from ctkd.batch import Batch
-from ctkd.chunks import chunk_pairs, chunks_on_both_sides
+from ctkd.chunks import align_positions, chunks_on_both_sides
+from ctkd.divergences import LOG_FLOOR, jsd, kl, reverse_kl
 from ctkd.errors import SettingError
-from ctkd.loss import Loss, LossOutput, Paper, Weights, average, check_choice, check_positive
-from ctkd.losses.shared_kl_solver import (
-    LOWEST_LOGIT,
-    NO_CLASS,
-    SharedColumns,
-    SharedSolver,
-    compiled_shared_solver,
-    take_columns,
-)
-from ctkd.pair import Pair, check_sizes
-from ctkd.pair_solvers import RowSolver
-from ctkd.powers import Workspace
+from ctkd.logits import map_rows
+from ctkd.loss import Loss, LossOutput, Paper, Weights, average
+from ctkd.ops import RowLoss
 from ctkd.registry import register
-from ctkd.row_pairs import solve_row_pairs
+from ctkd.settings import check_choice, check_positive
+from ctkd.tokenizers import Pair, check_sizes
 
 __all__ = [
     "SharedKL",
@@ -31,8 +24,13 @@ __all__ = [
     "shared_log_probs",
 ]
 
-# `jsd` with this weight of the teacher.
+_DIVERGENCES = {"forward": kl, "reverse": reverse_kl, "jsd": jsd}
+# The weight of the teacher with which `jsd` is each of them.
 _BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
+
+# The log of a sum of nothing but zeros has no gradient. This is as good as minus infinity; being a
+# power of two, it is scaled without rounding, so that rows of nothing else are still even.
+_LOWEST_LOGIT = -(2.0**100)
 
 
 def columns_outside(ids: Tensor, size: int) -> Tensor:
@@ -70,10 +68,10 @@ def shared_log_probs(logits: Tensor, shared: Tensor, others: Tensor | None) -> T
         >>> shared_log_probs(logits, torch.tensor([2, 0]), None).exp()
         tensor([[0.7500, 0.2500]])
     """
-    logits = logits.clamp_min(LOWEST_LOGIT)
-    classes = take_columns(logits, shared)
+    logits = logits.clamp_min(_LOWEST_LOGIT)
+    classes = logits[:, shared]
     if others is not None:
-        rest = take_columns(logits, others).logsumexp(-1, keepdim=True)
+        rest = logits[:, others].logsumexp(-1, keepdim=True)
         classes = torch.cat([classes, rest], dim=-1)
     return classes.log_softmax(-1)
 
@@ -97,10 +95,10 @@ class SharedKL(Loss):
 
     Args:
         pair: The two tokenizers.
-        rest: ``"renormalise"`` divides both sides by their probability on M: how much the
+        rest: ``"renormalize"`` divides both sides by their probability on M: how much the
             student puts on M is left free. ``"class"`` keeps the probabilities and adds one class
             that holds the rest of each side, so that it is matched too. If M is a whole
-            vocabulary, a side has no rest, and ``"class"`` is ``"renormalise"``.
+            vocabulary, a side has no rest, and ``"class"`` is ``"renormalize"``.
         direction: ``"forward"`` is KL(t || s), ``"reverse"`` is KL(s || t), ``"jsd"`` is their
             Jensen-Shannon divergence with beta 0.5.
         temperature: Divides both models' logits, above 0. The value is not multiplied by its
@@ -113,10 +111,10 @@ class SharedKL(Loss):
 
     Example:
         One chunk, t = (0.5, 0.5) and s = (0.25, 0.75) on the two shared tokens after
-        renormalising: 0.5 log(0.5 / 0.25) + 0.5 log(0.5 / 0.75).
+        renormalizing: 0.5 log(0.5 / 0.25) + 0.5 log(0.5 / 0.75).
 
-        >>> import ctkd
-        >>> class Tokens(ctkd.pair.PlaceholderPair):
+        >>> import ctkd, ctkd.tokenizers
+        >>> class Tokens(ctkd.tokenizers.PlaceholderPair):
         ...     student_size, teacher_size = 3, 2
         ...     def shared_ids(self):
         ...         return torch.tensor([0, 2]), torch.tensor([1, 0])
@@ -161,23 +159,30 @@ class SharedKL(Loss):
     teacher_ids: Tensor
     student_others: Tensor
     teacher_others: Tensor
-    sources: Tensor
 
     def __init__(
         self,
         *,
         pair: Pair,
-        rest: str = "renormalise",
+        rest: str = "renormalize",
         direction: str = "forward",
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        check_choice("rest", rest, ("renormalise", "class"))
+        if rest == "renormalise":
+            warnings.warn(
+                "rest='renormalise' is spelled 'renormalize'; the former spelling will go",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            rest = "renormalize"
+        check_choice("rest", rest, ("renormalize", "class"))
         check_choice("direction", direction, tuple(_BETAS))
         check_positive("temperature", temperature)
         self.rest = rest
         self.direction = direction
         self.temperature = temperature
+        self.teacher_temperatures = (temperature,)
         self.student_size = pair.student_size
         self.teacher_size = pair.teacher_size
         student_ids, teacher_ids = pair.shared_ids()
@@ -189,14 +194,11 @@ class SharedKL(Loss):
         # Columns in ascending order are read and written faster.
         order = student_ids.argsort()
         student_ids, teacher_ids = student_ids[order], teacher_ids[order]
-        sources = student_ids.new_zeros(pair.student_size)
-        sources[student_ids] = teacher_ids
         for name, ids in (
             ("student_ids", student_ids),
             ("teacher_ids", teacher_ids),
             ("student_others", columns_outside(student_ids, pair.student_size)),
             ("teacher_others", columns_outside(teacher_ids, pair.teacher_size)),
-            ("sources", sources),
         ):
             self.register_buffer(name, ids, persistent=False)
 
@@ -205,38 +207,36 @@ class SharedKL(Loss):
 
     def forward(self, batch: Batch) -> LossOutput:
         check_sizes(batch, self.student_size, self.teacher_size)
-        dtype, workspace = batch.student.logits.dtype, Workspace()
-
-        @functools.cache
-        def general() -> RowSolver:
-            return SharedSolver(
-                self._columns(dtype), _BETAS[self.direction], self.temperature, workspace
-            )
-
-        values, _ = solve_row_pairs(
+        student_others, teacher_others = self._others()
+        settings = {
+            "student_ids": self.student_ids,
+            "teacher_ids": self.teacher_ids,
+            "student_others": student_others,
+            "teacher_others": teacher_others,
+            "temperature": float(self.temperature),
+            "beta": _BETAS[self.direction],
+            "lowest_logit": _LOWEST_LOGIT,
+            "log_floor": LOG_FLOOR,
+        }
+        values = map_rows(
             batch.student.logits,
             batch.teacher.logits,
-            chunk_pairs(batch),
-            lambda *block: general()(*block),
-            compiled=lambda: compiled_shared_solver(
-                (self.student_ids, self.teacher_ids, *self._others()),
-                self.student_size,
-                _BETAS[self.direction],
-                self.temperature,
-            ),
+            align_positions(batch, "chunk").flattened(batch),
+            RowLoss("shared_kl", self._divergence, settings=settings),
             teacher_temperature=self.temperature,
-        )
-        workspace.release()
+        ).values
         sums = values.view(batch.student.mask.shape[0], batch.num_chunks).sum(1)
         return average({"shared_kl": sums}, self.units(batch))
 
-    def _columns(self, dtype: torch.dtype) -> SharedColumns:
-        bounds = torch.full(
-            (2, self.student_size), NO_CLASS, dtype=dtype, device=self.student_ids.device
+    def _divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Divergence of the classes of rows, (n,)."""
+        student_others, teacher_others = self._others()
+        student = student_logits / self.temperature
+        teacher = teacher_logits / self.temperature
+        return _DIVERGENCES[self.direction](
+            shared_log_probs(student, self.student_ids, student_others),
+            shared_log_probs(teacher, self.teacher_ids, teacher_others),
         )
-        bounds[0, self.student_ids] = LOWEST_LOGIT
-        bounds[1, self.student_ids] = torch.inf
-        return SharedColumns(self.sources, bounds[0], bounds[1], *self._others())
 
     def _others(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Columns of the class of the rest of both sides, if there is one."""

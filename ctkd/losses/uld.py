@@ -2,157 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ctkd.batch import Batch
-from ctkd.chunks import PAIRINGS, PositionPairs, pair_positions
-from ctkd.dense_logits import DenseLogits
-from ctkd.loss import (
-    Loss,
-    LossOutput,
-    Paper,
-    Weights,
-    average,
-    check_choice,
-    check_count,
-    check_positive,
-    masked_sum,
-)
-from ctkd.pair_solvers import CompiledSolver, PairArrays, RowSolution, RowSolver
-from ctkd.powers import Workspace
+from ctkd.chunks import PAIRINGS, AlignedPositions, align_positions
+from ctkd.divergences import sorted_l1
+from ctkd.logits import DenseLogits, TopKLogits, map_rows
+from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
+from ctkd.ops import RowLoss
 from ctkd.registry import register
-from ctkd.row_pairs import solve_row_pairs
-from ctkd.rows import LOG2_E
-from ctkd.sorting import ranked_l1
-from ctkd.top_k_logits import TopKLogits
+from ctkd.settings import check_choice, check_count, check_positive
 
-__all__ = ["ULD", "sorted_l1"]
-
-
-def sorted_l1(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    r"""Distance between two distributions over different vocabularies.
-
-    .. math:: \sum_k |p_{(k)} - q_{(k)}|, \quad p_{(1)} \ge p_{(2)} \ge \dots
-
-    The shorter vocabulary is padded with zeros. Sorting the logits sorts the probabilities.
-
-    Shape:
-        (N, V) and (N, W) give (N,), each value in [0, 2].
-
-    Example:
-        >>> sorted_l1(torch.tensor([[0.2, 0.8]]).log(), torch.tensor([[0.5, 0.5, 0.0]]).log())
-        tensor([0.6000])
-    """
-    student, teacher = (
-        logits.sort(dim=-1, descending=True, stable=True).values.softmax(-1)
-        for logits in (student_logits, teacher_logits)
-    )
-    size = max(student.shape[-1], teacher.shape[-1])
-    student = F.pad(student, (0, size - student.shape[-1]))
-    teacher = F.pad(teacher, (0, size - teacher.shape[-1]))
-    return (student - teacher).abs().sum(-1)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Solver:
-    r"""`sorted_l1` and its gradient.
-
-    With g the sign of the difference at the rank of each column, the gradient is
-    :math:`p_v (g_v - \sum_u g_u p_u) / \tau`.
-    """
-
-    student_temperature: float
-    teacher_temperature: float
-    workspace: Workspace
-
-    def __call__(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        per_pair: Tensor | None,
-        with_gradient: bool,
-    ) -> RowSolution:
-        teacher_probs = _probs("teacher", teacher_logits, self.teacher_temperature, self.workspace)
-        return _solution(student_logits, teacher_probs, self.student_temperature, self.workspace)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _StoredSolver:
-    """What `_Solver` does for a stored teacher: probabilities, and in each pair's numbers its tail.
-
-    Args:
-        student_temperature: Divides the student's logits.
-        width: W.
-        workspace: For temporary rows.
-    """
-
-    student_temperature: float
-    width: int
-    workspace: Workspace
-
-    def __call__(
-        self,
-        student_logits: Tensor,
-        teacher_probs: Tensor,
-        per_pair: Tensor | None,
-        with_gradient: bool,
-    ) -> RowSolution:
-        if per_pair is None:
-            raise TypeError("a stored teacher's rows need the tail of each pair")
-        place = torch.arange(self.width, device=teacher_probs.device)
-        tail = per_pair[:, :1] * (place < per_pair[:, 1:])
-        probs = torch.cat([teacher_probs, tail.to(teacher_probs.dtype)], dim=-1)
-        return _solution(student_logits, probs, self.student_temperature, self.workspace)
-
-
-def _solution(
-    student_logits: Tensor, teacher_probs: Tensor, temperature: float, workspace: Workspace
-) -> RowSolution:
-    probs = _probs("student", student_logits, temperature, workspace)
-    room = workspace.rows("signed", student_logits, student_logits.shape[1])
-    values, signed = ranked_l1(probs, teacher_probs, out=room)
-    mean_sign = signed.sum(-1, keepdim=True)
-    gradient = signed.addcmul_(probs, mean_sign, value=-1.0)
-    return RowSolution(values, gradient.div_(temperature))
-
-
-def _probs(name: str, logits: Tensor, temperature: float, workspace: Workspace) -> Tensor:
-    room = workspace.rows(name, logits, logits.shape[1])
-    scale = LOG2_E / temperature
-    torch.add(logits.amax(-1, keepdim=True) * -scale, logits, alpha=scale, out=room).exp2_()
-    # The same in any order of the columns, so that a teacher's equal stays equal.
-    return room.div_(room.sum(-1, keepdim=True, dtype=torch.float64).to(room.dtype))
-
-
-def _compiled_solver(
-    sizes: tuple[int, int], student_temperature: float, teacher_temperature: float
-) -> CompiledSolver:
-    """What `_Solver` does, by compiled loops, for V and W columns."""
-    student_columns, teacher_columns = (np.arange(size, dtype=np.uint32) for size in sizes)
-
-    def solve(pairs: PairArrays, some: slice) -> None:
-        from ctkd.kernels.pair_rows import put_uld
-
-        put_uld(
-            *pairs.student,
-            *pairs.teacher,
-            some.start,
-            some.stop,
-            student_columns,
-            teacher_columns,
-            float(student_temperature),
-            float(teacher_temperature),
-            pairs.per_pair,
-            pairs.answers,
-            *pairs.gradients,
-        )
-
-    return solve
+__all__ = ["ULD"]
 
 
 @register("uld")
@@ -238,7 +103,9 @@ class ULD(Loss):
             check_count("top_k", top_k)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
+        self.teacher_temperatures = (teacher_temperature,)
         self.top_k = top_k
+        self.teacher_entries = top_k or 0
         check_choice("pairing", pairing, PAIRINGS)
         self.pairing = pairing
         if pairing == "chunk":
@@ -248,49 +115,62 @@ class ULD(Loss):
         return batch.student.mask.sum()
 
     def forward(self, batch: Batch) -> LossOutput:
-        pairs = pair_positions(batch, self.pairing)
+        aligned = align_positions(batch, self.pairing)
         if self.top_k is None:
-            values = self._all(batch, pairs)
+            distances = self._all(batch, aligned)
         else:
-            values = self._top(batch, pairs, self.top_k)
-        return average({"uld": masked_sum(values, pairs.valid)}, self.units(batch))
+            distances = self._top(batch, aligned, self.top_k)
+        return average({"uld": masked_sum(distances, aligned.valid)}, self.units(batch))
 
-    def _all(self, batch: Batch, pairs: PositionPairs) -> Tensor:
-        student, teacher = batch.student.logits, batch.teacher.logits
-        temperatures = self.student_temperature, self.teacher_temperature
-        workspace, rows, tails = Workspace(), pairs.rows(batch), None
-        solver: RowSolver = _Solver(*temperatures, workspace)
+    def _all(self, batch: Batch, aligned: AlignedPositions) -> Tensor:
+        positions, teacher, tails = aligned.flattened(batch), batch.teacher.logits, None
+        distance = functools.partial(self._distance, teacher_width=teacher.shape[2])
         if isinstance(teacher, TopKLogits):
-            # What is not stored is one probability many times.
-            solver = _StoredSolver(self.student_temperature, teacher.shape[2], workspace)
-            probs, tail_prob, tail_count = teacher.probs_and_tail(self.teacher_temperature)
-            tails = torch.stack([tail_prob, tail_count.to(tail_prob.dtype)], -1).flatten(0, 1)
-            if tails.shape[0]:
-                tails = tails[rows[:, 1].clamp_min(0)]
-            else:
-                tails = tails.new_zeros((rows.shape[0], 2))
+            # Whatever is not stored is one probability many times.
+            probs, tails = teacher.probs_and_tail(self.teacher_temperature)
             teacher = DenseLogits(probs, mask=teacher.mask)
-        sizes = student.shape[2], teacher.shape[2]
-        distances, _ = solve_row_pairs(
-            student,
+            tails = aligned.of_teacher(tails).flatten(0, 1)
+        settings = {
+            "student_temperature": self.student_temperature,
+            "teacher_temperature": self.teacher_temperature,
+        }
+        loss = RowLoss("uld", distance, settings=settings)
+        return map_rows(
+            batch.student.logits,
             teacher,
-            rows,
-            solver,
-            compiled=lambda: _compiled_solver(sizes, *temperatures),
-            per_pair=tails,
+            positions,
+            loss,
+            per_row=tails,
             teacher_temperature=self.teacher_temperature,
-        )
-        workspace.release()
-        return distances.view(pairs.valid.shape)
+        ).values.view(aligned.valid.shape)
 
-    def _top(self, batch: Batch, pairs: PositionPairs, k: int) -> Tensor:
+    def _distance(
+        self,
+        student_logits: Tensor,
+        teacher_rows: Tensor,
+        tails: Tensor | None = None,
+        *,
+        teacher_width: int,
+    ) -> Tensor:
+        """`sorted_l1` of rows: logits, but of a stored teacher probabilities and their tail."""
+        student_probs = (student_logits / self.student_temperature).softmax(-1)
+        if tails is None:
+            teacher_probs = (teacher_rows / self.teacher_temperature).softmax(-1)
+        else:
+            prob, count = tails[:, :1], tails[:, 1:]
+            column = torch.arange(teacher_width, device=tails.device)
+            teacher_probs = torch.cat([teacher_rows, prob * (column < count)], dim=-1)
+        return sorted_l1(student_probs, teacher_probs)
+
+    def _top(self, batch: Batch, aligned: AlignedPositions, k: int) -> Tensor:
+        """Distances of the k largest probabilities of each side."""
         student, teacher = batch.student.logits, batch.teacher.logits
-        student_k, teacher_k = (min(k, side.shape[2]) for side in (student, teacher))
-        size = max(student_k, teacher_k)
+        student_k, teacher_k = min(k, student.shape[2]), min(k, teacher.shape[2])
         student_probs = student.sorted_probs(student_k, temperature=self.student_temperature)
         teacher_probs = teacher.sorted_probs(teacher_k, temperature=self.teacher_temperature)
-        student_probs = F.pad(pairs.of_student(student_probs), (0, size - student_k))
-        teacher_probs = F.pad(pairs.of_teacher(teacher_probs).detach(), (0, size - teacher_k))
+        size = max(student_k, teacher_k)
+        student_probs = F.pad(aligned.of_student(student_probs), (0, size - student_k))
+        teacher_probs = F.pad(aligned.of_teacher(teacher_probs).detach(), (0, size - teacher_k))
         return (student_probs - teacher_probs).abs().sum(-1)
 
     def extra_repr(self) -> str:

@@ -118,7 +118,7 @@ def test_a_cache_that_cannot_serve_is_one_line(place, made, tmp_path):
     said = error_of(invoke(*words, "gold"))
     assert "gold needs whole rows of the teacher's logits" in said
     said = error_of(invoke(*words, "uld", "--loss-option", "teacher_temperature=1.5"))
-    assert "but was stored at 1, 2; cache it again with --temperature 1.5" in said
+    assert "was made for 1, 2; cache it again with --temperature 1.5" in said
     said = error_of(invoke(*words, "uld", "--teacher-cache", str(tmp_path)))
     assert "holds no teacher cache (cache.json is missing); make one with `ctkd cache" in said
     assert not (tmp_path / "run").exists()

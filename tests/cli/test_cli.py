@@ -1,9 +1,6 @@
 """Whatever goes wrong on the command line is one line with a way out; what goes right is shown."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +13,6 @@ from ctkd.distill.models import loading as models
 from ctkd.distill.training import run as training
 from tests.distill import tiny
 from tests.distill.tiny_runs import Workplace, error_of, finish, invoke, save
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -268,28 +263,3 @@ def test_all_that_is_known_of_a_loss_is_shown(name):
 def test_an_unknown_loss_is_named():
     assert error_of(invoke("losses", "nope")).startswith("unknown loss 'nope'. Available: alm")
     assert "Did you mean 'uld'?" in error_of(invoke("losses", "ulf"))
-
-
-def python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-LIGHT = """
-import sys
-from click.testing import CliRunner
-from ctkd.cli import main
-for words in (["--help"], ["train", "--help"], ["losses"], ["losses", "uld"], ["--version"]):
-    assert CliRunner().invoke(main, words).exit_code == 0, words
-print(sorted({"transformers", "datasets", "matplotlib"} & set(sys.modules)))
-"""
-
-
-def test_help_and_losses_load_nothing_heavy():
-    done = python(LIGHT)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr

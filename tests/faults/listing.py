@@ -2,6 +2,7 @@
 
 Each ``*.toml`` file beside this one is an area. A fault that survives is either argued in its
 ``argued`` (why no test can tell it from the right code, or why none should) or a gap.
+What is not planted any more is in ``removed.md``.
 """
 
 import tomllib

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "numba", "numpy", "transformers", "pytest")
 # on packaged models would fetch them for every fault, as caches are not shared between faults.
 _LEFT_OUT = (
     "--ignore=tests/faults",
-    "--ignore=tests/test_style.py",
+    "--ignore=tests/project/test_style.py",
     "-m",
     "not models and not cuda",
 )
@@ -44,11 +44,9 @@ class Copy:
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=root, capture_output=True, text=True, check=True,
         ).stdout.split("\0")  # fmt: skip
-        # Compiled kernels stay valid where the times of their sources stay.
-        kernels = (
-            str(path.relative_to(root)) for path in root.glob("ctkd/**/__pycache__/*.nb[ci]")
-        )
-        for name in (*filter(None, listed), *kernels):
+        # Of all copies: compiled kernels are kept by a hash of all their sources.
+        self.kernels = folder.parent / "kernels"
+        for name in filter(None, listed):
             if (root / name).is_file():
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(root / name, self.tree / name)
@@ -73,10 +71,8 @@ class Copy:
         environment = {
             "PYTHONPATH": str(self.tree),
             "CTKD_CACHE": str(self.caches / "ctkd"),
+            "NUMBA_CACHE_DIR": str(self.kernels),
         }
-        if fault is not None and "@compiled" in (self.tree / fault.file).read_text():
-            # Nothing compiled from other sources is found here, whatever its key depends on.
-            environment["NUMBA_CACHE_DIR"] = str(self.caches / "numba")
         started = time.perf_counter()
         options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line", *_LEFT_OUT]
         code, output = warm.run(self.tree, [*options, *tests], environment, timeout)

@@ -9,20 +9,18 @@ import torch
 from torch import Tensor
 
 import ctkd
-from ctkd import rows as rows_module
 from ctkd.batch import Batch, Side
 from ctkd.divergences import jsd
 from ctkd.errors import BatchError
 from ctkd.losses.mined import carried_kl, first_sources
 from ctkd.losses.shared_kl import columns_outside, shared_log_probs
-from ctkd.pair import PlaceholderPair
-from ctkd.powers import Workspace, powers_of_two
+from ctkd.tokenizers import PlaceholderPair
 
 V, W, N = 13, 10, 6
 SHARED = torch.tensor([0, 3, 4, 7, 8, 11]), torch.tensor([5, 0, 9, 2, 1, 7])
 MAPPING = torch.tensor([3, 0, 7, 3, 10, 0, 12, 9, 9, 1])
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
-FORMS = [*itertools.product(("renormalise", "class"), BETAS), "dense"]
+FORMS = [*itertools.product(("renormalize", "class"), BETAS), "dense"]
 by_form = pytest.mark.parametrize("form", FORMS, ids=str)
 
 
@@ -96,7 +94,7 @@ def both(form: Any, student: Tensor, teacher: Tensor, temperature: float = 1.0) 
 
 
 @by_form
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
 def test_the_formula(form, temperature):
     actual, expected = both(form, *logits(), temperature)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
@@ -124,7 +122,7 @@ def test_columns_that_a_model_rules_out(form, temperature):
 def test_a_student_that_rules_out_all_shared_tokens(direction):
     student, teacher = logits(2)
     student[3, SHARED[0]] = -torch.inf
-    for rest in ("renormalise", "class"):
+    for rest in ("renormalize", "class"):
         actual, expected = both((rest, direction), student, teacher)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
 
@@ -178,7 +176,7 @@ def test_blocks_of_every_size_share_their_buffers(form, monkeypatch):
     student, teacher = logits(6)
     expected, _ = both(form, student, teacher, 2.0)
     for rows in (1, 4):
-        monkeypatch.setattr(rows_module, "BLOCK_ELEMENTS", {"cpu": rows * V})
+        monkeypatch.setenv("CTKD_BLOCK_ELEMENTS", str(rows * V))
         actual, _ = both(form, student, teacher, 2.0)
         torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-16)
 
@@ -202,35 +200,3 @@ def test_nothing_waits_for_the_device(form):
     value = make_loss(form, 2.0).to("meta")(batch_of(leaf, teacher)).value
     (gradient,) = torch.autograd.grad(value, leaf)
     assert value.shape == () and gradient.shape == student.shape
-
-
-def test_powers_of_two_are_a_softmax():
-    rows, _ = logits(8)
-    for temperature in (1.0, 0.5, 3.0):
-        found = powers_of_two(rows, temperature)
-        expected = (rows / temperature).log_softmax(-1)
-        log_probs = ctkd.powers.LOG_2 * found.exponents - found.log_total
-        torch.testing.assert_close(log_probs, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(found.powers / found.total, expected.exp())
-        normaliser = (rows / temperature).logsumexp(-1, keepdim=True)
-        torch.testing.assert_close(found.log_normaliser, normaliser, rtol=1e-12, atol=0)
-
-
-def test_a_workspace_keeps_apart_names_and_dtypes():
-    workspace = Workspace()
-    like = torch.zeros(2, 1)
-    first, second = (workspace.rows(name, like, 3) for name in ("first", "second"))
-    assert first.data_ptr() != second.data_ptr() and first.shape == (2, 3)
-    assert workspace.rows("first", like, 3).data_ptr() == first.data_ptr()
-    assert workspace.rows("first", like.double(), 3).dtype == torch.float64
-    assert workspace.rows("second", torch.zeros(9, 1), 3).shape == (9, 3)
-    assert workspace.rows("second", like, 3, torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_a_workspace_converts_what_has_another_dtype():
-    workspace, block = Workspace(), torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16)
-    assert workspace.converted("rows", block, torch.bfloat16) is block
-    found = workspace.converted("rows", block, torch.float32)
-    assert found.dtype == torch.float32 and found.tolist() == [[1.5, -2.0]]
-    assert workspace.converted("rows", block + 1, torch.float32).data_ptr() == found.data_ptr()
-    assert found.tolist() == [[2.5, -1.0]]

@@ -10,7 +10,7 @@ from baselines import multilevelot_released as oracle
 from baselines.uld import answer_probs_, answer_spans
 from ctkd.batch import Batch
 from ctkd.loss import LossOutput, average
-from tests.golden_values import entries_of, gradient_norm, load, released_case
+from tests.golden.golden_values import entries_of, gradient_norm, load, released_case
 from tests.ragged_batches import ragged_inputs
 from tests.rounding import rounding
 

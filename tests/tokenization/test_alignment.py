@@ -1,8 +1,5 @@
 """Alignments one can check by hand, and what is refused."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -265,12 +262,3 @@ def test_a_text_that_a_tokenizer_changes_is_a_difference_and_no_error(make, text
 def test_rows_of_data_with_half_a_surrogate_pair_do_not_get_here():
     with pytest.raises(DataError, match="half a surrogate pair at character 2"):
         examples(Rows("pasted", [{"prompt": "a\ud800", "answer": "b"}]), "text")
-
-
-def test_the_module_does_not_import_transformers():
-    code = (
-        "import sys, ctkd.tokenization.alignment; print([m for m in sys.modules if m in "
-        "('transformers', 'datasets', 'tokenizers', 'scipy')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

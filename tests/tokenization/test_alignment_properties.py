@@ -150,12 +150,10 @@ def check_batch(tables, student_ids, teacher_ids):
     return aligned
 
 
-def pairs_of(student_names, teacher_names):
-    return [
-        pytest.param(*pair, id="-to-".join(pair))
-        for pair in itertools.product(student_names, teacher_names)
-        if pair[0] != pair[1]
-    ]
+def in_a_ring(names):
+    """Each is once the student and once the teacher."""
+    names = [*names]
+    return list(zip(names, [*names[1:], names[0]], strict=True))
 
 
 def check_texts(student, teacher, texts):
@@ -170,7 +168,7 @@ def check_texts(student, teacher, texts):
     )
 
 
-@pytest.mark.parametrize(("student", "teacher"), pairs_of(REAL, REAL))
+@pytest.mark.parametrize(("student", "teacher"), in_a_ring(REAL))
 @settings(deadline=None, max_examples=40)
 @given(texts=batches)
 def test_real_tokenizers_on_adversarial_texts(student, teacher, texts):
@@ -183,7 +181,7 @@ def test_real_tokenizers_on_adversarial_texts(student, teacher, texts):
 @pytest.mark.models
 @pytest.mark.parametrize(
     ("student", "teacher"),
-    [*pairs_of(MODELS, MODELS), *pairs_of(MODELS, REAL), *pairs_of(REAL, MODELS)],
+    [("smollm2", "gemma"), ("gemma", "smollm2"), ("gemma", "gpt2"), ("mistral-v3", "smollm2")],
 )
 @settings(deadline=None, max_examples=15)
 @given(texts=batches)
@@ -192,7 +190,8 @@ def test_packaged_models_on_adversarial_texts(student, teacher, texts):
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"), [*pairs_of(TRAINED, ["gpt2"]), *pairs_of(["mistral-v1"], TRAINED)]
+    ("student", "teacher"),
+    [(name, "gpt2") if number % 2 else ("mistral-v1", name) for number, name in enumerate(TRAINED)],
 )
 @settings(deadline=None, max_examples=15)
 @given(texts=batches)

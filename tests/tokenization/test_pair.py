@@ -5,7 +5,7 @@ import torch
 from baselines import mined_maps
 from ctkd.errors import BatchError, DataError
 from ctkd.tokenization import Aligner, TokenBytes, TokenizerPair, vocabulary_map
-from tests import golden_values
+from tests.golden import golden_values
 from tests.tokenization import trained_tokenizers as trained
 
 SPECIAL = ("<s>", "</s>", "<pad>", "<sep>")

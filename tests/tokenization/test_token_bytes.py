@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,13 +36,13 @@ class InPython(PreTrainedTokenizer):
         return self.tokens.index(token) if token in self.tokens else None
 
 
-@pytest.mark.parametrize("text", trained.HARD_STRINGS)
 @pytest.mark.parametrize("kind", [trained.byte_level, trained.gemma_like, trained.byt5])
-def test_tokenizers_that_add_nothing_spell_every_text(kind, text):
-    assert spelled(kind(), text) == text
+def test_tokenizers_that_add_nothing_spell_every_text(kind):
+    tokenizer = kind()
+    for text in trained.HARD_STRINGS:
+        assert spelled(tokenizer, text) == text
 
 
-@pytest.mark.parametrize("text", trained.HARD_STRINGS)
 @pytest.mark.parametrize(
     "make",
     [
@@ -55,14 +52,16 @@ def test_tokenizers_that_add_nothing_spell_every_text(kind, text):
     ],
     ids=["byte-level", "metaspace first", "metaspace always"],
 )
-def test_a_space_is_added_to_a_text_without_one(make, text):
-    assert spelled(make(), text) == (text if text.startswith(" ") else " " + text)
+def test_a_space_is_added_to_a_text_without_one(make):
+    tokenizer = make()
+    for text in trained.HARD_STRINGS:
+        assert spelled(tokenizer, text) == (text if text.startswith(" ") else " " + text)
 
 
-@pytest.mark.parametrize("text", trained.HARD_STRINGS)
-def test_a_space_is_added_to_every_text(text, tmp_path):
-    assert spelled(trained.prepending(), text) == " " + text
-    assert spelled(trained.slow_sentencepiece(tmp_path), text) == " " + text
+def test_a_space_is_added_to_every_text(tmp_path):
+    tokenizers = (trained.prepending(), trained.slow_sentencepiece(tmp_path))
+    for text in trained.HARD_STRINGS:
+        assert [spelled(tokenizer, text) for tokenizer in tokenizers] == [" " + text] * 2
 
 
 @settings(deadline=None, max_examples=200)
@@ -218,15 +217,6 @@ def test_slow_byte_level_tokenizers_are_known_by_their_byte_decoder():
 def test_a_slow_tokenizer_without_marks_is_refused():
     with pytest.raises(ModelError, match="InPython spells its tokens in a way ctkd cannot"):
         TokenBytes.from_tokenizer(InPython(["a", "b"]))
-
-
-def test_the_module_does_not_import_transformers():
-    code = (
-        "import sys, ctkd.tokenization.token_bytes; print([m for m in sys.modules if m in "
-        "('transformers', 'datasets', 'tokenizers')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.models

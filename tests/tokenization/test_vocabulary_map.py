@@ -21,7 +21,7 @@ from ctkd.tokenization.vocabulary_map import (
     shared_ids,
     token_texts,
 )
-from tests import golden_values
+from tests.golden import golden_values
 from tests.tokenization import real_tokenizers
 from tests.tokenization import trained_tokenizers as trained
 

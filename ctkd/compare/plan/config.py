@@ -20,7 +20,7 @@ from ctkd.distill.config import SFT, TrainConfig
 from ctkd.distill.evaluation.metrics import METRICS
 from ctkd.distill.options import option
 from ctkd.errors import CtkdError, SettingError
-from ctkd.loss import check_count
+from ctkd.settings import check_count
 
 __all__ = ["DEFAULT_LOSSES", "DEMONSTRATION_STEPS", "NOT_SHARED", "SAVE_STEPS", "CompareConfig"]
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from ctkd.batch import Batch
 from ctkd.compare.plan.config import CompareConfig
 from ctkd.compare.plan.methods import SEQKD, Method
 from ctkd.compare.plan.splits import COLUMNS, Splits, prepare_splits
@@ -37,10 +35,10 @@ from ctkd.distill.preparing import (
 )
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.cache_writing import write_cache
-from ctkd.errors import BatchError, DataError, OutputError, SettingError
+from ctkd.errors import DataError, OutputError, SettingError
 from ctkd.loss import Loss
-from ctkd.pair import Pair
 from ctkd.tokenization.pair import TokenizerPair
+from ctkd.tokenizers import Pair
 
 __all__ = ["Prepared", "prepare"]
 
@@ -213,7 +211,7 @@ def _temperatures(config: CompareConfig, folder: ComparisonFolder) -> list[float
     if config.live_teacher:
         # It gives its logits itself, at any temperature.
         return usual
-    queried = _queried_temperatures(config)
+    queried = {float(one) for _, loss in _losses(config, None) for one in loss.teacher_temperatures}
     kept: list[float] = folder.record.get("temperatures") or sorted({*usual, *queried})
     if queried <= set(kept):
         folder.keep("temperatures", kept)
@@ -223,23 +221,6 @@ def _temperatures(config: CompareConfig, folder: ComparisonFolder) -> list[float
         f"the teacher cache in {folder.path} was not made for temperature {missing}, which a "
         "method asks for; choose another --output for a comparison with it"
     )
-
-
-@torch.no_grad()
-def _queried_temperatures(config: CompareConfig) -> set[float]:
-    """Temperatures at which the losses query a teacher, found by running them on made-up input."""
-    from ctkd.testing_inputs import make_inputs, make_pair
-    from ctkd.testing_teacher import OverheardLogits, with_teacher
-
-    temperatures: set[float] = set()
-    for _, loss in _losses(config, make_pair()):
-        batch = Batch.from_causal_lm(**make_inputs())
-        teacher = OverheardLogits(batch.teacher.logits)
-        # A loss that stops on this batch has made its queries by then, or the cache refuses it.
-        with suppress(BatchError):
-            loss(with_teacher(batch, teacher))
-        temperatures |= {float(one) for one in teacher.temperatures}
-    return temperatures
 
 
 def _check_needs(config: CompareConfig, models: Models) -> None:
@@ -274,4 +255,4 @@ def _check_losses(
                     f"{name} needs whole rows of the teacher's logits, but {cache.path} keeps "
                     f"{cache.k} of {cache.vocab_size} entries; compare with --live-teacher"
                 )
-            cache.check_serves(loss, name, narrowed.student_size)
+            cache.check_serves(loss, name)

@@ -31,9 +31,9 @@ from ctkd.distill.training.output_folder import OutputFolder, try_to_write
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import OutputError, SettingError
 from ctkd.loss import Loss
-from ctkd.pair import PlaceholderPair
 from ctkd.registry import get_loss
 from ctkd.tokenization.pair import TokenizerPair
+from ctkd.tokenizers import PlaceholderPair
 
 __all__ = ["answer", "held_out_losses", "run_evaluation", "score_predictions"]
 

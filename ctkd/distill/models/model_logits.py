@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ctkd.dense_logits import DenseLogits
 from ctkd.distill.models.loading import last_logits, supports_logits_to_keep
-from ctkd.head_logits import HeadLogits
-from ctkd.row_logits import RowLogits
+from ctkd.logits import DenseLogits, HeadLogits, RowLogits
 
 __all__ = ["ModelLogits"]
 

@@ -3,7 +3,7 @@
 A cache is a folder:
 
     cache.json                   the teacher, the queries, and the shards written so far
-    logits-00000.safetensors     rows of `ctkd.top_k_logits.TopK`, for some examples
+    logits-00000.safetensors     rows of `ctkd.logits.TopK`, for some examples
     texts.jsonl                  what the teacher wrote to prompts
 
 Rows are found by the token ids of prompt and answer, so that a row can never be taken for another.
@@ -23,16 +23,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ctkd.batch import Batch, Side
 from ctkd.distill.data.encoding import EncodedExample, EncodedSide
 from ctkd.distill.models.fingerprint import file_sha256, model_fingerprint
 from ctkd.distill.teachers.texts import TeacherTexts
-from ctkd.errors import BatchError, DataError, ModelError, SettingError
+from ctkd.errors import DataError, ModelError, SettingError
+from ctkd.logits import TopK
 from ctkd.loss import Loss
 from ctkd.tokenization.token_bytes import TokenBytes
 from ctkd.tokenization.vocabulary_map import fingerprint
-from ctkd.top_k import TopK
-from ctkd.top_k_logits import TopKLogits
 
 __all__ = [
     "CACHE_FILE",
@@ -46,7 +44,7 @@ __all__ = [
 
 CACHE_FILE = "cache.json"
 TEXTS_FILE = "texts.jsonl"
-FORMAT = 1
+FORMAT = 2
 
 
 def row_key(side: EncodedSide) -> str:
@@ -208,14 +206,12 @@ class TeacherCache:
                 "options"
             )
 
-    @torch.no_grad()
-    def check_serves(self, loss: Loss, name: str, student_size: int) -> None:
+    def check_serves(self, loss: Loss, name: str) -> None:
         """Refuse a loss that this cache cannot serve, before anything is trained.
 
         Args:
             loss: The loss.
             name: What to call it.
-            student_size: V, columns of the student's logits.
 
         Raises:
             SettingError: If the loss needs more of the teacher than is stored.
@@ -234,26 +230,20 @@ class TeacherCache:
                 f"{name} needs the teacher's largest logits, but {self.path} keeps only those of "
                 "observed tokens (k is 0); cache with --k 256"
             )
-        try:
-            loss(_one_position(self._empty(), student_size))
-        except BatchError as error:
-            raise SettingError(f"{name} cannot use {self.path}: {error}") from error
-
-    def _empty(self) -> TopK:
-        """One position at which all columns are equally likely."""
-        size, k, count = self.vocab_size, self.k, len(self.temperatures)
-        shared = torch.tensor((size - max(k, 1)) / size).log()
-        return TopK(
-            ids=torch.arange(k).view(1, 1, k),
-            values=torch.zeros(1, 1, k),
-            label_ids=torch.zeros(1, 1, dtype=torch.int64),
-            label_values=torch.zeros(1, 1),
-            deviations=torch.ones(1, 1),
-            log_normalisers=torch.full((1, 1, 2, count), float(size)).log(),
-            log_rests=shared.expand(1, 1, 2, count).clone(),
-            temperatures=self.temperatures,
-            vocab_size=size,
-        )
+        if loss.teacher_entries > self.k and self.k < limit:
+            raise SettingError(
+                f"{name} looks up the {loss.teacher_entries} largest entries of each position, but "
+                f"{self.path} keeps {self.k}; cache the teacher again with --k "
+                f"{loss.teacher_entries} or more, or {way_out}"
+            )
+        for temperature in loss.teacher_temperatures:
+            if temperature not in self.temperatures:
+                kept = ", ".join(f"{one:g}" for one in self.temperatures)
+                raise SettingError(
+                    f"{name} needs the teacher at temperature {temperature:g}, but {self.path} was "
+                    f"made for {kept}; cache it again with --temperature {temperature:g}, or "
+                    f"{way_out}"
+                )
 
     def batch(self, sides: Sequence[EncodedSide], positions: int) -> dict[str, Tensor]:
         """Read the rows of a batch, padded with zeros to so many positions.
@@ -326,13 +316,3 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             f"{path} was not written by this version of ctkd (format {FORMAT}); make the cache anew"
         )
     return record
-
-
-def _one_position(kept: TopK, student_size: int) -> Batch:
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    number = torch.zeros(1, 1, dtype=torch.int64)
-    student = Side(
-        logits=torch.zeros(1, 1, student_size), token_ids=number, mask=mask, chunk_ids=number
-    )
-    teacher = Side(logits=TopKLogits(kept), token_ids=number, mask=mask, chunk_ids=number)
-    return Batch(student=student, teacher=teacher)

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctkd.batch import IGNORE_INDEX
-from ctkd.dense_logits import DenseLogits
 from ctkd.distill.config import CacheSettings, TrainConfig
 from ctkd.distill.data.collator import padded_sides, padding_id
 from ctkd.distill.data.encoding import EncodedSide
@@ -61,9 +60,9 @@ from ctkd.distill.teachers.cache import (
 )
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.errors import OutputError, SettingError
+from ctkd.logits import DenseLogits, TopK
 from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.vocabulary_map import fingerprint
-from ctkd.top_k import TopK
 
 __all__ = ["LazyTeacher", "write_cache"]
 

@@ -113,7 +113,7 @@ def train(
     if cache is not None and pair is not None and loss is not None:
         cache.check_rows(encoded.rows, "training")
         cache.check_rows(encoded_held_out.rows, "held-out")
-        cache.check_serves(loss, config.loss, pair.student_size)
+        cache.check_serves(loss, config.loss)
 
     # Only now may an earlier run be overwritten: everything that was given can be used.
     folder = OutputFolder.prepare(config.folder, settings, resume=resume, overwrite=overwrite)

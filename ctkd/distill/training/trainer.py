@@ -31,9 +31,8 @@ from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.training.progress import StepClock
 from ctkd.errors import BatchError, SettingError
+from ctkd.logits import RowLogits, TopKLogits
 from ctkd.loss import Loss, Weights
-from ctkd.row_logits import RowLogits
-from ctkd.top_k_logits import TopKLogits
 
 __all__ = ["CrossTokenizerTrainer"]
 

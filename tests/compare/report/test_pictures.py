@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import itertools
 import os
 import re
@@ -108,14 +109,12 @@ def test_equal_records_give_equal_files_in_every_process():
         "import hashlib;"
         "print(hashlib.sha256(learning_curves(fake_comparison()).encode()).hexdigest())"
     )
-    hashes = {
-        subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        ).stdout
-        for seed in ("1", "2")
-    }  # fmt: skip
-    assert len(hashes) == 1
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+    )  # fmt: skip
+    ours = hashlib.sha256(pictures.learning_curves(fake_comparison()).encode()).hexdigest()
+    assert done.stdout.strip() == ours
     picture = draw(CASES["as usual"])["metric"]
     assert not re.search(r"\d{4}-\d\d-\d\d|matplotlib\.org|Matplotlib v", picture)
 

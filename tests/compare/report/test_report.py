@@ -2,8 +2,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -380,9 +378,3 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
 
 def test_equal_comparisons_give_equal_reports(tmp_path, usual):
     assert write(fake_comparison(), tmp_path, published=[PUBLISHED]) == usual
-
-
-def test_importing_the_report_does_not_load_matplotlib():
-    program = "import sys, ctkd.compare.report.report; print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.strip() == "False", done.stderr

@@ -1,7 +1,8 @@
 """Runs a comparison in processes that kill themselves at chosen moments; a script of its own.
 
-Arguments: a JSON file with "attempts", a list of settings for `CompareConfig` and of the moment at
-which to die (null for never), and "log", to which every step, answer and record is written.
+Argument: a JSON file with a list of attempts. Each has settings for `CompareConfig`, the moment at
+which to die (null for never), a log, to which every step, answer and record is written, and perhaps
+a folder to move to another place before.
 """
 
 import gc
@@ -87,11 +88,15 @@ def main() -> None:
     """One process after another; each begins with what is imported already."""
     told = json.loads(Path(sys.argv[1]).read_text())
     gc.freeze()
-    for settings, last in told["attempts"]:
+    for attempt in told:
+        if attempt["move"]:
+            os.rename(*attempt["move"])
         child = os.fork()
         if child == 0:
-            watch(Moments(Path(told["log"]), None if last is None else tuple(last)))
-            runner.compare(CompareConfig.from_mapping(settings), say=lambda line: None)
+            last = attempt["moment"]
+            watch(Moments(Path(attempt["log"]), None if last is None else tuple(last)))
+            config = CompareConfig.from_mapping(attempt["settings"])
+            runner.compare(config, say=lambda line: None)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         ended = "killed" if os.WIFSIGNALED(status) else f"code {os.WEXITSTATUS(status)}"

@@ -1,4 +1,4 @@
-"""A comparison that is killed again and again ends like one that is not, and repeats nothing."""
+"""A comparison that is killed and moved ends like one that is not, and repeats nothing."""
 
 import dataclasses
 import json
@@ -12,7 +12,8 @@ import pytest
 
 from ctkd.compare.records import Record
 from ctkd.compare.run.folder import read_records
-from tests.distill.tiny_runs import Workplace
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 STEPS = 3
@@ -20,18 +21,14 @@ STEPS = 3
 # Where each process dies: the second step, say, that it makes itself.
 MOMENTS = [
     ("answer", 2),  # of the teacher, while the cache is made
-    ("record", 1),  # the untrained student was measured
-    ("first ctkd.json", 1),
     ("step", 2),
-    ("step", 1),
     ("finished", 1),  # trained to the end, not measured
-    ("answer", 2),  # of a trial
     ("half a record", 1),
-    ("recorded", 1),
     ("deleting weights", 1),
     ("step", 3),  # all steps done, none of them saved
-    ("answer", 1),  # of a winner, on the test split
 ]
+# Before this process the folder is moved.
+MOVED = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +43,32 @@ class Ended:
         return Counter(json.dumps(detail) for kind, detail in self.log if kind == what)
 
 
-def chain(place: Workplace, output: str, moments: list) -> Ended:
+@pytest.fixture(scope="module")
+def chains(place) -> dict[str, Ended]:
+    """A comparison that nothing stops, and one that is killed at each of the moments."""
     settings = {
         "losses": ["sft", "uld"], "sweep": {"learning_rate": [1e-3, 1e-2]},
         "student": str(place.student), "teacher": str(place.teacher), "data": str(place.rows),
         "task": "text", "max_steps": STEPS, "save_steps": 1, "logging_steps": 1,
-        "max_new_tokens": 3, "device": "cpu", "output": str(place.folder / output),
+        "max_new_tokens": 3, "device": "cpu",
     }  # fmt: skip
-    log, told = place.folder / f"{output}.log", place.folder / f"{output}.json"
-    told.write_text(
-        json.dumps({"log": str(log), "attempts": [[settings, moment] for moment in moments]})
-    )
+    moments = {"straight": [None], "killed": [*MOMENTS, None]}
+    attempts = {
+        name: [
+            {
+                "settings": {**settings, "output": str(folder if number >= MOVED else first)},
+                "moment": moment,
+                "log": str(place.folder / f"{name}.log"),
+                "move": [str(first), str(folder)] if number == MOVED else None,
+            }
+            for number, moment in enumerate(chosen)
+        ]
+        for name, chosen in moments.items()
+        for folder in [place.folder / name]
+        for first in [folder if name == "straight" else place.folder / "elsewhere"]
+    }
+    told = place.folder / "attempts.json"
+    told.write_text(json.dumps([*attempts["straight"], *attempts["killed"]]))
     done = subprocess.run(
         [sys.executable, "-m", "tests.compare.run.interrupted", str(told)],
         cwd=ROOT,
@@ -65,19 +77,23 @@ def chain(place: Workplace, output: str, moments: list) -> Ended:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    lines = log.read_text().splitlines()
-    records = read_records(place.folder / output)
-    return Ended(done.stdout.split("\n")[:-1], records, [json.loads(line) for line in lines])
+    ends = done.stdout.split("\n")[:-1]
+    found = {}
+    for name, part in (("straight", ends[:1]), ("killed", ends[1:])):
+        lines = (place.folder / f"{name}.log").read_text().splitlines()
+        records = read_records(place.folder / name)
+        found[name] = Ended(part, records, [json.loads(line) for line in lines])
+    return found
 
 
-@pytest.fixture(scope="module")
-def straight(place) -> Ended:
-    return chain(place, "straight", [None])
+@pytest.fixture
+def straight(chains) -> Ended:
+    return chains["straight"]
 
 
-@pytest.fixture(scope="module")
-def killed(place) -> Ended:
-    return chain(place, "killed", [*MOMENTS, None])
+@pytest.fixture
+def killed(chains) -> Ended:
+    return chains["killed"]
 
 
 def measured(records: dict[str, Record]) -> dict[str, dict]:
@@ -133,14 +149,3 @@ def test_nothing_is_left_behind(place, straight, killed):
         assert not list(folder.glob("runs/*/checkpoint-*"))
         assert not list(folder.glob("runs/*/*.safetensors"))
         assert len(list(folder.glob("runs/*"))) == 4
-
-
-def test_a_folder_that_was_moved_goes_on_where_it_was(place, straight):
-    first = chain(place, "here", [("step", 2)])
-    assert first.processes == ["killed"]
-    (place.folder / "here").rename(place.folder / "there")
-    moved = chain(place, "there", [None])
-    assert moved.processes == ["code 0"]
-    assert measured(moved.records) == measured(straight.records)
-    # The first step was saved, the second was not.
-    assert sum(moved.counted("step").values()) == 4 * STEPS - 1

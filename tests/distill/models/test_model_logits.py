@@ -15,10 +15,9 @@ from transformers import (
 )
 
 from ctkd.batch import Side
-from ctkd.dense_logits import DenseLogits
 from ctkd.distill.models.loading import last_logits
 from ctkd.distill.models.model_logits import ModelLogits
-from ctkd.head_logits import HeadLogits
+from ctkd.logits import DenseLogits, HeadLogits
 
 WORDS, LENGTH = 37, 7
 SMALL = {

@@ -152,6 +152,20 @@ def test_rows_are_asked_about_longest_first(place, asked):
     shutil.rmtree(place.folder / "ordered")
 
 
+@pytest.fixture(scope="module")
+def others(place, tmp_path_factory):
+    """Other rows, another teacher, another tokenizer and another student."""
+    folder = tmp_path_factory.mktemp("others")
+    write_ragged_rows(folder / "other.jsonl", 20, first=1)
+    save_teacher(folder / "weights", seed=3)
+    shutil.copytree(place.teacher, folder / "words")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = folder / "words" / name
+        file.write_text(file.read_text().replace("<pad>", "<bad>"))
+    save(folder / "student", vocabulary=290, padded=0, hidden=16, seed=5)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -169,18 +183,10 @@ def test_rows_are_asked_about_longest_first(place, asked):
     ],
 )
 def test_another_question_in_the_same_folder_is_refused(
-    place, made, copied, tmp_path, changes, message
+    place, made, copied, others, changes, message
 ):
-    write_ragged_rows(tmp_path / "other.jsonl", 20, first=1)
-    save_teacher(tmp_path / "weights", seed=3)
-    shutil.copytree(place.teacher, tmp_path / "words")
-    tokenizer = tmp_path / "words" / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text().replace("<pad>", "<bad>"))
-    config = tmp_path / "words" / "tokenizer_config.json"
-    config.write_text(config.read_text().replace("<pad>", "<bad>"))
-    save(tmp_path / "student", vocabulary=290, padded=0, hidden=16, seed=5)
     changes = {
-        name: value.replace("HERE", str(tmp_path)) if isinstance(value, str) else value
+        name: value.replace("HERE", str(others)) if isinstance(value, str) else value
         for name, value in changes.items()
     }
     own = {name: changes.pop(name) for name in list(changes) if name in (*GIVEN, "temperatures")}

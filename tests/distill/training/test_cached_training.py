@@ -18,8 +18,6 @@ from tests.distill import tiny
 from tests.distill.tiny_caches import CachePlace, save_teacher, write_ragged_rows
 from tests.distill.tiny_runs import record, save, weights
 
-LOSSES = ["uld", "multilevelot", "mined", "alm", "gold"]
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> CachePlace:
@@ -113,9 +111,17 @@ def state(run) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in run.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("score_eos", [False, True], ids=["no-eos", "eos"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("name", "score_eos", "accumulation"),
+    [
+        ("uld", False, 1),
+        ("multilevelot", True, 2),
+        ("mined", True, 1),
+        ("alm", False, 2),
+        ("gold", True, 2),
+        ("gold", False, 1),
+    ],
+)
 def test_steps_with_all_columns_cached_are_those_with_the_teacher(
     place, tmp_path, name, score_eos, accumulation
 ):
@@ -139,8 +145,8 @@ def test_steps_with_all_columns_cached_are_those_with_the_teacher(
         assert second[key] == pytest.approx(first[key], rel=1e-6, abs=1e-6), key
 
 
-@pytest.mark.parametrize("name", ["multilevelot", "gold"])
-def test_answers_that_were_cut_are_scored_as_with_the_teacher(place, tmp_path, name):
+def test_answers_that_were_cut_are_scored_as_with_the_teacher(place, tmp_path):
+    name = "multilevelot"
     settings = {"max_length": 54, "on_long": "cut"}
     whole = place.cache("cut", k=10_000, texts="none", **settings)
     cached = trainer(place, tmp_path, name, Doubled.open(whole.path), score_eos=True, **settings)
@@ -163,14 +169,13 @@ def test_without_weight_a_cached_teacher_teaches_nothing(place, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("name", ["multilevelot", "gold"])
-def test_a_tokenizer_with_one_special_token_too_many(place, tmp_path, name):
+def test_a_tokenizer_with_one_special_token_too_many(place, tmp_path):
     teacher = tmp_path / "teacher"
     save(teacher, vocabulary=330, padded=0, hidden=24, seed=2)
     tokenizer = tiny.tokenizer(330)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(teacher)
-    settings = {"loss": name, "teacher": str(teacher)}
+    settings = {"loss": "gold", "teacher": str(teacher)}
     cache = place.cache(str(tmp_path / "cache"), k=10_000, texts="none", **settings)
     assert cache.k == cache.vocab_size == len(tokenizer) - 1
     live = train(place.config(output=str(tmp_path / "live"), **settings), say=lambda line: None)
@@ -204,11 +209,8 @@ def test_a_whole_run_needs_nothing_of_the_teacher_but_its_tokenizer(place, tmp_p
     ("name", "cache", "options"),
     [
         ("uld", "part", {}),
-        ("multilevelot", "part", {}),
         ("multilevelot", "part", {"k": 32}),
         ("mined", "part", {}),
-        ("alm", "part", {}),
-        ("alm", "observed", {}),
     ],
 )
 def test_part_of_the_columns_is_enough_for_most(place, tmp_path, asked, name, cache, options):
@@ -237,11 +239,15 @@ def test_observed_tokens_alone_are_all_that_alm_needs(place, tmp_path):
         ("part", {"loss": "gold"}, r"gold needs whole rows of the teacher's logits.*--k \d+"),
         ("observed", {"loss": "uld"}, "uld needs the teacher's largest logits, .*--k 256"),
         ("observed", {"loss": "multilevelot"}, "needs the teacher's largest logits"),
-        ("part", {"loss_options": {"teacher_temperature": 1.5}}, "--temperature 1.5, or use the"),
+        (
+            "part",
+            {"loss_options": {"teacher_temperature": 1.5}},
+            "--temperature 1.5, or train it",
+        ),
         (
             "part",
             {"loss": "mined", "loss_options": {"k": 40}},
-            "the largest 40 entries .* only 32 are stored; cache the teacher again with --k 40",
+            "looks up the 40 largest entries .* keeps 32; cache the teacher again with --k 40 or",
         ),
     ],
 )

@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 
 import pytest
 from matplotlib.figure import Figure
@@ -186,14 +184,3 @@ def test_equal_histories_give_equal_files_in_new_folders(tmp_path):
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(OutputError, match="cannot write the picture of the curves to .*: Is a dir"):
         plot_curves([], tmp_path)
-
-
-def test_leaves_pyplot_alone_and_loads_matplotlib_late(tmp_path):
-    code = (
-        "import sys, ctkd.distill.training.curves as c; assert 'matplotlib' not in sys.modules;"
-        "c.plot_curves([{'step': 1, 'ce': 1.0}], sys.argv[1]);"
-        "sys.exit('matplotlib.pyplot' in sys.modules)"
-    )
-    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "a.png")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")

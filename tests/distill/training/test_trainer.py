@@ -258,7 +258,7 @@ def test_two_processes_make_the_step_of_one(tmp_path):
     script.write_text(TWO_RANKS)
     root = Path(__file__).parents[3]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    launch += ["--master_port=29517", str(script), str(tmp_path / "two"), str(tmp_path / "r.pt")]
+    launch += ["--standalone", str(script), str(tmp_path / "two"), str(tmp_path / "r.pt")]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

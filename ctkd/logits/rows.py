@@ -1,0 +1,474 @@
+"""Queries answered from rows of raw logits, for logits of a tensor and of a model's head.
+
+Views of one source share its log-normalizers and one backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ctkd import ops
+from ctkd.errors import BatchError
+from ctkd.logits.base import Logits, check_columns, check_ids, check_k, checked_mask
+from ctkd.logits.sources import Pending, PendingRowLoss, RowSource, anchored, file_pending
+from ctkd.ops import RowLoss, Rows, SoftmaxTerm, Which
+
+__all__ = ["AlignedValues", "RowLogits", "map_rows"]
+
+
+class RowLogits(Logits):
+    """Positions of a source of raw logits.
+
+    Args:
+        source: B * L rows.
+        mask: (B, S) bool, scored positions; default all of them.
+        rows: (B, S) int64, which of a sequence's L rows holds each position; default its own index.
+        vocab_size: Columns to keep, V; default all of them.
+
+    Raises:
+        BatchError: If the shapes do not fit, or ``vocab_size`` exceeds the columns there are.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        *,
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        batch_size, length, width = source.shape
+        if vocab_size is not None and not 1 <= vocab_size <= width:
+            raise BatchError(
+                f"the tokenizer has {vocab_size} tokens, but the logits only {width} columns; "
+                "these logits belong to another tokenizer"
+            )
+        expected = torch.Size((batch_size, length)) if rows is None else rows.shape
+        mask = checked_mask(mask, expected, source.device)
+        self.source = source
+        self.dtype = source.dtype
+        self.mask = mask
+        self.rows = rows
+        self.shape = (mask.shape[0], mask.shape[1], vocab_size or width)
+
+    def masked(self, mask: Tensor) -> Self:
+        return self if mask is self.mask else self.at(self.rows, mask, self.shape[2])
+
+    def at(self, rows: Tensor | None, mask: Tensor, vocab_size: int | None = None) -> Self:
+        """The same source at other positions; both share normalizers and a backward pass."""
+        view = type(self).__new__(type(self))
+        RowLogits.__init__(view, self.source, mask=mask, rows=rows, vocab_size=vocab_size)
+        return view
+
+    @cached_property
+    def all_rows(self) -> Tensor:
+        """Row of the source that holds each position, (B * S,) int64."""
+        batch_size, length, _ = self.source.shape
+        first = torch.arange(batch_size, device=self.mask.device).unsqueeze(1) * length
+        rows = torch.arange(length, device=self.mask.device) if self.rows is None else self.rows
+        return (first + rows).flatten()
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Row of the source that holds each scored position, (B * S,) int64, -1 elsewhere."""
+        return self.all_rows.masked_fill(~self.mask.flatten(), -1)
+
+    @cached_property
+    def _sequence(self) -> Tensor:
+        """Sequence of each position, (B * S,) int64."""
+        sequence = torch.arange(self.shape[0], device=self.mask.device)
+        return sequence.repeat_interleave(self.shape[1], output_size=self.index.shape[0])
+
+    @ops.not_traced
+    def log_probs_at(
+        self, ids: Tensor, temperatures: Sequence[float], *, standardize: bool = False
+    ) -> tuple[Tensor, ...]:
+        check_ids(ids, self.shape)
+        anchor, pending, _ = anchored(self.source)
+        answers: tuple[Tensor, ...] = _LogProbs.apply(  # type: ignore[no-untyped-call]
+            self, ids, tuple(temperatures), standardize, None, pending, anchor
+        )
+        return answers
+
+    @ops.not_traced
+    def log_mass(self, columns: Tensor, *, temperature: float = 1.0) -> Tensor:
+        check_columns(columns, self.shape)
+        anchor, pending, _ = anchored(self.source)
+        part, whole = (
+            _LogNormalizers.apply(self, one, temperature, pending, anchor)  # type: ignore[no-untyped-call]
+            for one in (columns, None)
+        )
+        return (part - whole).masked_fill(~self.mask, 0.0)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def top_ids(self, k: int) -> Tensor:
+        check_k(k, self.shape)
+        ids = self.index.new_zeros((self.index.shape[0], k))
+        for which, rows in self.source.chunks(self.index, self.shape[2]):
+            ids[which] = ops.top_k(rows, k)[0]
+        return ids.view(*self.shape[:2], k).masked_fill_(~self.mask.unsqueeze(-1), 0)
+
+    @ops.not_traced
+    def sorted_probs(self, k: int, *, temperature: float = 1.0) -> Tensor:
+        check_k(k, self.shape)
+        count = self.index.shape[0]
+        ids, raw, normalizers = (
+            self.index.new_zeros((count, k)),
+            self._zeros(count, k),
+            self._zeros(1, count),
+        )
+        # One reading of a chunk says which entries are largest, what they are, and of which sum.
+        with torch.no_grad():
+            for which, rows in self.source.chunks(self.index, self.shape[2]):
+                ids[which], raw[which] = ops.top_k(rows, k)
+                normalizers[:, which] = ops.log_normalizers(rows, [temperature])
+            known = self.source.normalizers()
+            known.keep(self.index, [temperature], False, self.shape[2], normalizers)
+        shape = (*self.shape[:2], k)
+        anchor, pending, _ = anchored(self.source)
+        (log_probs,) = _LogProbs.apply(  # type: ignore[no-untyped-call]
+            self, ids.view(shape), (temperature,), False, raw.view(shape), pending, anchor
+        )
+        return log_probs.exp().masked_fill(~self.mask.unsqueeze(-1), 0.0)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def column_mass(
+        self, *, temperature: float = 1.0, standardize: bool = False, prefetch: Sequence[float] = ()
+    ) -> Tensor:
+        temperatures = [temperature, *prefetch]
+        if temperature in prefetch:
+            temperatures.remove(temperature)
+            temperatures.insert(0, temperature)
+        size = len(temperatures), self.index.shape[0]
+        normalizers = self.index.new_zeros(size, dtype=self.dtype)
+        total: Tensor | None = None
+        for which, rows in self.source.chunks(self.index, self.shape[2]):
+            mass, normalizers[:, which] = ops.column_mass(
+                rows, self._sequence[which], self.shape[0], temperatures, standardize=standardize
+            )
+            total = mass if total is None else total.add_(mass)
+        known = self.source.normalizers()
+        known.keep(self.index, temperatures, standardize, self.shape[2], normalizers)
+        return self._zeros(self.shape[0], self.shape[2]) if total is None else total
+
+    @torch.no_grad()
+    def column_distance(self, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+        targets = targets.flatten(0, 1).to(self.dtype)
+        distance = self._zeros(self.shape[0], targets.shape[1], self.shape[2])
+        for positions, block in self.blocks():
+            probs = (block / temperature).softmax(-1)
+            unscored = (self.index[positions] < 0).unsqueeze(-1)
+            for number, target in enumerate(targets[positions].unbind(-1)):
+                gap = (probs - target.unsqueeze(-1)).abs_().masked_fill_(unscored, 0.0)
+                ops.add_rows_(distance[:, number], self._sequence[positions], gap)
+        return distance
+
+    def chunks(
+        self, index: Tensor, *, temperature: float = 1.0, spread_tail: bool = False
+    ) -> Iterable[tuple[Which, Rows]]:
+        return self.source.chunks(self.rows_at(index), self.shape[2])
+
+    def rows_at(self, index: Tensor) -> Tensor:
+        """Rows of the source (N,) that hold flattened positions, -1 for -1."""
+        if not self.all_rows.shape[0]:
+            return index.new_full(index.shape, -1)
+        return self.all_rows[index.clamp_min(0)].masked_fill(index < 0, -1)
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Flattened scored positions (n,) and their rows (n, V), not to be written to."""
+        numbers = torch.arange(self.index.shape[0], device=self.mask.device)
+        for which, rows in self.source.chunks(self.index, self.shape[2]):
+            for inner, block in rows.blocks():
+                yield numbers[which][inner], block
+
+    def deviations(self) -> Tensor:
+        """Standard deviation of the row at each scored position, (B * S,), unbiased."""
+        answers = self._zeros(self.index.shape[0])
+        for which, rows in self.source.chunks(self.index, self.shape[2]):
+            answers[which] = ops.deviations(rows)
+        return answers
+
+    def log_normalizers(self, temperatures: Sequence[float], standardize: bool) -> Tensor:
+        """Log of the softmax denominator at each position, (T, B * S); undefined if not scored."""
+        known, width = self.source.normalizers(), self.shape[2]
+        answers, index = known.look_up(self.index, temperatures, standardize, width)
+        if index is None:
+            return answers
+        for which, rows in self.source.chunks(index, self.shape[2]):
+            new = ops.log_normalizers(rows, temperatures, standardize=standardize)
+            # What is known stays as it is: a second answer must not differ in its last digit.
+            answers[:, which] = torch.where(answers[:, which].isnan(), new, answers[:, which])
+        known.keep(index, temperatures, standardize, width, answers)
+        return answers
+
+    def _zeros(self, *size: int) -> Tensor:
+        return torch.zeros(size, dtype=self.source.dtype, device=self.mask.device)
+
+
+class _LogProbs(torch.autograd.Function):
+    """Chosen log-probabilities."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: RowLogits,
+        ids: Tensor,
+        temperatures: tuple[float, ...],
+        standardize: bool,
+        raw: Tensor | None,
+        pending: dict[object, Pending],
+        _: Tensor,
+    ) -> tuple[Tensor, ...]:
+        shape, index = (*logits.shape[:2], ids.shape[2]), logits.index
+        if raw is None:
+            raw = logits.source.pick(index.view(shape[:2]), ids)
+        if standardize:
+            raw = raw / (logits.deviations().view(*shape[:2], 1) + ops.STANDARD_DEVIATION_EPSILON)
+        normalizers = logits.log_normalizers(temperatures, standardize)
+        padding = ~logits.mask.unsqueeze(-1)
+        answers = []
+        for temperature, normalizer in zip(temperatures, normalizers, strict=True):
+            answer = raw / temperature - normalizer.view(*shape[:2], 1)
+            answers.append(answer.masked_fill_(padding, 0.0))
+        # Kept only so that torch sees it if one of them is overwritten.
+        ctx.save_for_backward(*logits.source.inputs)
+        ctx.logits, ctx.ids, ctx.normalizers, ctx.pending = logits, ids, normalizers, pending
+        ctx.temperatures, ctx.standardize, ctx.query = temperatures, standardize, object()
+        return tuple(answers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        logits: RowLogits = ctx.logits
+        ids = ctx.ids.expand(-1, logits.shape[1], -1).flatten(0, 1)
+        padding = ~logits.mask.unsqueeze(-1)
+        terms = []
+        for temperature, normalizer, gradient in zip(
+            ctx.temperatures, ctx.normalizers, gradients, strict=True
+        ):
+            weights = gradient.masked_fill(padding, 0.0).flatten(0, 1)
+            terms.append(
+                SoftmaxTerm(
+                    temperature=temperature,
+                    standardize=ctx.standardize,
+                    width=logits.shape[2],
+                    columns=None,
+                    log_normalizers=normalizer,
+                    totals=weights.sum(-1),
+                    ids=ids,
+                    weights=weights,
+                )
+            )
+        new = Pending(logits.source, logits.index, tuple(terms))
+        return *(None,) * 6, file_pending(ctx.pending, ctx.query, new)
+
+
+class _LogNormalizers(torch.autograd.Function):
+    """Log of the softmax denominator over some columns, or all of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: RowLogits,
+        columns: Tensor | None,
+        temperature: float,
+        pending: dict[object, Pending],
+        _: Tensor,
+    ) -> Tensor:
+        if columns is None:
+            (answers,) = logits.log_normalizers([temperature], False)
+        else:
+            answers = logits._zeros(logits.index.shape[0])
+            for which, rows in logits.source.chunks(logits.index, logits.shape[2]):
+                answers[which] = ops.log_normalizers(rows, [temperature], columns=columns)[0]
+        # Kept only so that torch sees it if one of them is overwritten.
+        ctx.save_for_backward(*logits.source.inputs)
+        ctx.logits, ctx.columns, ctx.temperature = logits, columns, temperature
+        ctx.answers, ctx.pending, ctx.query = answers, pending, object()
+        answer: Tensor = answers.view(logits.mask.shape).clone()
+        return answer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        logits: RowLogits = ctx.logits
+        totals = gradient.masked_fill(~logits.mask, 0.0).flatten().neg()
+        term = SoftmaxTerm(
+            temperature=ctx.temperature,
+            standardize=False,
+            width=logits.shape[2],
+            columns=ctx.columns,
+            log_normalizers=ctx.answers,
+            totals=totals,
+            ids=logits.index.new_zeros((len(totals), 0)),
+            weights=totals.new_zeros((len(totals), 0)),
+        )
+        new = Pending(logits.source, logits.index, (term,))
+        return *(None,) * 4, file_pending(ctx.pending, ctx.query, new)
+
+
+class AlignedValues(NamedTuple):
+    """Values at N aligned positions.
+
+    Attributes:
+        values: (N,), differentiable.
+        parts: (N, P), which sum to them, detached.
+    """
+
+    values: Tensor
+    parts: Tensor
+
+
+@ops.not_traced
+def map_rows(
+    student: Logits,
+    teacher: Logits,
+    positions: Tensor,
+    function: Callable[..., Tensor] | RowLoss,
+    *,
+    per_row: Tensor | None = None,
+    teacher_temperature: float = 1.0,
+    spread_tail: bool = False,
+) -> AlignedValues:
+    """Apply a function to whole rows of both sides, a chunk at a time.
+
+    The gradient into a tensor of student logits is computed with the values, so that each row is
+    worked through once; that into a head is computed in the backward pass. The teacher gets none.
+
+    Shape:
+        ``positions`` (N, 2) int64: flattened positions, b * S + i on the student's side and
+        b * T + j on the teacher's. ``per_row`` (N, E).
+
+    Args:
+        student: Logits of S positions and V columns.
+        teacher: Logits of T positions and W columns.
+        positions: What is compared; where an entry is negative the value is 0. A student's
+            position must not occur twice.
+        function: Takes raw logits (n, V) and (n, W), and (n, E) where there are numbers per row;
+            returns values (n,). It is differentiated by autograd with respect to the first and
+            the third. A `RowLoss` also names its parts and its kernel.
+        per_row: Numbers that belong to each row, differentiable.
+        teacher_temperature: What the function divides the teacher's logits by.
+        spread_tail: Take a teacher of whose rows only the largest entries are stored.
+
+    Raises:
+        BatchError: If the student's rows are not whole, the teacher has no `Logits`, or its rows
+            are not whole.
+
+    Example:
+        >>> from ctkd import DenseLogits
+        >>> student, teacher = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.5, 0.5, 3.0]]])
+        >>> gap = lambda x, y: x.amax(-1) - y.amax(-1)
+        >>> map_rows(DenseLogits(student), DenseLogits(teacher), torch.tensor([[0, 0]]), gap).values
+        tensor([-1.])
+    """
+    if not isinstance(student, RowLogits):
+        raise BatchError(
+            "whole rows of the student's logits are needed, as a tensor or from its head, got "
+            f"{type(student).__name__}"
+        )
+    if not isinstance(teacher, Logits):
+        raise BatchError(f"map_rows needs the teacher's Logits, got {type(teacher).__name__}")
+    left_out = (positions < 0).any(-1)
+    compared = PendingRowLoss(
+        loss=function if isinstance(function, RowLoss) else RowLoss("", function),
+        width=student.shape[2],
+        teacher=teacher,
+        teacher_index=positions[:, 1].masked_fill(left_out, -1),
+        options={"temperature": teacher_temperature, "spread_tail": spread_tail},
+    )
+    index = student.rows_at(positions[:, 0].masked_fill(left_out, -1))
+    anchor, pending, _ = anchored(student.source)
+    values, parts = _Mapped.apply(  # type: ignore[no-untyped-call]
+        student.source, index, compared, torch.is_grad_enabled(), pending, anchor, per_row
+    )
+    return AlignedValues(values, parts)
+
+
+class _Mapped(torch.autograd.Function):
+    """Values at aligned positions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: RowSource,
+        index: Tensor,
+        compared: PendingRowLoss,
+        grad_enabled: bool,
+        pending: dict[object, Pending],
+        _: Tensor,
+        per_row: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*source.inputs, *([] if per_row is None else [per_row]))
+        of_rows, of_numbers = ctx.needs_input_grad[5:]
+        compared = replace(
+            compared,
+            per_row=per_row,
+            buffer=source.gradient_buffer(index) if grad_enabled and of_rows else None,
+        )
+        differentiate = grad_enabled and of_numbers
+        parts, ctx.per_row_gradient = _solve(source, index, compared, differentiate)
+        ctx.source, ctx.index, ctx.pending, ctx.query = source, index, pending, object()
+        ctx.compared = replace(compared, per_row=None)
+        ctx.mark_non_differentiable(parts)
+        return parts.sum(-1), parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved, source = ctx.saved_tensors, ctx.source
+        weights = gradient.masked_fill(ctx.index < 0, 0.0)
+        per_row_gradient = ctx.per_row_gradient
+        if per_row_gradient is not None:
+            per_row_gradient = per_row_gradient * weights.unsqueeze(-1)
+        if not ctx.needs_input_grad[5]:
+            return *(None,) * 6, per_row_gradient
+        compared = replace(
+            ctx.compared,
+            per_row=saved[-1] if len(saved) > len(source.inputs) else None,
+            weights=weights,
+        )
+        if compared.buffer is None:
+            # Of a second backward pass through a retained graph: the first used the buffer up.
+            compared = replace(compared, buffer=source.gradient_buffer(ctx.index))
+            if compared.buffer is not None:
+                _solve(source, ctx.index, compared, False)
+        ctx.compared = replace(ctx.compared, buffer=None)
+        anchor_gradient = file_pending(
+            ctx.pending, ctx.query, Pending(source, ctx.index, row_loss=compared)
+        )
+        return *(None,) * 5, anchor_gradient, per_row_gradient
+
+
+def _solve(
+    source: RowSource, index: Tensor, compared: PendingRowLoss, differentiate: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Parts (N, P), and the gradient (N, E) of their sum by the numbers per row, if requested.
+
+    The gradient by the student's logits goes into the buffer, if there is one.
+    """
+    loss, buffer, per_row = compared.loss, compared.buffer, compared.per_row
+    numbers = torch.arange(index.shape[0], device=index.device)
+    parts = torch.zeros((len(index), loss.parts), dtype=source.dtype, device=index.device)
+    per_row_gradient = None if per_row is None or not differentiate else torch.zeros_like(per_row)
+    for which, rows in source.chunks(index, compared.width):
+        chunk = numbers[which]
+        teacher_index = compared.teacher_index[chunk]
+        for inner, teacher in compared.teacher.chunks(teacher_index, **compared.options):
+            some = chunk[inner]
+            out = None if buffer is None else Rows(buffer, index[some], buffer.shape[1])
+            given = None if per_row is None else per_row[some]
+            answer = ops.row_loss(loss, rows[inner], teacher, given, out, differentiate)
+            parts[some] = answer.values
+            if per_row_gradient is not None and answer.per_row_gradient is not None:
+                per_row_gradient[some] = answer.per_row_gradient.to(per_row_gradient.dtype)
+    return parts, per_row_gradient

@@ -1,0 +1,562 @@
+"""Rows of raw logits, of a tensor or of a model's head, and the one backward pass over them.
+
+The backward pass of a query leaves a pending gradient, which is small: chosen entries and their
+weights, or one weight per row. The rows themselves hang on an anchor, which autograd runs once all
+queries of it have run. It works through the rows once and fulfills all of them, so that
+cross-entropy and a loss of many terms cost one reading of the rows and one gradient of their size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ctkd import ops
+from ctkd.logits.base import Logits
+from ctkd.ops import RowLoss, Rows, SoftmaxTerm, Which
+
+__all__ = [
+    "Anchor",
+    "HeadRows",
+    "KnownNormalizers",
+    "Pending",
+    "PendingRowLoss",
+    "RowSource",
+    "TensorRows",
+    "WriteGradient",
+    "anchored",
+    "file_pending",
+]
+
+WriteGradient: TypeAlias = Callable[[Which, Rows, Rows], None]
+"""Which rows of an index, their logits, and where their gradient goes; both may be the same."""
+
+
+class KnownNormalizers:
+    """Log-normalizers of the rows of a source, kept until the rows change.
+
+    One for each softmax: temperature, whether standardized, columns.
+
+    Args:
+        source: The rows.
+        version: Of the source.
+    """
+
+    def __init__(self, source: RowSource, version: int | None) -> None:
+        self.version = version
+        size = source.num_rows + 1
+        # A number for each row, and one more for -1; nan where it is unknown.
+        self._nothing = torch.full((size,), torch.nan, dtype=source.dtype, device=source.device)
+        self._tables: dict[Any, Tensor] = {}
+        # Indexes of which all rows are known, by identity.
+        self._complete: dict[Any, dict[int, Tensor]] = {}
+
+    def look_up(
+        self, index: Tensor, temperatures: Sequence[float], standardize: bool, width: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Normalizers (T, N) of rows (N,), nan where unknown; and the rows that lack one.
+
+        These are an index (N,), -1 for the others, or None. Where values may not be inspected, rows
+        are known if something was kept for this very index.
+        """
+        keys = list(zip(temperatures, repeat(standardize), repeat(width), strict=False))
+        known = self._nothing.new_empty(len(keys), len(index))
+        for values, key in zip(known, keys, strict=True):
+            values.copy_(self._tables.get(key, self._nothing)[index])
+        if ops.can_inspect(index):
+            missing = known.isnan().any(0).logical_and_(index >= 0)
+            return known, index.masked_fill(~missing, -1) if missing.any() else None
+        for key in keys:
+            if id(index) not in self._complete.get(key, {}):
+                return known, index
+        return known, None
+
+    def keep(
+        self,
+        index: Tensor,
+        temperatures: Sequence[float],
+        standardize: bool,
+        width: int,
+        values: Tensor,
+    ) -> None:
+        """Keep normalizers (T, N) of rows (N,); what is known stays as it is."""
+        for temperature, normalizers in zip(temperatures, values, strict=True):
+            key = temperature, standardize, width
+            table = self._tables.setdefault(key, self._nothing.clone())
+            table[index] = torch.where(table[index].isnan(), normalizers, table[index])
+            self._complete.setdefault(key, {})[id(index)] = index
+
+
+class RowSource(ABC):
+    """B * L rows of V' raw logits, known by one number b * L + i; -1 is no row.
+
+    Attributes:
+        shape: (B, L, V').
+        dtype: Of statistics, float64 or float32.
+        num_rows: B * L.
+        device: Of all tensors.
+        inputs: The tensors that gradients flow into.
+        anchor: Node that represents the rows in the autograd graph, see `anchored`.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], *inputs: Tensor) -> None:
+        self.shape = shape
+        self.inputs = inputs
+        self.device = inputs[0].device
+        self.dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+        self.num_rows = shape[0] * shape[1]
+        self.anchor: Any = None
+        # What is made in inference mode may not be written to later.
+        version = None if torch.is_inference_mode_enabled() else self.version()
+        self._normalizers = KnownNormalizers(self, version)
+
+    def version(self) -> int | None:
+        """Changes with the inputs; None where changes cannot be seen."""
+        if any(map(Tensor.is_inference, self.inputs)):
+            return None
+        versions: Iterable[int] = map(attrgetter("_version"), self.inputs)
+        return sum(versions)
+
+    def normalizers(self) -> KnownNormalizers:
+        """Log-normalizers of the rows as they are now."""
+        version = self.version()
+        if version is None or torch.is_inference_mode_enabled():
+            # They could be out of date later, or not be written to.
+            return KnownNormalizers(self, None)
+        if self._normalizers.version != version:
+            self._normalizers = KnownNormalizers(self, version)
+        return self._normalizers
+
+    @abstractmethod
+    def chunks(self, index: Tensor, width: int) -> Iterable[tuple[Which, Rows]]:
+        """The first columns of rows (N,), as many rows at a time as the source holds.
+
+        A chunk may be overwritten by the next one. Where values may be inspected,
+        -1 is left out or a row of index -1; elsewhere it may be any row.
+        """
+
+    @abstractmethod
+    def pick(self, index: Tensor, ids: Tensor) -> Tensor:
+        """Entries of rows, (B, S) and (B, S or 1, K) give (B, S, K); any where there is no row."""
+
+    @abstractmethod
+    def gradient_buffer(self, index: Tensor) -> Tensor | None:
+        """Memory for a gradient of all rows, see `ctkd.ops.gradient_rows`; None for a head."""
+
+    @abstractmethod
+    def backward(
+        self, index: Tensor, write: WriteGradient, buffer: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs, from the gradient of each row.
+
+        Args:
+            index: (N,) no row twice; all others get no gradient.
+            write: Writes the gradient of a chunk.
+            buffer: From `gradient_buffer`; it becomes the gradient.
+        """
+
+
+class TensorRows(RowSource):
+    """Rows of a tensor.
+
+    Args:
+        tensor: (B, L, V').
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__((tensor.shape[0], tensor.shape[1], tensor.shape[2]), tensor)
+
+    def chunks(self, index: Tensor, width: int) -> Iterable[tuple[Which, Rows]]:
+        return [(slice(None), Rows(self.inputs[0].detach(), index, width))]
+
+    def pick(self, index: Tensor, ids: Tensor) -> Tensor:
+        index, length = index.clamp_min(0).unsqueeze(-1), max(self.shape[1], 1)
+        return self.inputs[0].detach()[index // length, index % length, ids].to(self.dtype)
+
+    def gradient_buffer(self, index: Tensor) -> Tensor:
+        return ops.gradient_rows(self.inputs[0], index)
+
+    def backward(
+        self, index: Tensor, write: WriteGradient, buffer: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        gradient = self.gradient_buffer(index) if buffer is None else buffer
+        for which, rows in self.chunks(index, self.shape[2]):
+            write(which, rows, Rows(gradient, index, self.shape[2]))
+        return (gradient[:-1].view(self.shape),)
+
+
+class HeadRows(RowSource):
+    """Rows that a model's head computes of hidden states, when they are read.
+
+    Args:
+        hidden: (B, L, H).
+        weight: (V', H).
+        bias: (V',).
+        scale: Multiplies the logits.
+        softcap: Bounds them then, by ``softcap * tanh(x / softcap)``.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
+        super().__init__((hidden.shape[0], hidden.shape[1], weight.shape[0]), *inputs)
+        self.bias, self.scale, self.softcap = bias, scale, softcap
+
+    def chunks(self, index: Tensor, width: int) -> Iterator[tuple[Which, Rows]]:
+        for which, logits, _ in self._chunks(index):
+            numbers = None
+            if not ops.can_inspect(index):
+                # What was computed where there is no row must not be taken for one.
+                numbers = torch.arange(logits.shape[0], device=self.device)
+                numbers.masked_fill_(index[which] < 0, -1)
+            yield which, Rows(logits, numbers, width)
+
+    def pick(self, index: Tensor, ids: Tensor) -> Tensor:
+        shape, answers = (*index.shape, ids.shape[2]), []
+        # One product where a sequence's rows share their ids, else a few rows at a time.
+        size = ops.head_rows(self.inputs[0].shape[2] * max(ids.shape[2], 1), self.device)
+        if ids.shape[1] != 1:
+            index, ids = index.view(-1, 1), ids.flatten(0, 1).unsqueeze(1)
+        for start in range(0, max(index.shape[0], 1), size):
+            some, some_ids = index[start : start + size], ids[start : start + size]
+            hidden = self._hidden(some.flatten()).view(*some.shape, self.inputs[0].shape[2])
+            with ops.full_precision(self.device):
+                logits = torch.bmm(hidden, self._weight(some_ids.squeeze(1)).transpose(1, 2))
+            bias = None if self.bias is None else self.bias.detach()[some_ids]
+            answers.append(self._finished(logits, bias).to(self.dtype))
+        return torch.cat(answers).view(shape)
+
+    def gradient_buffer(self, index: Tensor) -> None:
+        return None
+
+    def backward(
+        self, index: Tensor, write: WriteGradient, buffer: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight = self.inputs[:2]
+        hidden_gradient = hidden.new_zeros(self.num_rows + 1, hidden.shape[2])
+        weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
+        bias_gradient = None
+        if self.bias is not None and self.bias.requires_grad:
+            bias_gradient = torch.zeros_like(self.bias, dtype=self.dtype)
+        for which, logits, rows in self._chunks(index):
+            self._replace(which, logits, write)
+            with ops.full_precision(self.device):
+                hidden_gradient[index[which]] = logits @ self._weight()
+                if weight_gradient is not None:
+                    _add_product_(weight_gradient, logits, rows)
+            if bias_gradient is not None:
+                bias_gradient += logits.sum(0, dtype=self.dtype)
+        gradients: list[Tensor | None] = [hidden_gradient[:-1].view(hidden.shape), weight_gradient]
+        if self.bias is not None:
+            gradients.append(None if bias_gradient is None else bias_gradient.to(self.bias.dtype))
+        return tuple(gradients)
+
+    def _replace(self, which: Which, logits: Tensor, write: WriteGradient) -> None:
+        """Overwrite logits by the gradient of what the head computes before scale and softcap."""
+        width = self.shape[2]
+        if self.softcap is None and self.scale == 1.0:
+            write(which, Rows(logits, None, width), Rows(logits, None, width))
+            return
+        # Scaled before it is rounded to a narrow dtype.
+        gradient = torch.empty_like(logits, dtype=self.dtype)
+        write(which, Rows(logits, None, width), Rows(gradient, None, width))
+        if self.softcap is not None:
+            gradient.mul_(1.0 - (logits.to(self.dtype) / self.softcap).square_())
+        logits.copy_(gradient.mul_(self.scale))
+
+    def _chunks(self, index: Tensor) -> Iterator[tuple[Which, Tensor, Tensor]]:
+        """Selections of rows, their logits, which may be overwritten, and hidden states."""
+        size = ops.head_rows(self.shape[2], self.device)
+        rows = torch.arange(index.shape[0], device=self.device)
+        if ops.can_inspect(index):
+            rows = rows[index >= 0]
+        for start in range(0, rows.shape[0], size):
+            which = rows[start : start + size]
+            hidden = self._hidden(index[which])
+            with ops.full_precision(self.device):
+                logits = hidden @ self._weight().t()
+            bias = None if self.bias is None else self.bias.detach()
+            yield which, self._finished(logits, bias), hidden
+
+    def _hidden(self, index: Tensor) -> Tensor:
+        """Hidden states (N, H), 0 where there is no row: garbage times 0 may be nan."""
+        hidden = self.inputs[0].detach()
+        if not self.num_rows:
+            return hidden.new_zeros(index.shape[0], hidden.shape[2])
+        row = index.clamp_min(0)
+        rows = hidden[row // self.shape[1], row % self.shape[1]]
+        return rows.masked_fill_((index < 0).unsqueeze(-1), 0.0)
+
+    def _weight(self, ids: Tensor | None = None) -> Tensor:
+        weight = self.inputs[1].detach()
+        return (weight if ids is None else weight[ids]).to(self.inputs[0].dtype)
+
+    def _finished(self, logits: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None:
+            logits += bias.to(logits.dtype)
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+def _add_product_(weight_gradient: Tensor, rows_gradient: Tensor, hidden: Tensor) -> None:
+    """Add the outer product of (n, V') and (n, H) to (V', H)."""
+    if weight_gradient.dtype == rows_gradient.dtype:
+        weight_gradient.addmm_(rows_gradient.t(), hidden)
+        return
+    # A product of another dtype needs memory of its own: a part of the vocabulary at a time.
+    size = 1 << 14
+    for start in range(0, weight_gradient.shape[0], size):
+        columns = slice(start, start + size)
+        weight_gradient[columns] += rows_gradient[:, columns].t() @ hidden
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PendingRowLoss:
+    """Gradient of a function of whole rows of both sides, times a weight per row.
+
+    Args:
+        loss: The function.
+        width: Columns of the student.
+        teacher: Logits of the other side.
+        teacher_index: (N,) positions of the teacher, -1 for none.
+        options: Of `Logits.chunks`.
+        per_row: (N, E) numbers for the function.
+        weights: (N,), known when the backward pass comes.
+        buffer: The unweighted gradient of all rows, if the forward pass computed it.
+    """
+
+    loss: RowLoss
+    width: int
+    teacher: Logits
+    teacher_index: Tensor
+    options: dict[str, Any]
+    per_row: Tensor | None = None
+    weights: Tensor | None = None
+    buffer: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pending:
+    """A query's contribution to the gradient of rows.
+
+    Args:
+        source: Of the rows. Only this leads back to it: a node of the graph that held it, and that
+            it holds, could never be freed.
+        index: (N,) rows of the source, no row twice, -1 for none.
+        terms: Softmaxes of these rows.
+        row_loss: A function of whole rows.
+    """
+
+    source: RowSource
+    index: Tensor
+    terms: tuple[SoftmaxTerm, ...] = ()
+    row_loss: PendingRowLoss | None = None
+
+
+class Anchor(NamedTuple):
+    """Node that represents a source in the autograd graph.
+
+    Attributes:
+        tensor: Input of every query; its gradient counts those that ran. None if none is wanted.
+        pending: By query, in the order in which they ran.
+        state: Of the source when the anchor was made.
+    """
+
+    tensor: Tensor | None
+    pending: dict[object, Pending]
+    state: Any
+
+
+def anchored(source: RowSource) -> Anchor:
+    """The anchor of a source as it is now."""
+    flags = tuple(map(attrgetter("requires_grad"), source.inputs))
+    if not (torch.is_grad_enabled() and any(flags)):
+        return Anchor(None, {}, None)
+    state = source.version(), flags
+    if source.anchor is None or source.anchor.state != state:
+        pending: dict[object, Pending] = {}
+        tensor = _Rows.apply(pending, *source.inputs)  # type: ignore[no-untyped-call]
+        source.anchor = Anchor(tensor, pending, state)
+    return source.anchor  # type: ignore[no-any-return]
+
+
+def file_pending(pending: dict[object, Pending], query: object, gradient: Pending) -> Tensor:
+    """File a query's pending gradient, and return the gradient of the anchor."""
+    # In the order of arrival, so that those of a pass that went wrong come first.
+    pending.pop(query, None)
+    pending[query] = gradient
+    return ops.host_count(1)
+
+
+class _Rows(torch.autograd.Function):
+    """All rows of a source as one number, which can be read without waiting for a device."""
+
+    @staticmethod
+    def forward(ctx: Any, pending: dict[object, Pending], *_: Tensor) -> Tensor:
+        ctx.pending = pending
+        return ops.host_count(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, queries: Tensor) -> tuple[Tensor | None, ...]:
+        filed = list(ctx.pending.values())
+        ctx.pending.clear()
+        # Others were left behind by passes that never came here.
+        filed = filed[max(len(filed) - int(queries), 0) :]
+        if not filed:
+            return (None,) * len(ctx.needs_input_grad)
+        return None, *_gradients(filed)
+
+
+def _gradients(filed: Sequence[Pending]) -> tuple[Tensor | None, ...]:
+    """Gradients of a source's inputs."""
+    source = filed[0].source
+    index, filed = _on_one_index(source, filed)
+    terms: dict[Any, SoftmaxTerm] = {}
+    row_losses = []
+    for one in filed:
+        for term in one.terms:
+            columns = None if term.columns is None else id(term.columns)
+            key = term.temperature, term.standardize, term.width, columns
+            terms[key] = _sum(terms[key], term) if key in terms else term
+        if one.row_loss is not None:
+            row_losses.append(one.row_loss)
+    first = row_losses[0] if row_losses else None
+    gradients = _one_pass(source, index, list(terms.values()), first)
+    # More than one function of whole rows is rare: each gets a pass of its own.
+    for row_loss in row_losses[1:]:
+        more = _one_pass(source, index, [], row_loss)
+        gradients = tuple(
+            one if other is None or one is None else one + other
+            for one, other in zip(gradients, more, strict=True)
+        )
+    return gradients
+
+
+def _one_pass(
+    source: RowSource,
+    index: Tensor,
+    terms: Sequence[SoftmaxTerm],
+    row_loss: PendingRowLoss | None,
+) -> tuple[Tensor | None, ...]:
+    if row_loss is None or row_loss.weights is None:
+
+        def write(which: Which, rows: Rows, out: Rows) -> None:
+            ops.softmax_backward(rows, _some(terms, which), out)
+
+        return source.backward(index, write, None)
+    weights = row_loss.weights
+    if row_loss.buffer is not None:
+
+        def weigh(which: Which, rows: Rows, out: Rows) -> None:
+            ops.softmax_backward(rows, _some(terms, which), out, out, weights[which])
+
+        return source.backward(index, weigh, row_loss.buffer)
+
+    numbers = torch.arange(index.shape[0], device=index.device)
+    size = ops.pass_rows(index.device)
+    scratch = torch.empty((size, source.shape[2]), dtype=source.dtype, device=index.device)
+
+    def compute(which: Which, rows: Rows, out: Rows) -> None:
+        chunk = numbers[which]
+        matched = row_loss.teacher_index[chunk] >= 0
+        present = torch.arange(len(rows), device=index.device)
+        if ops.can_inspect(matched):
+            rest, present = (~matched).nonzero().squeeze(-1), matched.nonzero().squeeze(-1)
+            ops.softmax_backward(rows[rest], _some(terms, chunk[rest]), out[rest])
+        # The teacher's rows as many at a time as it can give, the gradient a few at a time.
+        teacher_index = row_loss.teacher_index[chunk[present]]
+        for inner, teacher in row_loss.teacher.chunks(teacher_index, **row_loss.options):
+            for start in range(0, len(teacher), size):
+                part = present[inner][start : start + size]
+                some, known = chunk[part], Rows(scratch[: part.shape[0]], None, source.shape[2])
+                student = replace(rows[part], width=row_loss.width)
+                per_row = None if row_loss.per_row is None else row_loss.per_row[some]
+                some_teacher = teacher[start : start + size]
+                ops.row_loss(row_loss.loss, student, some_teacher, per_row, known)
+                ops.softmax_backward(
+                    rows[part], _some(terms, some), out[part], known, weights[some]
+                )
+
+    return source.backward(index, compute, None)
+
+
+def _some(terms: Sequence[SoftmaxTerm], which: Which) -> Sequence[SoftmaxTerm]:
+    """Terms of selected rows."""
+    if isinstance(which, slice) and which == slice(None):
+        return terms
+    return [_mapped(term, lambda values, _: values[which]) for term in terms]
+
+
+def _mapped(term: SoftmaxTerm, change: Callable[[Tensor, float], Tensor]) -> SoftmaxTerm:
+    """A term with its values per row changed; the number is the value for no row."""
+    return replace(
+        term,
+        log_normalizers=change(term.log_normalizers, torch.inf),
+        totals=change(term.totals, 0.0),
+        ids=change(term.ids, 0),
+        weights=change(term.weights, 0.0),
+    )
+
+
+def _sum(term: SoftmaxTerm, other: SoftmaxTerm) -> SoftmaxTerm:
+    """Two terms of the same softmax as one."""
+    return replace(
+        term,
+        # Infinite where a term knows nothing of a row.
+        log_normalizers=torch.minimum(term.log_normalizers, other.log_normalizers),
+        totals=term.totals + other.totals,
+        ids=torch.cat([term.ids, other.ids], -1),
+        weights=torch.cat([term.weights, other.weights], -1),
+    )
+
+
+def _on_one_index(source: RowSource, filed: Sequence[Pending]) -> tuple[Tensor, Sequence[Pending]]:
+    """Pending gradients with their values in the order of one index of rows."""
+    first = filed[0].index
+    used = first.new_zeros(source.num_rows + 1, dtype=torch.bool)
+    differ = False
+    for one in filed:
+        differ = differ or one.index is not first
+        used[one.index] = True
+    if not differ:
+        return first, filed
+    # What queries of different positions have in common are the rows of the source.
+    index = torch.arange(source.num_rows, device=first.device).masked_fill(~used[:-1], -1)
+    return index, [_placed(one, source.num_rows) for one in filed]
+
+
+def _placed(pending: Pending, num_rows: int) -> Pending:
+    def place(values: Tensor, missing: float) -> Tensor:
+        rows = values.new_full((num_rows + 1, *values.shape[1:]), missing)
+        rows[pending.index] = values
+        return rows[:-1]
+
+    row_loss = pending.row_loss
+    if row_loss is not None:
+        row_loss = replace(
+            row_loss,
+            teacher_index=place(row_loss.teacher_index, -1),
+            per_row=None if row_loss.per_row is None else place(row_loss.per_row, 0.0),
+            weights=None if row_loss.weights is None else place(row_loss.weights, 0.0),
+        )
+    terms = tuple(_mapped(term, place) for term in pending.terms)
+    return replace(pending, terms=terms, row_loss=row_loss)

@@ -1,0 +1,202 @@
+"""Arithmetic on rows of logits: tensors in, tensors out, by the backend that serves them.
+
+``reference`` (torch) is the definition and serves every device and dtype; ``cpu`` (numba) serves
+float32 and bfloat16 rows on a CPU, where they lie. This module is the only place that chooses. The
+environment variable ``CTKD_BACKEND`` and `use_backend` override it, for tests and for anyone who
+suspects a kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ctkd.errors import SettingError
+from ctkd.ops import reference
+from ctkd.ops.blocks import block_rows, head_rows
+from ctkd.ops.costs import cost_of
+from ctkd.ops.reference import add_rows_
+from ctkd.ops.rows import (
+    STANDARD_DEVIATION_EPSILON,
+    RowLoss,
+    Rows,
+    RowValues,
+    SoftmaxTerm,
+    Which,
+    can_inspect,
+)
+
+__all__ = [
+    "BACKENDS",
+    "STANDARD_DEVIATION_EPSILON",
+    "RowLoss",
+    "RowValues",
+    "Rows",
+    "SoftmaxTerm",
+    "Which",
+    "add_rows_",
+    "backend_for",
+    "block_rows",
+    "can_inspect",
+    "column_mass",
+    "cost_of",
+    "deviations",
+    "full_precision",
+    "gradient_rows",
+    "head_rows",
+    "host_count",
+    "log_normalizers",
+    "not_traced",
+    "pass_rows",
+    "row_loss",
+    "softmax_backward",
+    "top_k",
+    "use_backend",
+]
+
+BACKENDS = ("auto", "reference", "cpu")
+VARIABLE = "CTKD_BACKEND"
+
+_Arguments = ParamSpec("_Arguments")
+_Answer = TypeVar("_Answer")
+
+_chosen: ContextVar[str | None] = ContextVar("ctkd_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Send every operation to one backend; what it cannot serve goes to the reference.
+
+    Args:
+        name: One of `BACKENDS`; ``"auto"`` chooses by device and dtype.
+
+    Raises:
+        SettingError: If there is no such backend.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     backend_for("top_k", Rows(torch.zeros(1, 2), None, 2)).__name__
+        'ctkd.ops.reference'
+    """
+    if name not in BACKENDS:
+        raise SettingError(f"the backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def backend_for(operation: str, *rows: Rows) -> ModuleType:
+    """The module that serves an operation, or the row loss of that name, on these rows."""
+    name = _chosen.get() or os.environ.get(VARIABLE, "auto")
+    if name not in BACKENDS:
+        raise SettingError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name != "reference" and can_inspect(rows[0].tensor):
+        cpu = _cpu()
+        if cpu is not None and cpu.serves(operation, rows):
+            return cpu
+    return reference
+
+
+@functools.cache
+def _cpu() -> ModuleType | None:
+    try:
+        return importlib.import_module("ctkd.ops.cpu")
+    # Whatever goes wrong in another package, there is the reference.
+    except Exception as error:
+        warnings.warn(
+            f"losses on a CPU take several times as long as they could, because numba cannot be "
+            f"imported ({error}); install a numba that goes with this Python and this numpy",
+            stacklevel=2,
+        )
+        return None
+
+
+def _dispatched(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments, _Answer]:
+    """An operation of the reference, run by the backend that serves its rows."""
+
+    @functools.wraps(function)
+    def operation(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Answer:
+        first = args[0]
+        name = first.name if isinstance(first, RowLoss) else function.__name__
+        rows: Iterator[Any] = filter(Rows.__instancecheck__, args)
+        backend = backend_for(name, *rows)
+        answer: _Answer = getattr(backend, function.__name__)(*args, **kwargs)
+        return answer
+
+    return operation
+
+
+log_normalizers = _dispatched(reference.log_normalizers)
+deviations = _dispatched(reference.deviations)
+column_mass = _dispatched(reference.column_mass)
+top_k = _dispatched(reference.top_k)
+softmax_backward = _dispatched(reference.softmax_backward)
+row_loss = _dispatched(reference.row_loss)
+
+
+def gradient_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Memory for the gradient of a tensor (..., V') of R rows, (R + 1, V').
+
+    Rows without an index are 0, the others are not cleared. The last one takes what is written
+    for -1.
+    """
+    count = tensor.shape[:-1].numel()
+    gradient = tensor.new_empty(count + 1, tensor.shape[-1])
+    others = torch.ones(count + 1, dtype=torch.bool, device=index.device)
+    # -1 is the last row.
+    others[index] = False
+    if can_inspect(others):
+        # torch would look at every entry if it were given the mask.
+        return gradient.index_fill_(0, others.nonzero().squeeze(-1), 0.0)
+    return gradient.masked_fill_(others.unsqueeze(-1), 0.0)
+
+
+def pass_rows(device: torch.device) -> int:
+    """Rows at a time whose gradient is computed in scratch memory."""
+    return 4 * torch.get_num_threads() if device.type == "cpu" else 64
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without autocast, so that forward and backward pass agree."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def host_count(value: int) -> Tensor:
+    """A number that can be read without waiting for a device, ()."""
+    return torch.full((), float(value), device="cpu")
+
+
+def not_traced(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments, _Answer]:
+    """Let a function run as it is inside what `torch.compile` compiles.
+
+    What reads rows looks at values, writes through arrays in the same memory and hangs requests on
+    nodes of autograd: a compiler can follow none of it. `torch.compiler.disable` does the same, but
+    loads the compiler, which takes seconds.
+    """
+    left_alone: list[Callable[_Arguments, _Answer]] = []
+
+    @functools.wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Answer:
+        # A compiler that is not loaded compiles nothing.
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not left_alone:
+            left_alone.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return left_alone[0](*args, **kwargs)
+
+    return call

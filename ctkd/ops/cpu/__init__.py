@@ -1,0 +1,355 @@
+"""Operations on float32 and bfloat16 rows on a CPU, by loops that numba compiles.
+
+Rows are read and written where they lie in memory: no widened copy, no block, a few rows of
+scratch for each thread. Importing this package imports numba.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ctkd.errors import BatchError
+from ctkd.ops.cpu import row_losses, softmax_rows
+from ctkd.ops.cpu import top_k as top_k_rows
+from ctkd.ops.cpu.arrays import (
+    GoldSettings,
+    RowArray,
+    SharedKLSettings,
+    SoftmaxTerms,
+    UldSettings,
+)
+from ctkd.ops.cpu.numbers import LOG2_E
+from ctkd.ops.rows import STANDARD_DEVIATION_EPSILON, RowLoss, Rows, RowValues, SoftmaxTerm
+
+__all__ = [
+    "column_mass",
+    "deviations",
+    "log_normalizers",
+    "row_loss",
+    "serves",
+    "share",
+    "softmax_backward",
+    "top_k",
+]
+
+# More parts than threads, so that one that was held up does not hold up all.
+_PARTS_PER_THREAD = 4
+
+_DTYPES = (torch.float32, torch.bfloat16)
+# By whether rows are standardized: added to the deviation that they are divided by, or a sign.
+_EPSILONS = (-1.0, STANDARD_DEVIATION_EPSILON)
+_NOTHING = np.empty(0, np.float32)
+
+
+def serves(operation: str, rows: Sequence[Rows]) -> bool:
+    """True if compiled loops can read and write all these rows in place."""
+    for one in rows:
+        tensor = one.tensor
+        if tensor.dtype not in _DTYPES or (tensor.stride(-1) != 1 and tensor.shape[-1] > 1):
+            return False
+    return operation in _OPERATIONS
+
+
+def log_normalizers(
+    rows: Rows,
+    temperatures: Sequence[float],
+    *,
+    standardize: bool = False,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """See `ctkd.ops.reference.log_normalizers`."""
+    array, which = _array(rows)
+    answers = np.zeros((len(temperatures), len(array.starts)), np.float32)
+    divisors = np.array(temperatures, np.float64)
+    bias = _NOTHING if columns is None else _bias(columns)
+    epsilon = _EPSILONS[standardize]
+
+    def work(some: Any) -> None:
+        softmax_rows.log_normalizers(some, array, rows.width, divisors, epsilon, bias, answers)
+
+    share(which, work)
+    return torch.from_numpy(answers)
+
+
+def deviations(rows: Rows) -> Tensor:
+    """See `ctkd.ops.reference.deviations`."""
+    array, which = _array(rows)
+    answers = np.zeros(len(array.starts), np.float32)
+    share(which, lambda some: softmax_rows.deviations(some, array, rows.width, answers))
+    return torch.from_numpy(answers)
+
+
+def column_mass(
+    rows: Rows,
+    sequence: Tensor,
+    sequences: int,
+    temperatures: Sequence[float],
+    *,
+    standardize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `ctkd.ops.reference.column_mass`."""
+    array, which = _array(rows)
+    answers = np.zeros((len(temperatures), len(array.starts)), np.float32)
+    divisors, epsilon = np.array(temperatures, np.float64), _EPSILONS[standardize]
+    bounds = np.searchsorted(sequence.numpy()[which], np.arange(sequences + 1))
+    # Where there are fewer sequences than threads, threads share one.
+    pieces = max(1, -(-torch.get_num_threads() // max(sequences, 1)))
+    mass = np.zeros((pieces, sequences, rows.width), np.float32)
+    parts = []
+    for number in range(sequences):
+        row_numbers = which[bounds[number] : bounds[number + 1]]
+        for piece, part in enumerate(np.array_split(row_numbers, pieces)):
+            parts.append((part, mass[piece, number]))
+
+    def work(some: Any) -> None:
+        for one in some:
+            part, target = parts[one]
+            softmax_rows.column_mass(part, array, rows.width, divisors, epsilon, answers, target)
+
+    share(np.arange(len(parts)), work)
+    total = mass[0] if pieces == 1 else mass.sum(0)
+    return torch.from_numpy(total), torch.from_numpy(answers)
+
+
+def top_k(rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+    """See `ctkd.ops.reference.top_k`."""
+    array, which = _array(rows)
+    size = len(array.starts), k
+    ids, values = np.zeros(size, np.int64), np.zeros(size, np.float32)
+    if k:
+        share(which, lambda some: top_k_rows.top_k(some, array, rows.width, ids, values))
+    return torch.from_numpy(ids), torch.from_numpy(values)
+
+
+def softmax_backward(
+    rows: Rows,
+    terms: Sequence[SoftmaxTerm],
+    out: Rows,
+    known: Rows | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    """See `ctkd.ops.reference.softmax_backward`."""
+    array, which = _array(rows)
+    target = _array(out)[0]
+    source = target if known is None else _array(known)[0]
+    factors = _NOTHING if weights is None else weights.numpy()
+    packed = _packed(terms, len(array.starts))
+
+    def work(some: Any) -> None:
+        softmax_rows.softmax_gradients(some, array, packed, source, factors, target, out.width)
+
+    share(which, work)
+
+
+def row_loss(
+    loss: RowLoss,
+    student: Rows,
+    teacher: Rows,
+    per_row: Tensor | None = None,
+    out: Rows | None = None,
+    differentiate: bool = False,
+) -> RowValues:
+    """See `ctkd.ops.reference.row_loss`."""
+    array, which = _array(student)
+    teacher_array, _ = _array(teacher)
+    count = len(array.starts)
+    target = RowArray(_NOTHING, array.starts) if out is None else _array(out)[0]
+    numbers = np.empty((count, 0), np.float32)
+    if per_row is not None:
+        numbers = per_row.detach().to(torch.float32).contiguous().numpy()
+    number_gradients = np.zeros(numbers.shape if differentiate else (0, 2), np.float32)
+    values = np.zeros((count, loss.parts), np.float64)
+    kernel, group = _KERNELS[loss.name]
+    everything = {
+        "student_width": student.width,
+        "student_columns": torch.arange(student.width),
+        "teacher_columns": torch.arange(teacher.width),
+    }
+    settings = _unboxed(group, {**everything, **loss.settings})
+
+    def work(some: Any) -> None:
+        kernel(some, array, teacher_array, settings, numbers, values, number_gradients, target)
+
+    share(which, work)
+    if out is not None and out.width > student.width:
+        rows = slice(None) if out.index is None else out.index
+        out.tensor[rows, student.width : out.width] = 0.0
+    return RowValues(
+        torch.from_numpy(values).to(torch.float32),
+        torch.from_numpy(number_gradients) if differentiate else None,
+    )
+
+
+_KERNELS: dict[str, tuple[Callable[..., None], Any]] = {
+    "uld": (row_losses.uld, UldSettings),
+    "gold": (row_losses.gold, GoldSettings),
+    "shared_kl": (row_losses.shared_kl, SharedKLSettings),
+}
+_OPERATIONS = {*_KERNELS, *__all__} - {"row_loss", "serves", "share"}
+
+
+def _array(rows: Rows) -> tuple[RowArray, npt.NDArray[np.int64]]:
+    """Where rows begin in memory, and which of them are rows."""
+    tensor, count = rows.tensor.detach(), rows.tensor.shape[:-1].numel()
+    index = np.arange(count) if rows.index is None else rows.index.numpy()
+    starts, remaining = np.zeros(len(index), np.int64), index
+    for size, stride in zip(
+        reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True
+    ):
+        starts += remaining % max(size, 1) * stride
+        remaining = remaining // max(size, 1)
+    which = np.flatnonzero(index >= 0)
+    starts[index < 0] = -1
+    extent = tensor.shape[-1] if count else 0
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        extent += (size - 1) * stride if count else 0
+    flat = tensor.as_strided((extent,), (1,), tensor.storage_offset())
+    if tensor.dtype == torch.bfloat16:
+        flat = flat.view(torch.uint16)
+    return RowArray(flat.numpy(), starts), which
+
+
+def _bias(columns: Tensor) -> npt.NDArray[np.float32]:
+    """0 for columns that count and minus infinity for the others."""
+    return np.where(columns.numpy(), np.float32(0.0), np.float32(-np.inf))
+
+
+def _unboxed(group: Any, settings: Mapping[str, Any]) -> Any:
+    """Settings as a kernel takes them: columns as arrays, none as an empty one, floats as such."""
+    unboxed = {}
+    for name in group._fields:
+        value = settings[name]
+        if value is None:
+            value = np.empty(0, np.uint32)
+        elif isinstance(value, Tensor):
+            value = value.numpy().astype(np.uint32)
+        unboxed[name] = value
+    return group(**unboxed)
+
+
+def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
+    """Terms of N rows as the kernel takes them.
+
+    A softmax at half the temperature of another is its square but for a factor per row, so the two
+    become one term.
+    """
+    waiting = sorted(terms, key=attrgetter("width", "temperature"))
+    parts: list[tuple[float, ...]] = []
+    shifts, factors = (
+        np.empty((len(terms), count), np.float32),
+        np.empty((len(terms), count), np.float32),
+    )
+    squares, biases = np.zeros((len(terms), 0), np.float32), [np.empty((0, 0), np.float32)]
+    ids, weights = [torch.empty((count, 0), dtype=torch.int64)], [torch.empty((count, 0))]
+    bounds = [0]
+    while waiting:
+        term = waiting.pop()
+        half = waiting.pop() if waiting and _is_square(term, waiting[-1]) else None
+        number, normalizer = len(parts), term.log_normalizers
+        scale = 1.0 if term.standardize else term.temperature
+        if half is not None:
+            other = half.log_normalizers
+            # A row that one term knows nothing of has an infinite normalizer there.
+            normalizer = torch.where(normalizer == torch.inf, other / 2.0, normalizer)
+            ratio = (2.0 * normalizer - other).exp().masked_fill(other == torch.inf, 0.0)
+            squares = squares if squares.shape[1] else np.zeros_like(factors)
+            squares[number] = (half.totals * ratio / -half.temperature).numpy()
+            _check_columns(half.ids, half.width)
+            ids.append(half.ids)
+            weights.append(half.weights / half.temperature)
+        _check_columns(term.ids, term.width)
+        ids.append(term.ids)
+        weights.append(term.weights / scale)
+        bounds.append(bounds[-1] + ids[-1].shape[1] + (0 if half is None else half.ids.shape[1]))
+        shifts[number] = (normalizer * -float(LOG2_E)).numpy()
+        factors[number] = (term.totals / -scale).numpy()
+        bias_of = -1
+        if term.columns is not None:
+            bias_of = len(biases) - 1
+            biases.append(_bias(term.columns))
+        parts.append((term.width, term.temperature, _EPSILONS[term.standardize], bias_of))
+    table = np.array(parts, np.float64).reshape(-1, 4)
+    size = len(parts)
+    return SoftmaxTerms(
+        widths=table[:, 0].astype(np.int64),
+        temperatures=table[:, 1].copy(),
+        epsilons=table[:, 2].copy(),
+        biases=np.stack(biases[1:]) if biases[1:] else biases[0],
+        bias_of=table[:, 3].astype(np.int64),
+        shifts=shifts[:size],
+        factors=factors[:size],
+        squares=squares[:size],
+        bounds=np.array(bounds, np.int64),
+        ids=torch.cat(ids, -1).numpy(),
+        weights=torch.cat(weights, -1).to(torch.float32).numpy(),
+    )
+
+
+def _is_square(term: SoftmaxTerm, half: SoftmaxTerm) -> bool:
+    """True if the squared probabilities of one are those of the other up to a factor."""
+    return (
+        not (term.standardize or half.standardize)
+        and term.columns is None
+        and half.columns is None
+        and term.width == half.width
+        and term.temperature == 2.0 * half.temperature
+    )
+
+
+def _check_columns(ids: Tensor, width: int) -> None:
+    """Refuse what compiled loops, which check nothing, would write elsewhere."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < width:
+        raise BatchError(
+            f"ids go from {int(ids.min())} to {int(ids.max())}, but the logits have {width} "
+            "columns; these are another tokenizer's ids, or they were changed since"
+        )
+
+
+def share(which: npt.NDArray[np.int64], work: Callable[[Any], object]) -> None:
+    """Call a function on parts of an array that together are all of it, at the same time.
+
+    Args:
+        which: Numbers of rows.
+        work: Takes some of them; others may be worked on meanwhile.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(which) <= 1:
+        if len(which):
+            work(which)
+        return
+    size = -(-len(which) // (threads * _PARTS_PER_THREAD))
+    parts = [which[start : start + size] for start in range(0, len(which), size)]
+    waiting = iter(parts)
+    # An iterator over a list hands out each element once, whichever threads ask.
+    futures = [
+        _pool(os.getpid(), threads - 1).submit(_work_off, waiting, work)
+        for _ in range(min(threads, len(parts)) - 1)
+    ]
+    try:
+        _work_off(waiting, work)
+    finally:
+        # None may go on writing when this returns.
+        wait(futures)
+    for future in futures:
+        future.result()
+
+
+def _work_off(waiting: Iterator[Any], work: Callable[[Any], object]) -> None:
+    for part in waiting:
+        work(part)
+
+
+@functools.cache
+def _pool(_process: int, threads: int) -> ThreadPoolExecutor:
+    # A process that was forked has none of its parent's threads.
+    return ThreadPoolExecutor(threads, thread_name_prefix="ctkd")

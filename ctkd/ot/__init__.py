@@ -1,0 +1,1 @@
+"""Transport between positions, and the choice of columns that are compared."""

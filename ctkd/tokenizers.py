@@ -1,0 +1,90 @@
+"""Two tokenizers as a loss sees them.
+
+Losses never import `ctkd.tokenization`; they see its `TokenizerPair` through this protocol. Maps
+are CPU tensors; a loss keeps them as buffers that are not saved.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ctkd.batch import Batch
+from ctkd.errors import BatchError
+
+__all__ = ["Pair", "PlaceholderPair", "check_sizes"]
+
+
+class Pair(Protocol):
+    """Two tokenizers: vocabularies of V (student) and W (teacher) tokens."""
+
+    @property
+    def student_size(self) -> int:
+        """V, the length of the student's tokenizer."""
+
+    @property
+    def teacher_size(self) -> int:
+        """W, the length of the teacher's tokenizer."""
+
+    def shared_ids(self) -> tuple[Tensor, Tensor]:
+        """Student ids and teacher ids of the tokens that both have, (M,) and (M,) int64.
+
+        Equal bytes or, for special tokens, an equal role. No id occurs twice on its side.
+        """
+
+    def nearest_student_ids(self) -> Tensor:
+        """For each teacher token the student token with the same or the nearest text, (W,)."""
+
+    def match_positions(
+        self, student_ids: Tensor, teacher_ids: Tensor, student_mask: Tensor, teacher_mask: Tensor
+    ) -> Tensor:
+        """For each student position the one teacher position that edit distance aligns with it.
+
+        Shape:
+            (B, S), (B, T) and their masks give (B, S) int64, -1 where there is none or more than
+            one. Computed on the CPU; the answer lies on the device of ``student_ids``.
+        """
+
+    def word_starts(self) -> tuple[Tensor, Tensor]:
+        """Tokens that begin a new word or end the text, (V,) and (W,) bool."""
+
+
+class PlaceholderPair(Pair):
+    """Two vocabularies of one token, to try out a loss's settings before tokenizers are loaded."""
+
+    student_size = 1
+    teacher_size = 1
+
+    def shared_ids(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+
+    def nearest_student_ids(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64)
+
+    def match_positions(
+        self, student_ids: Tensor, teacher_ids: Tensor, student_mask: Tensor, teacher_mask: Tensor
+    ) -> Tensor:
+        return torch.full_like(student_ids, -1)
+
+    def word_starts(self) -> tuple[Tensor, Tensor]:
+        return torch.ones(1, dtype=torch.bool), torch.ones(1, dtype=torch.bool)
+
+
+def check_sizes(batch: Batch, student_size: int, teacher_size: int) -> None:
+    """Refuse logits whose columns are not the tokens of the two tokenizers.
+
+    Raises:
+        BatchError: If a side has more or fewer columns than its tokenizer has tokens.
+    """
+    for name, side, size in (
+        ("student", batch.student, student_size),
+        ("teacher", batch.teacher, teacher_size),
+    ):
+        if side.logits.shape[2] != size:
+            raise BatchError(
+                f"the {name}'s logits have {side.logits.shape[2]} columns, but its tokenizer has "
+                f"{size} tokens; pass {name}_vocab_size={size} to Batch.from_causal_lm, or the "
+                "pair of tokenizers that belongs to these models"
+            )

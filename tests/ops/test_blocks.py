@@ -1,0 +1,58 @@
+"""Blocks follow the memory of a device, and a user's word before it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ctkd.errors import SettingError
+from ctkd.ops.blocks import VARIABLE, block_rows, head_rows
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
+
+
+@pytest.fixture(autouse=True)
+def no_word_of_the_user(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+def test_a_cpu_has_as_many_rows_as_its_caches_hold():
+    assert block_rows(1 << 10, CPU) == 1 << 8
+    assert block_rows(1 << 30, CPU) == block_rows((1 << 18) + 1, CPU) == 1
+    # Rows without columns are no reason to divide by 0.
+    assert block_rows(0, CPU) == 1 << 18
+
+
+@pytest.mark.parametrize(
+    ("memory", "elements"), [(80 << 30, 41943040), (1 << 30, 1 << 22), (1 << 40, 1 << 26)]
+)
+def test_a_gpu_s_memory(monkeypatch, memory, elements):
+    asked = []
+
+    def properties(index):
+        asked.append(index)
+        return SimpleNamespace(total_memory=memory)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert block_rows(1 << 10, CUDA) == elements >> 10
+    assert asked == [1]
+
+
+def test_a_head_computes_enough_rows_for_a_product():
+    assert head_rows(1 << 14, CPU) == 1 << 10
+    assert head_rows(1 << 25, CPU) == 1
+
+
+def test_what_a_user_says_goes_first(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "3000")
+    for device in (CPU, torch.device("meta")):
+        assert block_rows(1000, device) == 3
+        assert block_rows(5000, device) == 1
+
+
+def test_what_is_no_number_is_refused(monkeypatch):
+    for given in ("0", "-5", "many", "1.5", ""):
+        monkeypatch.setenv(VARIABLE, given)
+        message = f"{VARIABLE} must be a whole number above 0.*{given!r}"
+        with pytest.raises(SettingError, match=message):
+            block_rows(1, CPU)

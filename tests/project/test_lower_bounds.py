@@ -1,0 +1,31 @@
+"""The lower bounds that pyproject.toml promises are the versions that can be tested."""
+
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    found = [Requirement(line) for line in lines]
+    return {canonicalize_name(one.name): one for one in found}
+
+
+def versions(one: Requirement, operator: str) -> list[Version]:
+    return [Version(part.version) for part in one.specifier if part.operator == operator]
+
+
+def test_the_lowest_versions_are_the_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    lowest = requirements([line for line in lines if not line.startswith("#")])
+    bounds = {
+        name: versions(one, ">=")
+        for name, one in requirements(project["dependencies"]).items()
+        if one.specifier
+    }
+    assert bounds == {name: versions(one, "==") for name, one in lowest.items()}

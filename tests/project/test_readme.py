@@ -1,0 +1,62 @@
+"""What the README says is true: its code runs, its table and its commands are those there are."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import ctkd
+from ctkd import registry
+from ctkd.testing import check_loss
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.models
+def test_the_python_code_runs(monkeypatch):
+    monkeypatch.setattr(registry, "_losses", dict(registry._losses))
+    names: dict = {}
+    for block in PYTHON:
+        exec(compile(block, "README.md", "exec"), names)
+        if block.startswith("for prompt"):
+            assert names["output"].loss.isfinite()
+            assert names["student"].get_input_embeddings().weight.grad is None
+    assert names["alignment"].coverage == 1
+    assert names["student"].get_input_embeddings().weight.grad.isfinite().all()
+    assert "mean_entropy_gap" in ctkd.list_losses()
+    check_loss(names["MeanEntropyGap"]())
+
+
+def test_the_loop_is_short():
+    loop = next(block for block in PYTHON if block.startswith("for prompt"))
+    assert len(loop.splitlines()) <= 15
+    assert len([line for line in PYTHON[0].splitlines() if line]) <= 10
+
+
+def test_the_table_lists_every_loss():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| \[(.*?)\].*? \| (.*?) \|$", README, re.MULTILINE)
+    expected = []
+    for name in ctkd.list_losses():
+        facts = ctkd.describe(name)
+        needs = ", ".join(sorted(facts.needs)) or "logits"
+        expected.append((name, facts.matches, facts.paper.arxiv, needs))
+    assert rows == expected
+
+
+def test_checks_run_as_the_readme_says():
+    assert SHELL[1].strip() in (ROOT / ".ci" / "run").read_text()
+    assert "-c constraints.txt" in SHELL[0] and "ctkd train --loss multilevelot" in SHELL[0]
+
+
+def test_options_in_the_readme_exist():
+    from ctkd.cli import main
+
+    known = {
+        option for command in main.commands.values() for p in command.params for option in p.opts
+    }
+    for block in SHELL[2:]:
+        for option in re.findall(r"--[a-z-]+", block):
+            assert option in known, option
