@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 
@@ -32,6 +34,7 @@ check("matplotlib.pyplot")
 """
 
 
+@pytest.mark.slow
 def test_each_part_loads_no_more_than_it_needs(tmp_path):
     command = [sys.executable, "-W", "error", "-c", PROGRAM, str(tmp_path / "curves.png")]
     done = subprocess.run(command, capture_output=True, text=True)

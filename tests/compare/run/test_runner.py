@@ -19,6 +19,8 @@ from ctkd.errors import DataError, OutputError, SettingError
 from ctkd.registry import describe
 from tests.distill.tiny_runs import Workplace, record
 
+pytestmark = pytest.mark.slow
+
 LOSSES = ("sft", "uld", "seqkd")
 SWEEP = {"learning_rate": (1e-4, 1e-2)}
 

@@ -250,6 +250,7 @@ if run.args.process_index == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_step_of_one(tmp_path):
     single = Setup()
     run = trainer(single, tmp_path / "one", "multilevelot", per_device_train_batch_size=6)
