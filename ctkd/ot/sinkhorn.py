@@ -61,9 +61,8 @@ def sinkhorn(
     total: the plan's total is that of the columns. No iteration gives K^0 itself.
 
     The gradient is that of these N steps, not of their limit. Between forward and backward only
-    the two scalings of each iteration are kept, (N, B, R) and (N, B, C), and the inputs; a second
-    derivative is refused by PyTorch. Autocast does not lower the precision; PyTorch's global
-    switches for TF32 do, where a user sets them.
+    the two scalings of each iteration are kept, (N, B, R) and (N, B, C), and the inputs. Autocast
+    does not lower the precision; PyTorch's global switches for TF32 do.
 
     Shape:
         cost: (B, R, C) or one problem (R, C). Without B, the results are (R, C), (), ().
@@ -80,8 +79,7 @@ def sinkhorn(
             as masked and gets no gradient. Any two positive masses, of rows or of columns, may
             differ by a factor of a million; beyond that float32 may underflow.
         column_mass: Target sum of each column, likewise.
-        row_mask: True where a row takes part. Other rows get an empty plan and no gradient, and
-            their costs and masses are never used, whatever they hold.
+        row_mask: True where a row takes part. Other rows are empty, whatever costs they hold.
         column_mask: True where a column takes part, likewise.
 
     Returns:

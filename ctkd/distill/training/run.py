@@ -121,7 +121,7 @@ def train(
     folder.write()
     stop = StopOnSignal(say)
     trainer = _make_trainer(
-        config, models, loss, pair, encoded, encoded_held_out, folder, device, cache
+        config, models, loss, pair, encoded, encoded_held_out, folder, device=device, cache=cache
     )
     report = StepReport(say, trainer.clock)
     for callback in (StepsAsAsked(), report, stop):
@@ -231,6 +231,7 @@ def _make_trainer(
     encoded: EncodedExamples,
     encoded_held_out: EncodedExamples,
     folder: OutputFolder,
+    *,
     device: torch.device,
     cache: TeacherCache | None,
 ) -> CrossTokenizerTrainer:
