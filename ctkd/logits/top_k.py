@@ -389,6 +389,9 @@ class TopKLogits(Logits):
 def _add_at_columns_(sums: Tensor, ids: Tensor, values: Tensor) -> None:
     """Add (B, S, K) values to columns of (B, V) sums, always in one order: ties stay ties."""
     ids, values = ids.flatten(1), values.flatten(1)
-    # scatter_add_ is atomic on CUDA, so in no order; this sorts first.
-    sequence = torch.arange(sums.shape[0], device=sums.device).unsqueeze(1).expand_as(ids)
-    sums.index_put_((sequence, ids), values, accumulate=True)
+    if ops.can_inspect(sums):
+        sums.scatter_add_(1, ids, values)
+    else:
+        # On CUDA scatter_add_ is atomic, so in no order; this sorts first.
+        sequence = torch.arange(sums.shape[0], device=sums.device).unsqueeze(1).expand_as(ids)
+        sums.index_put_((sequence, ids), values, accumulate=True)
