@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from ctkd.errors import BatchError
 from ctkd.logits import DenseLogits
-from ctkd.ops import not_traced
 from tests.logits.cases import DIFFERENTIABLE, B, S, V, in_turn, leaf_of, randn
 
 # The compiler looks for gradients of tensors that have none.
@@ -33,23 +31,3 @@ def test_queries_may_be_made_in_a_compiled_function(query, dtype):
         (gradient,) = torch.autograd.grad(answer.square().sum(), leaf)
         found.append((answer, gradient))
     torch.testing.assert_close(found[1], found[0])
-
-
-def test_a_function_that_is_not_traced_is_never_seen_by_a_compiler():
-    seen = []
-
-    @not_traced
-    def inner(tensor):
-        seen.append(torch.compiler.is_compiling())
-        return 2 * tensor
-
-    compiled = torch.compile(lambda tensor: inner(tensor + 1) - 1, backend="aot_eager")
-    assert compiled(torch.ones(())).item() == 3.0
-    assert inner(torch.ones(())).item() == 2.0
-    assert seen == [False, False]
-
-
-def test_what_a_query_refuses_it_refuses_in_a_compiled_function():
-    ask = torch.compile(lambda logits: logits.sorted_probs(V + 1), backend="aot_eager")
-    with pytest.raises(BatchError, match=f"the largest {V + 1} entries"):
-        ask(DenseLogits(randn(B, S, V)))
