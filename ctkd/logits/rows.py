@@ -91,21 +91,20 @@ class RowLogits(Logits):
         self, ids: Tensor, temperatures: Sequence[float], *, standardize: bool = False
     ) -> tuple[Tensor, ...]:
         check_ids(ids, self.shape)
-        anchor, pending, _ = anchored(self.source)
-        answers: tuple[Tensor, ...] = _LogProbs.apply(  # type: ignore[no-untyped-call]
-            self, ids, tuple(temperatures), standardize, None, pending, anchor
+        answers: tuple[Tensor, ...] = _LogSoftmax.apply(  # type: ignore[no-untyped-call]
+            self, ids, temperatures, standardize, None, None, anchored(self.source)
         )
         return answers
 
     @ops.not_traced
     def log_mass(self, columns: Tensor, *, temperature: float = 1.0) -> Tensor:
         check_columns(columns, self.shape)
-        anchor, pending, _ = anchored(self.source)
-        part, whole = (
-            _LogNormalizers.apply(self, one, temperature, pending, anchor)  # type: ignore[no-untyped-call]
+        anchor = anchored(self.source)
+        (part,), (whole,) = (
+            _LogSoftmax.apply(self, None, [temperature], False, one, None, anchor)  # type: ignore[no-untyped-call]
             for one in (columns, None)
         )
-        return (part - whole).masked_fill(~self.mask, 0.0)  # type: ignore[no-any-return]
+        return (whole - part).squeeze(-1)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def top_ids(self, k: int) -> Tensor:
@@ -119,11 +118,8 @@ class RowLogits(Logits):
     def sorted_probs(self, k: int, *, temperature: float = 1.0) -> Tensor:
         check_k(k, self.shape)
         count = self.index.shape[0]
-        ids, raw, normalizers = (
-            self.index.new_zeros((count, k)),
-            self._zeros(count, k),
-            self._zeros(1, count),
-        )
+        ids, raw = self.index.new_zeros((count, k)), self._zeros(count, k)
+        normalizers = self._zeros(1, count)
         # One reading of a chunk says which entries are largest, what they are, and of which sum.
         with torch.no_grad():
             for which, rows in self.source.chunks(self.index, self.shape[2]):
@@ -131,10 +127,9 @@ class RowLogits(Logits):
                 normalizers[:, which] = ops.log_normalizers(rows, [temperature])
             known = self.source.normalizers()
             known.keep(self.index, [temperature], False, self.shape[2], normalizers)
-        shape = (*self.shape[:2], k)
-        anchor, pending, _ = anchored(self.source)
-        (log_probs,) = _LogProbs.apply(  # type: ignore[no-untyped-call]
-            self, ids.view(shape), (temperature,), False, raw.view(shape), pending, anchor
+        ids, raw = ids.view(*self.shape[:2], k), raw.view(*self.shape[:2], k)
+        (log_probs,) = _LogSoftmax.apply(  # type: ignore[no-untyped-call]
+            self, ids, [temperature], False, None, raw, anchored(self.source)
         )
         return log_probs.exp().masked_fill(~self.mask.unsqueeze(-1), 0.0)  # type: ignore[no-any-return]
 
@@ -195,13 +190,20 @@ class RowLogits(Logits):
             answers[which] = ops.deviations(rows)
         return answers
 
-    def log_normalizers(self, temperatures: Sequence[float], standardize: bool) -> Tensor:
+    def log_normalizers(
+        self, temperatures: Sequence[float], standardize: bool, columns: Tensor | None = None
+    ) -> Tensor:
         """Log of the softmax denominator at each position, (T, B * S); undefined if not scored."""
         known, width = self.source.normalizers(), self.shape[2]
+        if columns is not None:
+            answers = self._zeros(len(temperatures), self.index.shape[0])
+            for which, rows in self.source.chunks(self.index, width):
+                answers[:, which] = ops.log_normalizers(rows, temperatures, columns=columns)
+            return answers
         answers, index = known.look_up(self.index, temperatures, standardize, width)
         if index is None:
             return answers
-        for which, rows in self.source.chunks(index, self.shape[2]):
+        for which, rows in self.source.chunks(index, width):
             new = ops.log_normalizers(rows, temperatures, standardize=standardize)
             # What is known stays as it is: a second answer must not differ in its last digit.
             answers[:, which] = torch.where(answers[:, which].isnan(), new, answers[:, which])
@@ -212,35 +214,41 @@ class RowLogits(Logits):
         return torch.zeros(size, dtype=self.source.dtype, device=self.mask.device)
 
 
-class _LogProbs(torch.autograd.Function):
-    """Chosen log-probabilities."""
+class _LogSoftmax(torch.autograd.Function):
+    """Chosen entries over a temperature, less the log of the softmax denominator.
+
+    The denominator may be that of some columns alone. Without ids an entry is 0.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         logits: RowLogits,
-        ids: Tensor,
-        temperatures: tuple[float, ...],
+        ids: Tensor | None,
+        temperatures: Sequence[float],
         standardize: bool,
+        columns: Tensor | None,
         raw: Tensor | None,
-        pending: dict[object, Pending],
         _: Tensor,
     ) -> tuple[Tensor, ...]:
-        shape, index = (*logits.shape[:2], ids.shape[2]), logits.index
-        if raw is None:
-            raw = logits.source.pick(index.view(shape[:2]), ids)
+        source, shape = logits.source, logits.shape[:2]
+        if ids is None:
+            raw = logits._zeros(*shape, 1)
+        elif raw is None:
+            raw = source.pick(logits.index.view(shape), ids)
         if standardize:
-            raw = raw / (logits.deviations().view(*shape[:2], 1) + ops.STANDARD_DEVIATION_EPSILON)
-        normalizers = logits.log_normalizers(temperatures, standardize)
+            raw = raw / (logits.deviations().view(*shape, 1) + ops.STANDARD_DEVIATION_EPSILON)
+        normalizers = logits.log_normalizers(temperatures, standardize, columns)
         padding = ~logits.mask.unsqueeze(-1)
         answers = []
         for temperature, normalizer in zip(temperatures, normalizers, strict=True):
-            answer = raw / temperature - normalizer.view(*shape[:2], 1)
+            answer = raw / temperature - normalizer.view(*shape, 1)
             answers.append(answer.masked_fill_(padding, 0.0))
         # Kept only so that torch sees it if one of them is overwritten.
-        ctx.save_for_backward(*logits.source.inputs)
-        ctx.logits, ctx.ids, ctx.normalizers, ctx.pending = logits, ids, normalizers, pending
-        ctx.temperatures, ctx.standardize, ctx.query = temperatures, standardize, object()
+        ctx.save_for_backward(*source.inputs)
+        ctx.logits, ctx.ids, ctx.columns, ctx.normalizers = logits, ids, columns, normalizers
+        ctx.temperatures, ctx.standardize = temperatures, standardize
+        ctx.pending, ctx.query = source.anchor.pending, object()
         return tuple(answers)
 
     @staticmethod
@@ -248,8 +256,9 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         logits: RowLogits = ctx.logits
-        ids = ctx.ids.expand(-1, logits.shape[1], -1).flatten(0, 1)
         padding = ~logits.mask.unsqueeze(-1)
+        ids = logits.index.new_zeros((*logits.shape[:2], 0)) if ctx.ids is None else ctx.ids
+        ids = ids.expand(-1, logits.shape[1], -1).flatten(0, 1)
         terms = []
         for temperature, normalizer, gradient in zip(
             ctx.temperatures, ctx.normalizers, gradients, strict=True
@@ -260,60 +269,15 @@ class _LogProbs(torch.autograd.Function):
                     temperature=temperature,
                     standardize=ctx.standardize,
                     width=logits.shape[2],
-                    columns=None,
+                    columns=ctx.columns,
                     log_normalizers=normalizer,
                     totals=weights.sum(-1),
                     ids=ids,
-                    weights=weights,
+                    weights=weights[:, : ids.shape[1]],
                 )
             )
         new = Pending(logits.source, logits.index, tuple(terms))
         return *(None,) * 6, file_pending(ctx.pending, ctx.query, new)
-
-
-class _LogNormalizers(torch.autograd.Function):
-    """Log of the softmax denominator over some columns, or all of them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: RowLogits,
-        columns: Tensor | None,
-        temperature: float,
-        pending: dict[object, Pending],
-        _: Tensor,
-    ) -> Tensor:
-        if columns is None:
-            (answers,) = logits.log_normalizers([temperature], False)
-        else:
-            answers = logits._zeros(logits.index.shape[0])
-            for which, rows in logits.source.chunks(logits.index, logits.shape[2]):
-                answers[which] = ops.log_normalizers(rows, [temperature], columns=columns)[0]
-        # Kept only so that torch sees it if one of them is overwritten.
-        ctx.save_for_backward(*logits.source.inputs)
-        ctx.logits, ctx.columns, ctx.temperature = logits, columns, temperature
-        ctx.answers, ctx.pending, ctx.query = answers, pending, object()
-        answer: Tensor = answers.view(logits.mask.shape).clone()
-        return answer
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors
-        logits: RowLogits = ctx.logits
-        totals = gradient.masked_fill(~logits.mask, 0.0).flatten().neg()
-        term = SoftmaxTerm(
-            temperature=ctx.temperature,
-            standardize=False,
-            width=logits.shape[2],
-            columns=ctx.columns,
-            log_normalizers=ctx.answers,
-            totals=totals,
-            ids=logits.index.new_zeros((len(totals), 0)),
-            weights=totals.new_zeros((len(totals), 0)),
-        )
-        new = Pending(logits.source, logits.index, (term,))
-        return *(None,) * 4, file_pending(ctx.pending, ctx.query, new)
 
 
 class AlignedValues(NamedTuple):
@@ -387,9 +351,9 @@ def map_rows(
         options={"temperature": teacher_temperature, "spread_tail": spread_tail},
     )
     index = student.rows_at(positions[:, 0].masked_fill(left_out, -1))
-    anchor, pending, _ = anchored(student.source)
+    anchor = anchored(student.source)
     values, parts = _Mapped.apply(  # type: ignore[no-untyped-call]
-        student.source, index, compared, torch.is_grad_enabled(), pending, anchor, per_row
+        student.source, index, compared, torch.is_grad_enabled(), anchor, per_row
     )
     return AlignedValues(values, parts)
 
@@ -404,12 +368,11 @@ class _Mapped(torch.autograd.Function):
         index: Tensor,
         compared: PendingRowLoss,
         grad_enabled: bool,
-        pending: dict[object, Pending],
         _: Tensor,
         per_row: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*source.inputs, *([] if per_row is None else [per_row]))
-        of_rows, of_numbers = ctx.needs_input_grad[5:]
+        of_rows, of_numbers = ctx.needs_input_grad[4:]
         compared = replace(
             compared,
             per_row=per_row,
@@ -417,7 +380,8 @@ class _Mapped(torch.autograd.Function):
         )
         differentiate = grad_enabled and of_numbers
         parts, ctx.per_row_gradient = _solve(source, index, compared, differentiate)
-        ctx.source, ctx.index, ctx.pending, ctx.query = source, index, pending, object()
+        ctx.source, ctx.index, ctx.query = source, index, object()
+        ctx.pending = source.anchor.pending
         ctx.compared = replace(compared, per_row=None)
         ctx.mark_non_differentiable(parts)
         return parts.sum(-1), parts
@@ -430,8 +394,8 @@ class _Mapped(torch.autograd.Function):
         per_row_gradient = ctx.per_row_gradient
         if per_row_gradient is not None:
             per_row_gradient = per_row_gradient * weights.unsqueeze(-1)
-        if not ctx.needs_input_grad[5]:
-            return *(None,) * 6, per_row_gradient
+        if not ctx.needs_input_grad[4]:
+            return *(None,) * 5, per_row_gradient
         compared = replace(
             ctx.compared,
             per_row=saved[-1] if len(saved) > len(source.inputs) else None,
@@ -446,7 +410,7 @@ class _Mapped(torch.autograd.Function):
         anchor_gradient = file_pending(
             ctx.pending, ctx.query, Pending(source, ctx.index, row_loss=compared)
         )
-        return *(None,) * 5, anchor_gradient, per_row_gradient
+        return *(None,) * 4, anchor_gradient, per_row_gradient
 
 
 def _solve(

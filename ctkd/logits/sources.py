@@ -104,7 +104,7 @@ class RowSource(ABC):
         num_rows: B * L.
         device: Of all tensors.
         inputs: The tensors that gradients flow into.
-        anchor: Node that represents the rows in the autograd graph, see `anchored`.
+        anchor: What represents the rows in the autograd graph, see `anchored`.
     """
 
     def __init__(self, shape: tuple[int, int, int], *inputs: Tensor) -> None:
@@ -113,7 +113,7 @@ class RowSource(ABC):
         self.device = inputs[0].device
         self.dtype = torch.promote_types(inputs[0].dtype, torch.float32)
         self.num_rows = shape[0] * shape[1]
-        self.anchor: Any = None
+        self.anchor = Anchor(None, {}, None)
         # What is made in inference mode may not be written to later.
         version = None if torch.is_inference_mode_enabled() else self.version()
         self._normalizers = KnownNormalizers(self, version)
@@ -375,7 +375,7 @@ class Anchor(NamedTuple):
     """Node that represents a source in the autograd graph.
 
     Attributes:
-        tensor: Input of every query; its gradient counts those that ran. None if none is wanted.
+        tensor: Input of every query; its gradient counts those that ran.
         pending: By query, in the order in which they ran.
         state: Of the source when the anchor was made.
     """
@@ -385,17 +385,17 @@ class Anchor(NamedTuple):
     state: Any
 
 
-def anchored(source: RowSource) -> Anchor:
-    """The anchor of a source as it is now."""
+def anchored(source: RowSource) -> Tensor | None:
+    """The anchor's tensor, of a source as it is now; None if no gradient is wanted."""
     flags = tuple(map(attrgetter("requires_grad"), source.inputs))
     if not (torch.is_grad_enabled() and any(flags)):
-        return Anchor(None, {}, None)
+        return None
     state = source.version(), flags
-    if source.anchor is None or source.anchor.state != state:
+    if source.anchor.state != state:
         pending: dict[object, Pending] = {}
         tensor = _Rows.apply(pending, *source.inputs)  # type: ignore[no-untyped-call]
         source.anchor = Anchor(tensor, pending, state)
-    return source.anchor  # type: ignore[no-any-return]
+    return source.anchor.tensor
 
 
 def file_pending(pending: dict[object, Pending], query: object, gradient: Pending) -> Tensor:
@@ -457,19 +457,15 @@ def _one_pass(
     terms: Sequence[SoftmaxTerm],
     row_loss: PendingRowLoss | None,
 ) -> tuple[Tensor | None, ...]:
-    if row_loss is None or row_loss.weights is None:
+    buffer = None if row_loss is None else row_loss.buffer
+    weights = None if row_loss is None else row_loss.weights
 
-        def write(which: Which, rows: Rows, out: Rows) -> None:
-            ops.softmax_backward(rows, _some(terms, which), out)
+    def write(which: Which, rows: Rows, out: Rows) -> None:
+        known = (None, None) if weights is None else (out, weights[which])
+        ops.softmax_backward(rows, _some(terms, which), out, *known)
 
-        return source.backward(index, write, None)
-    weights = row_loss.weights
-    if row_loss.buffer is not None:
-
-        def weigh(which: Which, rows: Rows, out: Rows) -> None:
-            ops.softmax_backward(rows, _some(terms, which), out, out, weights[which])
-
-        return source.backward(index, weigh, row_loss.buffer)
+    if row_loss is None or weights is None or buffer is not None:
+        return source.backward(index, write, buffer)
 
     numbers = torch.arange(index.shape[0], device=index.device)
     size = ops.pass_rows(index.device)

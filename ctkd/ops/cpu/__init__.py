@@ -72,12 +72,8 @@ def log_normalizers(
     answers = np.zeros((len(temperatures), len(array.starts)), np.float32)
     divisors = np.array(temperatures, np.float64)
     bias = _NOTHING if columns is None else _bias(columns)
-    epsilon = _EPSILONS[standardize]
-
-    def work(some: Any) -> None:
-        softmax_rows.log_normalizers(some, array, rows.width, divisors, epsilon, bias, answers)
-
-    share(which, work)
+    settings = rows.width, divisors, _EPSILONS[standardize], bias
+    share(which, softmax_rows.log_normalizers, array, *settings, answers)
     return torch.from_numpy(answers)
 
 
@@ -85,7 +81,7 @@ def deviations(rows: Rows) -> Tensor:
     """See `ctkd.ops.reference.deviations`."""
     array, which = _array(rows)
     answers = np.zeros(len(array.starts), np.float32)
-    share(which, lambda some: softmax_rows.deviations(some, array, rows.width, answers))
+    share(which, softmax_rows.deviations, array, rows.width, answers)
     return torch.from_numpy(answers)
 
 
@@ -105,15 +101,14 @@ def column_mass(
     # Where there are fewer sequences than threads, threads share one.
     pieces = max(1, -(-torch.get_num_threads() // max(sequences, 1)))
     mass = np.zeros((pieces, sequences, rows.width), np.float32)
-    parts = []
-    for number in range(sequences):
-        row_numbers = which[bounds[number] : bounds[number + 1]]
-        for piece, part in enumerate(np.array_split(row_numbers, pieces)):
-            parts.append((part, mass[piece, number]))
+    parts = [
+        (part, mass[piece, number])
+        for number in range(sequences)
+        for piece, part in enumerate(np.array_split(which[slice(*bounds[number:][:2])], pieces))
+    ]
 
-    def work(some: Any) -> None:
-        for one in some:
-            part, target = parts[one]
+    def work(numbers: Any) -> None:
+        for part, target in map(parts.__getitem__, numbers):
             softmax_rows.column_mass(part, array, rows.width, divisors, epsilon, answers, target)
 
     share(np.arange(len(parts)), work)
@@ -127,7 +122,7 @@ def top_k(rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     size = len(array.starts), k
     ids, values = np.zeros(size, np.int64), np.zeros(size, np.float32)
     if k:
-        share(which, lambda some: top_k_rows.top_k(some, array, rows.width, ids, values))
+        share(which, top_k_rows.top_k, array, rows.width, ids, values)
     return torch.from_numpy(ids), torch.from_numpy(values)
 
 
@@ -144,11 +139,7 @@ def softmax_backward(
     source = target if known is None else _array(known)[0]
     factors = _NOTHING if weights is None else weights.numpy()
     packed = _packed(terms, len(array.starts))
-
-    def work(some: Any) -> None:
-        softmax_rows.softmax_gradients(some, array, packed, source, factors, target, out.width)
-
-    share(which, work)
+    share(which, softmax_rows.softmax_gradients, array, packed, source, factors, target, out.width)
 
 
 def row_loss(
@@ -176,11 +167,8 @@ def row_loss(
         "teacher_columns": torch.arange(teacher.width),
     }
     settings = _unboxed(group, {**everything, **loss.settings})
-
-    def work(some: Any) -> None:
-        kernel(some, array, teacher_array, settings, numbers, values, number_gradients, target)
-
-    share(which, work)
+    arrays = numbers, values, number_gradients, target
+    share(which, kernel, array, teacher_array, settings, *arrays)
     if out is not None and out.width > student.width:
         rows = slice(None) if out.index is None else out.index
         out.tensor[rows, student.width : out.width] = 0.0
@@ -245,10 +233,7 @@ def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
     """
     waiting = sorted(terms, key=attrgetter("width", "temperature"))
     parts: list[tuple[float, ...]] = []
-    shifts, factors = (
-        np.empty((len(terms), count), np.float32),
-        np.empty((len(terms), count), np.float32),
-    )
+    shifts, factors = np.empty((2, len(terms), count), np.float32)
     squares, biases = np.zeros((len(terms), 0), np.float32), [np.empty((0, 0), np.float32)]
     ids, weights = [torch.empty((count, 0), dtype=torch.int64)], [torch.empty((count, 0))]
     bounds = [0]
@@ -273,10 +258,9 @@ def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
         bounds.append(bounds[-1] + ids[-1].shape[1] + (0 if half is None else half.ids.shape[1]))
         shifts[number] = (normalizer * -float(LOG2_E)).numpy()
         factors[number] = (term.totals / -scale).numpy()
-        bias_of = -1
         if term.columns is not None:
-            bias_of = len(biases) - 1
             biases.append(_bias(term.columns))
+        bias_of = -1 if term.columns is None else len(biases) - 2
         parts.append((term.width, term.temperature, _EPSILONS[term.standardize], bias_of))
     table = np.array(parts, np.float64).reshape(-1, 4)
     size = len(parts)
@@ -315,28 +299,24 @@ def _check_columns(ids: Tensor, width: int) -> None:
         )
 
 
-def share(which: npt.NDArray[np.int64], work: Callable[[Any], object]) -> None:
+def share(which: npt.NDArray[np.int64], kernel: Callable[..., object], *args: Any) -> None:
     """Call a function on parts of an array that together are all of it, at the same time.
 
     Args:
         which: Numbers of rows.
-        work: Takes some of them; others may be worked on meanwhile.
+        kernel: Takes some of them first; others may be worked on meanwhile.
+        args: What it takes next.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or len(which) <= 1:
-        if len(which):
-            work(which)
-        return
-    size = -(-len(which) // (threads * _PARTS_PER_THREAD))
-    parts = [which[start : start + size] for start in range(0, len(which), size)]
-    waiting = iter(parts)
+    count = min(1 if threads == 1 else threads * _PARTS_PER_THREAD, len(which))
     # An iterator over a list hands out each element once, whichever threads ask.
-    futures = [
-        _pool(os.getpid(), threads - 1).submit(_work_off, waiting, work)
-        for _ in range(min(threads, len(parts)) - 1)
-    ]
+    waiting = iter(np.array_split(which, count) if count else [])
+    futures = []
+    for _ in range(min(threads, count) - 1):
+        pool = _pool(os.getpid(), threads - 1)
+        futures.append(pool.submit(_work_off, waiting, kernel, args))
     try:
-        _work_off(waiting, work)
+        _work_off(waiting, kernel, args)
     finally:
         # None may go on writing when this returns.
         wait(futures)
@@ -344,9 +324,9 @@ def share(which: npt.NDArray[np.int64], work: Callable[[Any], object]) -> None:
         future.result()
 
 
-def _work_off(waiting: Iterator[Any], work: Callable[[Any], object]) -> None:
+def _work_off(waiting: Iterator[Any], kernel: Callable[..., object], args: Sequence[Any]) -> None:
     for part in waiting:
-        work(part)
+        kernel(part, *args)
 
 
 @functools.cache
