@@ -6,6 +6,7 @@ example ``my_loss = "my_package:MyLoss"``. Plugins are listed without being impo
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def list_losses(pattern: str = "*") -> list[str]:
         >>> list_losses("multilevelot_*")
         ['multilevelot_released', 'multilevelot_sequence', 'multilevelot_token']
     """
+    _plugins.cache_clear()
     names = _losses.keys() | {plugin.name for plugin in _plugins()}
     return sorted(name for name in names if fnmatch(name, pattern))
 
@@ -87,6 +89,9 @@ def get_loss_class(name: str) -> type[Loss]:
         PluginError: If the plugin that has it cannot be loaded.
     """
     builtin = _losses.get(name)
+    if builtin is None:
+        # It may have been installed a moment ago.
+        _plugins.cache_clear()
     plugins = [plugin for plugin in _plugins() if plugin.name == name and not _is(builtin, plugin)]
     claims = [_path(cls) for cls in [builtin] if cls] + [plugin.value for plugin in plugins]
     if len(claims) > 1:
@@ -165,6 +170,8 @@ def _settings(cls: type[Loss]) -> dict[str, Any]:
     }
 
 
+# Every installed package is asked, which takes several milliseconds.
+@functools.cache
 def _plugins() -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=ENTRY_POINT_GROUP))
 

@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -32,6 +33,22 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if whole and undecided and not (config.option.usepdb or config.option.collectonly):
         config.option.numprocesses = min(MOST_WORKERS, os.cpu_count() or 1)
         config.option.dist = "loadfile"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Keep what a file of tests left behind, mostly imported code, out of later collections.
+
+    The trainer collects garbage after each run, which takes a second in a process with much of it.
+    """
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    """Keep the tests themselves out of it too."""
+    gc.freeze()
 
 
 @pytest.fixture

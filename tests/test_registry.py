@@ -41,6 +41,8 @@ class Demanding(ULD):
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_losses", dict(registry._losses))
+    yield
+    registry._plugins.cache_clear()
 
 
 @pytest.fixture
@@ -54,6 +56,7 @@ def install(monkeypatch):
             return points if group == "ctkd.losses" else ()
 
         monkeypatch.setattr(registry, "entry_points", entry_points)
+        registry._plugins.cache_clear()
 
     module = ModuleType("a_plugin_package")
     module.Good, module.Demanding, module.not_a_loss = Plugin, Demanding, len
