@@ -42,7 +42,7 @@ def refuse_masked_columns(batch: Batch) -> None:
 
 
 def _masked_column(side: Side, logits: RowLogits) -> tuple[bool, tuple[int, int, int] | None]:
-    """Whether no logit is nan or infinity, and where one is minus infinity.
+    """True if no logit is nan or infinity, and the place of one that is minus infinity.
 
     That of a scored token comes first: no likelihood of a text survives it.
     """

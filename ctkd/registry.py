@@ -38,7 +38,7 @@ _losses: dict[str, type[Loss]] = {}
 
 @dataclass(frozen=True, slots=True)
 class LossFacts:
-    """What is known of a loss without running it."""
+    """Facts about a loss, known without running it."""
 
     name: str
     matches: str
@@ -181,7 +181,7 @@ def _path(cls: type[Loss]) -> str:
 
 
 def _is(cls: type[Loss] | None, plugin: EntryPoint) -> bool:
-    """Whether a plugin is the class that is registered, under its own path or another one."""
+    """True if a plugin is the class that is registered, under its own path or another one."""
     if cls is None:
         return False
     try:

@@ -202,7 +202,7 @@ def _chunk_log_likelihoods(side: Side, num_chunks: int) -> Tensor:
 
 
 def _following_positions(side: Side, num_chunks: int) -> tuple[Tensor, Tensor]:
-    """Whether a scored position follows each chunk's last one, and which, at most S."""
+    """Flags of chunks whose last position a scored one follows, and these positions, at most S."""
     following = (last_positions(side, num_chunks) + 1).clamp_max(side.mask.shape[1])
     return F.pad(side.mask, (0, 1)).gather(1, following), following
 

@@ -1,4 +1,4 @@
-"""What the authors' released code computes for MultiLevelOT, defects included."""
+"""MultiLevelOT as the authors' released code computes it, defects included."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Examine two tokenizers, and judge whether distillation between their models would be sound.
 
-What this module does not do: it loads nothing, and it runs no model. How wide the models' heads are
-is told to it.
+This module loads nothing and runs no model: the widths of their heads are arguments.
 """
 
 from __future__ import annotations

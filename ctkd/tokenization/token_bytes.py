@@ -300,7 +300,7 @@ def _replacement(
 
 def _by_marks(tokens: list[str]) -> _Spell | None:
     """Guess from the marks that occur most in a vocabulary; None if there are none."""
-    found: list[tuple[int, _Spell]] = [
+    counted: list[tuple[int, _Spell]] = [
         (
             sum(token.startswith(_SPACE_MARK) for token in tokens),
             _through([_byte_fallback, _metaspace]),
@@ -318,5 +318,5 @@ def _by_marks(tokens: list[str]) -> _Spell | None:
             _through([_word_unfinished]),
         ),
     ]
-    count, spell = max(found, key=lambda pair: pair[0])
+    count, spell = max(counted, key=lambda one: one[0])
     return spell if count else None

@@ -183,11 +183,11 @@ def load_or_compute(student: TokenBytes, teacher: TokenBytes, *, progress: bool)
     names = f"{_FORMAT} {fingerprint(student)} {fingerprint(teacher)}"
     key = hashlib.sha256(names.encode()).hexdigest()[:32]
     folder = cache_folder.cache_dir() / "vocabulary_maps" / key
-    if (found := _read(folder, student, teacher)) is not None:
-        return found
+    if (cached := _read(folder, student, teacher)) is not None:
+        return cached
     with cache_folder.locked(folder):
-        if (found := _read(folder, student, teacher)) is not None:
-            return found
+        if (cached := _read(folder, student, teacher)) is not None:
+            return cached
         if folder.exists():
             cache_folder.say(f"the vocabulary map in {folder} is damaged; computing it again")
             shutil.rmtree(folder)
@@ -200,14 +200,14 @@ def load_or_compute(student: TokenBytes, teacher: TokenBytes, *, progress: bool)
 def _read(folder: Path, student: TokenBytes, teacher: TokenBytes) -> Tensor | None:
     """Return the map of a folder; None if it is not there or cannot be one of these tables."""
     try:
-        found = load_file(folder / "map.safetensors").get("student_ids")
+        ids = load_file(folder / "map.safetensors").get("student_ids")
     except (OSError, ValueError, safetensors.SafetensorError):
         return None
-    if found is None or found.dtype != torch.int64 or found.shape != (len(teacher),):
+    if ids is None or ids.dtype != torch.int64 or ids.shape != (len(teacher),):
         return None
-    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < len(student):
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(student):
         return None
-    return found
+    return ids
 
 
 def _preferred_first(table: TokenBytes) -> list[int]:

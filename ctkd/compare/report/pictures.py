@@ -81,7 +81,7 @@ def learning_curves(comparison: Comparison) -> str:
         lines = _read_all(comparison, key, smooth=noisy)
         drawn = _draw_lines(axes, comparison, lines, by_steps)
         points = [run.points for runs in lines.values() for run in runs]
-        heights = [value for found in points for _, value in found.values()]
+        heights = [value for one in points for _, value in one.values()]
         hidden = _limit(axes, heights)
         dress(axes, title, **_note(lines, hidden), across="optimizer step", up="nats per token")
         axes.tick_params(labelbottom=True)
@@ -112,14 +112,14 @@ def equal_effort(comparison: Comparison) -> str:
         mark = last_common(_unbroken(lines, way))
         drawn = _draw_lines(axes, comparison, lines, way)
         common = "no place in common" if mark is None else f"values at {unit} {_rounded(mark)}"
-        every = [curve for found in curves.values() for curve in found] + list(drawn.values())
+        every = [curve for one in curves.values() for curve in one] + list(drawn.values())
         later = [
             up
             for curve in every
             for place, up in zip(curve.across, curve.up, strict=True)
             if mark is None or _EARLY * mark <= place <= mark * _MOST_BEYOND
         ]
-        values = {method: mean_at(found, mark) for method, found in curves.items()}
+        values = {method: mean_at(one, mark) for method, one in curves.items()}
         later += [value for value in values.values() if value is not None]
         hidden = _limit(axes, later, [up for curve in drawn.values() for up in curve.up])
         if mark is not None:
@@ -136,7 +136,7 @@ def _unbroken(lines: dict[str, list[Run]], way: Callable[[Points], Curve]) -> li
 
     A run that broke down early would else end the comparison of all others there.
     """
-    runs = [run for found in lines.values() for run in found]
+    runs = [run for one in lines.values() for run in one]
     return [way(run.points) for run in runs if not run.left_out] or [
         way(run.points) for run in runs
     ]

@@ -60,7 +60,7 @@ def answer(
         progress: Whether to show a bar, and its text.
     """
     prompts = form.ids(tokenizer, examples)
-    texts = generate(
+    generated = generate(
         model,
         tokenizer,
         prompts,
@@ -69,8 +69,8 @@ def answer(
         progress=progress,
     )
     return [
-        Prediction(prediction=text, id=one.id, references=one.references, prompt=one.prompt)
-        for text, one in zip(texts, examples, strict=True)
+        Prediction(prediction=text.text, id=one.id, references=one.references, prompt=one.prompt)
+        for text, one in zip(generated, examples, strict=True)
     ]
 
 

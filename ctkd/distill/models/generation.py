@@ -23,7 +23,7 @@ from transformers import (
 
 from ctkd.errors import DataError, ModelError, SettingError
 
-__all__ = ["Generated", "generate", "generate_ends"]
+__all__ = ["Generated", "generate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ def generate(
     batch_size: int = 8,
     stop_at_newline: bool = True,
     progress: bool | str = False,
-) -> list[str]:
-    """Continue each prompt with the most likely token, again and again, and return the texts.
+) -> list[Generated]:
+    """Continue each prompt with the most likely token, again and again.
 
     A text ends before the first end-of-sequence token, that of the tokenizer or one of the model's
     generation config, or after `max_new_tokens`. With `stop_at_newline` it also ends before the
@@ -78,32 +78,6 @@ def generate(
         DataError: If a prompt is empty, holds an id outside the model's vocabulary, or leaves too
             little of the model's positions for the answer.
         ModelError: If the model is an encoder-decoder.
-    """
-    generated = generate_ends(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        stop_at_newline=stop_at_newline,
-        progress=progress,
-    )
-    return [one.text for one in generated]
-
-
-def generate_ends(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 32,
-    batch_size: int = 8,
-    stop_at_newline: bool = True,
-    progress: bool | str = False,
-) -> list[Generated]:
-    """Do as `generate`, and tell which texts the model ended itself.
-
-    Args and Raises as there.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctkd.distill.models.generation import Generated, generate_ends
+from ctkd.distill.models.generation import Generated, generate
 from ctkd.errors import OutputError
 
 __all__ = ["TeacherTexts"]
@@ -100,7 +100,7 @@ class TeacherTexts:
         with tqdm(total=len(order), desc=progress, unit="prompt") as bar:
             for group in groups:
                 if not all(key in self._texts for key in group):
-                    answers = generate_ends(
+                    answers = generate(
                         model,
                         tokenizer,
                         [distinct[key] for key in group],

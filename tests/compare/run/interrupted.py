@@ -40,7 +40,7 @@ class Moments:
 def watch(moments: Moments) -> None:
     """Report every moment at which a comparison could die."""
     step_end = progress.StepReport.on_step_end
-    generate, append = teacher_texts.generate_ends, runner.append_record
+    generate, append = teacher_texts.generate, runner.append_record
     replace, unlink = os.replace, Path.unlink
 
     def stepped(self, args, state, control, **rest):
@@ -76,7 +76,7 @@ def watch(moments: Moments) -> None:
         unlink(self, *rest)
 
     progress.StepReport.on_step_end = stepped
-    teacher_texts.generate_ends = generated
+    teacher_texts.generate = generated
     runner.append_record = appended
     os.replace = replaced
     Path.unlink = unlinked

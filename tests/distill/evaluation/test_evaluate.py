@@ -44,7 +44,7 @@ def test_each_example_is_answered_from_its_own_prompt():
             [encode_prompt(setup.student_tokenizer, example.prompt)],
             max_new_tokens=4,
         )
-        assert one.prediction == alone[0]
+        assert one.prediction == alone[0].text
         assert (one.id, one.prompt, one.references) == (
             example.id,
             example.prompt,

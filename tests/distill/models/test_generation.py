@@ -14,12 +14,16 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ctkd.distill.models.generation import Generated, generate, generate_ends
+from ctkd.distill.models.generation import Generated, generate
 from ctkd.errors import DataError, ModelError, SettingError
 
 EOS = 256
 DOT_NEWLINE = 257
 SIZE = 258
+
+
+def texts_of(*args, **settings) -> list[str]:
+    return [one.text for one in generate(*args, **settings)]
 
 
 def byte_tokenizer(**special):
@@ -132,7 +136,7 @@ def test_equals_greedy_by_hand(build, batch_size):
     ids = [greedy_by_hand(model, prompt, 12) for prompt in prompts]
     wanted = [" ".join(f"w{i}" for i in row) for row in ids]
     assert len(set(wanted)) == len(wanted)
-    got = generate(model, word_tokenizer(), prompts, max_new_tokens=12, batch_size=batch_size)
+    got = texts_of(model, word_tokenizer(), prompts, max_new_tokens=12, batch_size=batch_size)
     assert got == wanted
 
 
@@ -152,9 +156,9 @@ def test_stops_before_a_newline_and_before_the_end_token():
     model = scripted(followers)
     prompts = [[ord(letter)] for letter in "adgxy"]
     tokenizer = byte_tokenizer(eos_token="<eos>")
-    got = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=5)
+    got = texts_of(model, tokenizer, prompts, max_new_tokens=6, batch_size=5)
     assert got == ["b", "e", "h.", "", "zzzzzz"]
-    got = generate(model, tokenizer, prompts, max_new_tokens=6, stop_at_newline=False)
+    got = texts_of(model, tokenizer, prompts, max_new_tokens=6, stop_at_newline=False)
     assert got == ["b\nczzz", "e", "h.\nizz", "czzzz", "zzzzzz"]
 
 
@@ -163,7 +167,7 @@ def test_end_tokens_of_tokenizer_and_generation_config(configured):
     model = scripted({ord("a"): ord("b"), ord("b"): ord("!"), ord("d"): ord("e"), ord("e"): EOS})
     model.generation_config.eos_token_id = configured
     tokenizer = byte_tokenizer(eos_token="<eos>")
-    got = generate(model, tokenizer, [[ord("a")], [ord("d")], [ord("z")]], max_new_tokens=5)
+    got = texts_of(model, tokenizer, [[ord("a")], [ord("d")], [ord("z")]], max_new_tokens=5)
     assert got == ["b" if configured else "b!zzz", "e", "zzzzz"]
 
 
@@ -173,7 +177,7 @@ def test_similar_lengths_share_a_batch_longest_first():
         lambda _, arguments, keywords: shapes.append(tuple(keywords["input_ids"].shape)),
         with_kwargs=True,
     )
-    generate(model, byte_tokenizer(), ragged_prompts(), max_new_tokens=1, batch_size=2)
+    texts_of(model, byte_tokenizer(), ragged_prompts(), max_new_tokens=1, batch_size=2)
     assert shapes == [(2, 30), (2, 9), (2, 3), (1, 1)]
 
 
@@ -188,7 +192,7 @@ def test_stops_early_once_every_row_has_ended(stop_at_newline, calls):
     model = scripted(followers)
     seen = []
     model.register_forward_hook(lambda *_: seen.append(1))
-    got = generate(
+    got = texts_of(
         model,
         byte_tokenizer(eos_token="<eos>"),
         [[ord("a")], [ord("p")], [ord("b")]],
@@ -206,22 +210,22 @@ def test_any_padding_token_will_do(special):
     # "<pad>" is added as id 258, past the model's 258 rows.
     model, prompts, tokenizer = random_llama(), ragged_prompts(4), byte_tokenizer(**special)
     alone = [
-        generate(model, tokenizer, [prompt], max_new_tokens=8, stop_at_newline=False)[0]
+        texts_of(model, tokenizer, [prompt], max_new_tokens=8, stop_at_newline=False)[0]
         for prompt in prompts
     ]
     assert len(set(alone)) == 4
-    together = generate(model, tokenizer, prompts, max_new_tokens=8, stop_at_newline=False)
+    together = texts_of(model, tokenizer, prompts, max_new_tokens=8, stop_at_newline=False)
     assert together == alone
 
 
 def test_the_models_own_sampling_settings_are_set_aside_and_put_back(transformers_log):
     model, prompts, tokenizer = random_llama(), ragged_prompts(3), word_tokenizer()
-    plain = generate(model, tokenizer, prompts, max_new_tokens=10)
+    plain = texts_of(model, tokenizer, prompts, max_new_tokens=10)
     model.generation_config.update(
         do_sample=True, temperature=5.0, top_k=200, repetition_penalty=1e6, min_new_tokens=2
     )
     before, own = model.generation_config.to_dict(), model.generation_config
-    assert generate(model, tokenizer, prompts, max_new_tokens=10) == plain
+    assert texts_of(model, tokenizer, prompts, max_new_tokens=10) == plain
     assert model.generation_config is own
     assert own.to_dict() == before
 
@@ -240,8 +244,8 @@ def test_the_model_comes_back_as_it_was_and_can_be_trained():
         with_kwargs=True,
     )
     tokenizer, prompts = byte_tokenizer(), ragged_prompts(3)
-    first = generate(model, tokenizer, prompts, max_new_tokens=5)
-    assert first == generate(model, tokenizer, prompts, max_new_tokens=5)
+    first = texts_of(model, tokenizer, prompts, max_new_tokens=5)
+    assert first == texts_of(model, tokenizer, prompts, max_new_tokens=5)
     assert set(used_cache) == {(True, False)}
     assert [module.training for module in model.modules()] == modes
     assert model.config.use_cache is False
@@ -258,7 +262,7 @@ def test_the_model_comes_back_even_when_decoding_fails():
 
     model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        generate(model, byte_tokenizer(), [[1]])
+        texts_of(model, byte_tokenizer(), [[1]])
     assert model.training
     assert model.generation_config is own
 
@@ -266,14 +270,14 @@ def test_the_model_comes_back_even_when_decoding_fails():
 @pytest.mark.parametrize("special", [{}, {"eos_token": "<eos>", "pad_token": "<eos>"}])
 def test_says_nothing(special, transformers_log, capfd):
     model = random_gpt2()
-    generate(model, byte_tokenizer(**special), ragged_prompts(3), max_new_tokens=4)
+    texts_of(model, byte_tokenizer(**special), ragged_prompts(3), max_new_tokens=4)
     assert transformers_log.records == []
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("progress", "shown"), [(True, "generating"), ("student", "student")])
 def test_progress_goes_to_stderr(progress, shown, capfd):
-    generate(
+    texts_of(
         random_llama(), byte_tokenizer(), ragged_prompts(3), max_new_tokens=1, progress=progress
     )
     out, err = capfd.readouterr()
@@ -283,7 +287,7 @@ def test_progress_goes_to_stderr(progress, shown, capfd):
 
 
 def test_no_prompts():
-    assert generate(random_llama(), byte_tokenizer(), []) == []
+    assert texts_of(random_llama(), byte_tokenizer(), []) == []
 
 
 @pytest.mark.parametrize(
@@ -297,14 +301,14 @@ def test_no_prompts():
 )
 def test_refuses_prompts(prompts, message):
     with pytest.raises(DataError, match=message):
-        generate(random_gpt2(), byte_tokenizer(), prompts, max_new_tokens=32)
-    assert len(generate(random_gpt2(), byte_tokenizer(), [[1] * 32], max_new_tokens=32)) == 1
+        texts_of(random_gpt2(), byte_tokenizer(), prompts, max_new_tokens=32)
+    assert len(texts_of(random_gpt2(), byte_tokenizer(), [[1] * 32], max_new_tokens=32)) == 1
 
 
 @pytest.mark.parametrize("setting", [{"max_new_tokens": 0}, {"batch_size": 0}])
 def test_refuses_settings(setting):
     with pytest.raises(SettingError, match="must be at least 1, got 0"):
-        generate(random_llama(), byte_tokenizer(), [[1]], **setting)
+        texts_of(random_llama(), byte_tokenizer(), [[1]], **setting)
 
 
 def test_refuses_encoder_decoders():
@@ -312,25 +316,25 @@ def test_refuses_encoder_decoders():
         T5Config(vocab_size=SIZE, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     )
     with pytest.raises(ModelError, match="encoder-decoder T5ForConditionalGeneration"):
-        generate(model, byte_tokenizer(), [[1]])
+        texts_of(model, byte_tokenizer(), [[1]])
 
 
 def test_it_tells_which_texts_the_model_ended():
     followers = {ord("a"): ord("b"), ord("b"): EOS, ord("c"): DOT_NEWLINE, ord("z"): ord("z")}
     tokenizer = byte_tokenizer(eos_token="<eos>")
     prompts = [[ord("a")], [ord("c")], [ord("z")], [ord("b")]]
-    found = generate_ends(scripted(followers), tokenizer, prompts, max_new_tokens=3)
+    found = generate(scripted(followers), tokenizer, prompts, max_new_tokens=3)
     assert found == [
         Generated("b", True),
         Generated(".", True),
         Generated("zzz", False),
         Generated("", True),
     ]
-    without = generate_ends(
+    without = generate(
         scripted(followers), tokenizer, [[ord("c")]], max_new_tokens=3, stop_at_newline=False
     )
     assert not without[0].ended
     # The end may be the last token that was allowed.
-    assert generate_ends(scripted(followers), tokenizer, [[ord("a")]], max_new_tokens=2) == [
+    assert generate(scripted(followers), tokenizer, [[ord("a")]], max_new_tokens=2) == [
         Generated("b", True)
     ]

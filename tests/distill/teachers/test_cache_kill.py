@@ -35,7 +35,7 @@ def write(*words):
     os.write(out, (" ".join(map(str, words)) + "\\n").encode())
 
 def child(name, attempt):
-    top_k, save, generate = LazyTeacher.top_k, cache_writing._save, teacher_texts.generate_ends
+    top_k, save, generate = LazyTeacher.top_k, cache_writing._save, teacher_texts.generate
     append = teacher_texts.TeacherTexts._append
 
     def asking(self, sides, record):
@@ -63,7 +63,7 @@ def child(name, attempt):
         for prompt in answering.last:
             write(attempt, "kept", "prompt-" + "-".join(map(str, prompt)))
 
-    LazyTeacher.top_k, cache_writing._save, teacher_texts.generate_ends = asking, saving, answering
+    LazyTeacher.top_k, cache_writing._save, teacher_texts.generate = asking, saving, answering
     teacher_texts.TeacherTexts._append = appending
     config = CachePlace.__new__(CachePlace)
     config.folder, config.rows = place, place / "rows.jsonl"

@@ -38,7 +38,7 @@ def asked(monkeypatch) -> dict[str, list]:
     """The teachers that were loaded, the rows asked about, and the prompts answered."""
     found = {"loaded": [], "rows": [], "prompts": []}
     load, top_k = cache_writing.load_model, LazyTeacher.top_k
-    generate = teacher_texts.generate_ends
+    generate = teacher_texts.generate
 
     def loading(name, **settings):
         found["loaded"].append(name)
@@ -54,7 +54,7 @@ def asked(monkeypatch) -> dict[str, list]:
 
     monkeypatch.setattr(cache_writing, "load_model", loading)
     monkeypatch.setattr(LazyTeacher, "top_k", asking)
-    monkeypatch.setattr(teacher_texts, "generate_ends", answering)
+    monkeypatch.setattr(teacher_texts, "generate", answering)
     return found
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ctkd.distill.models.generation import Generated, generate, generate_ends
+from ctkd.distill.models.generation import Generated, generate
 from ctkd.distill.teachers import texts as teacher_texts
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.errors import OutputError
@@ -34,9 +34,9 @@ def answered(monkeypatch) -> list[list[int]]:
 
     def counting(model, tokenizer, prompts, **settings):
         found.extend(prompts)
-        return generate_ends(model, tokenizer, prompts, **settings)
+        return generate(model, tokenizer, prompts, **settings)
 
-    monkeypatch.setattr(teacher_texts, "generate_ends", counting)
+    monkeypatch.setattr(teacher_texts, "generate", counting)
     return found
 
 
@@ -48,7 +48,7 @@ def complete(path, model, prompts=PROMPTS, *, longest=6) -> TeacherTexts:
 
 def test_texts_are_those_of_the_model(tmp_path, model):
     texts = complete(tmp_path / "deep" / "texts.jsonl", model)
-    expected = generate(model, TOKENIZER, PROMPTS, max_new_tokens=6)
+    expected = [one.text for one in generate(model, TOKENIZER, PROMPTS, max_new_tokens=6)]
     assert [texts.text(prompt) for prompt in PROMPTS] == expected
     assert any(expected)
     again = TeacherTexts(texts.path, max_new_tokens=6)
@@ -58,7 +58,7 @@ def test_texts_are_those_of_the_model(tmp_path, model):
 
 
 def test_texts_know_whether_the_model_ended_them(tmp_path, model):
-    found = generate_ends(model, TOKENIZER, PROMPTS, max_new_tokens=6)
+    found = generate(model, TOKENIZER, PROMPTS, max_new_tokens=6)
     texts = complete(tmp_path / "texts.jsonl", model)
     assert [texts.ended(prompt) for prompt in PROMPTS] == [one.ended for one in found]
     assert not all(one.ended for one in found)
@@ -104,7 +104,7 @@ def test_a_file_cut_at_any_byte_is_completed(tmp_path, model, answered, monkeypa
     names = iter(["née", "“ça”", "naïve\u2028", "日本", "x", "", "y", "z", "w"] * 100)
     monkeypatch.setattr(
         teacher_texts,
-        "generate_ends",
+        "generate",
         lambda model, tokenizer, prompts, **_: [Generated(next(names), True) for _ in prompts],
     )
     path = tmp_path / "texts.jsonl"

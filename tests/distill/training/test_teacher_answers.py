@@ -38,10 +38,10 @@ def own_texts(monkeypatch, tmp_path):
 def answered(monkeypatch) -> list:
     """Prompts of which some model was asked for a text."""
     found = []
-    generate = teacher_texts.generate_ends
+    generate = teacher_texts.generate
     monkeypatch.setattr(
         teacher_texts,
-        "generate_ends",
+        "generate",
         lambda model, tokenizer, prompts, **settings: (
             found.extend(prompts) or generate(model, tokenizer, prompts, **settings)
         ),
@@ -142,7 +142,7 @@ def test_a_teacher_that_teaches_by_texts_alone_is_not_loaded_with_a_cache(
 
 @pytest.mark.parametrize("way", ["live", "cached"])
 def test_an_example_without_a_text_is_left_out_and_said(place, tmp_path, monkeypatch, way):
-    generate = teacher_texts.generate_ends
+    generate = teacher_texts.generate
     emptied = sorted(map(tuple, prompts_of(place).values()))[:5]
 
     def sometimes(model, tokenizer, prompts, **settings):
@@ -152,7 +152,7 @@ def test_an_example_without_a_text_is_left_out_and_said(place, tmp_path, monkeyp
             for prompt, one in zip(prompts, texts, strict=True)
         ]
 
-    monkeypatch.setattr(teacher_texts, "generate_ends", sometimes)
+    monkeypatch.setattr(teacher_texts, "generate", sometimes)
     config = place.config(output=str(tmp_path / "run"), **SEQKD)
     if way == "cached":
         cache = place.cache(str(tmp_path / "cache"), k=0, texts="all")
@@ -173,7 +173,7 @@ def test_an_example_without_a_text_is_left_out_and_said(place, tmp_path, monkeyp
 def test_a_teacher_that_writes_nothing_at_all_teaches_nothing(place, tmp_path, monkeypatch):
     monkeypatch.setattr(
         teacher_texts,
-        "generate_ends",
+        "generate",
         lambda model, tokenizer, prompts, **_: [Generated("", True)] * len(prompts),
     )
     with pytest.raises(DataError, match="the teacher wrote nothing to any prompt; raise max_new"):
