@@ -81,6 +81,13 @@ def usual(tmp_path_factory):
     return write(fake_comparison(), tmp_path_factory.mktemp("usual"), published=[PUBLISHED])
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch, usual):
+    """Pictures are drawn for the usual report alone."""
+    for name in ("metric_intervals", "learning_curves", "equal_effort", "costs"):
+        monkeypatch.setattr(report_module.pictures, name, lambda *_: "<svg></svg>")
+
+
 def with_text(comparison, text):
     """The same, but every text that a model or a data file may bring is this one."""
 
@@ -376,5 +383,6 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
         write(fake_comparison(seeds=(0,)), tmp_path / "file")
 
 
-def test_equal_comparisons_give_equal_reports(tmp_path, usual):
+def test_equal_comparisons_give_equal_reports(tmp_path, usual, monkeypatch):
+    monkeypatch.undo()
     assert write(fake_comparison(), tmp_path, published=[PUBLISHED]) == usual
