@@ -294,7 +294,7 @@ LOSSES = {
     "matched gold": ("gold", {"merging": "bayesian", "matched_weight": 1, "unmatched_weight": 0}),
     "unmatched gold": ("gold", {"beta": 1.0, "matched_weight": 0, "unmatched_weight": 2}),
     "renormalized": ("shared_kl", {"rest": "renormalize", "temperature": 1.4}),
-    "class": ("shared_kl", {"rest": "class", "direction": "reverse"}),
+    "class": ("shared_kl", {"rest": "class", "direction": "reverse", "temperature": 0.7}),
 }
 
 

@@ -62,8 +62,9 @@ def long_inputs(seed: int, **settings) -> dict:
         for j, k in enumerate((1, 4, 8))
     ],
 )
-def test_the_oracle_finds_the_same_columns(matching, k, temperature, widths):
-    inputs = long_inputs(1, **widths)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_oracle_finds_the_same_columns(matching, k, temperature, widths, seed):
+    inputs = long_inputs(seed, **widths)
     result = match(matching, Batch.from_causal_lm(**inputs), k=k, temperature=temperature)
     for b, (student, teacher) in enumerate(
         zip(answer_rows(inputs, "student"), answer_rows(inputs, "teacher"), strict=True)

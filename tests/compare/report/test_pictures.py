@@ -171,9 +171,7 @@ def test_what_is_missing_is_said():
     assert words(drawn("no held-out values")["effort"]) == [
         "No finite held-out cross-entropy was logged."
     ]
-    assert words(drawn("nan in all")["curves"]) == [
-        "No finite cross-entropy was logged."
-    ]
+    assert words(drawn("nan in all")["curves"]) == ["No finite cross-entropy was logged."]
 
 
 def test_what_was_not_measured_has_no_bar_of_a_made_up_length():

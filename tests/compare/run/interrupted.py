@@ -12,8 +12,11 @@ import signal
 import sys
 from pathlib import Path
 
-import rouge_score.rouge_scorer  # noqa: F401  # so that no process has to
+# So that no process has to.
+import rouge_score.rouge_scorer  # noqa: F401
+from transformers import LlamaForCausalLM  # noqa: F401
 
+import ctkd.ops.cpu  # noqa: F401
 from ctkd.compare.plan.config import CompareConfig
 from ctkd.compare.run import runner
 from ctkd.distill.teachers import texts as teacher_texts

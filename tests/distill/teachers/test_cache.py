@@ -238,6 +238,15 @@ def test_a_moved_teacher_is_the_same_teacher(place, caches, tmp_path):
     assert caches[0].fingerprint != caches[5].fingerprint
 
 
+def test_a_fingerprint_depends_on_all_that_answers_depend_on(caches):
+    record = caches[5].record
+    names = ("rows", "prompt", "k", "temperatures", "vocab_size", "dtype", "max_new_tokens")
+    others = [{**record, name: "another"} for name in names]
+    others += [{**record, "teacher": {**record["teacher"], "weights": "others"}}]
+    fingerprints = {TeacherCache(caches[5].path, one).fingerprint for one in (record, *others)}
+    assert len(fingerprints) == 1 + len(others)
+
+
 def test_every_loss_is_served_by_all_columns(place, caches):
     pair = load_models(place.config(), print).pair
     temperatures = {

@@ -20,6 +20,8 @@ GROUP = 4
 DRIVER = """
 import os, random, signal, sys, time
 from pathlib import Path
+import ctkd.ops.cpu  # so that no attempt has to
+from transformers import LlamaForCausalLM
 from ctkd.distill.teachers import cache_writing
 from ctkd.distill.teachers import texts as teacher_texts
 from ctkd.distill.teachers.cache_writing import LazyTeacher
