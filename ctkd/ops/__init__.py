@@ -15,7 +15,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -71,12 +70,14 @@ VARIABLE = "CTKD_BACKEND"
 _Arguments = ParamSpec("_Arguments")
 _Answer = TypeVar("_Answer")
 
-_chosen: ContextVar[str | None] = ContextVar("ctkd_backend", default=None)
+_chosen: str | None = None
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Send every operation to one backend; what it cannot serve goes to the reference.
+
+    This is for the whole process: the backward pass may run in threads of torch's own.
 
     Args:
         name: One of `BACKENDS`; ``"auto"`` chooses by device and dtype.
@@ -91,16 +92,17 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise SettingError(f"the backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    token = _chosen.set(name)
+    global _chosen
+    before, _chosen = _chosen, name
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = before
 
 
 def backend_for(operation: str, *rows: Rows) -> ModuleType:
     """The module that serves an operation, or the row loss of that name, on these rows."""
-    name = _chosen.get() or os.environ.get(VARIABLE, "auto")
+    name = _chosen or os.environ.get(VARIABLE, "auto")
     if name not in BACKENDS:
         raise SettingError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name != "reference" and can_inspect(rows[0].tensor):

@@ -1,6 +1,7 @@
 """Block sizes: rows that are worked on at a time.
 
-The environment variable ``CTKD_BLOCK_ELEMENTS`` sets another number of logits, for every device.
+The environment variable ``CTKD_BLOCK_ELEMENTS`` sets another number of logits, for every device and
+for heads.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def block_rows(width: int, device: torch.device, least_elements: int = 0) -> int
     Args:
         width: Columns.
         device: Of the rows.
-        least_elements: Lower bound of the logits in a block.
+        least_elements: Lower bound of the logits in a block, if the variable is not set.
 
     Raises:
         SettingError: If the environment variable is no whole number above 0.
@@ -46,6 +47,7 @@ def block_rows(width: int, device: torch.device, least_elements: int = 0) -> int
         if device.type == "cuda":
             memory = torch.cuda.get_device_properties(device.index or 0).total_memory
             elements = min(max(memory // _BYTES // _PART_OF_MEMORY, elements), _DEVICE_ELEMENTS[1])
+        elements = max(elements, least_elements)
     elif given.isdecimal() and int(given) > 0:
         elements = int(given)
     else:
@@ -53,7 +55,7 @@ def block_rows(width: int, device: torch.device, least_elements: int = 0) -> int
             f"the environment variable {VARIABLE} must be a whole number above 0, the logits to "
             f"work on at a time, got {given!r}"
         )
-    return max(1, max(elements, least_elements) // max(width, 1))
+    return max(1, elements // max(width, 1))
 
 
 def head_rows(width: int, device: torch.device) -> int:

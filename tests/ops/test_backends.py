@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -87,6 +88,16 @@ def test_use_backend_overrides_and_gives_back():
     with pytest.raises(ZeroDivisionError), use_backend("reference"):
         raise ZeroDivisionError
     assert name_of("top_k", rows_of()) == "cpu"
+
+
+@needs_numba
+def test_use_backend_reaches_other_threads():
+    """The backward pass on a device runs in threads of torch's own."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(rows_of).result()
+        with use_backend("reference"):
+            assert pool.submit(name_of, "top_k", rows_of()).result() == "reference"
+        assert pool.submit(name_of, "top_k", rows_of()).result() == "cpu"
 
 
 @needs_numba

@@ -48,6 +48,7 @@ def test_what_a_user_says_goes_first(monkeypatch):
     for device in (CPU, torch.device("meta")):
         assert block_rows(1000, device) == 3
         assert block_rows(5000, device) == 1
+        assert head_rows(1000, device) == 3
 
 
 def test_what_is_no_number_is_refused(monkeypatch):
