@@ -293,8 +293,9 @@ class Batch:
                 f"the student is on {student.device}, the teacher on {teacher.device}; "
                 "move both to one device"
             )
+        at_most = max(student.shape[1], teacher.shape[1])
         if self.num_chunks == 0:
-            object.__setattr__(self, "num_chunks", max(student.shape[1], teacher.shape[1]))
+            object.__setattr__(self, "num_chunks", at_most)
         for name, side in (("student", self.student), ("teacher", self.teacher)):
             chunk_ids = side.chunk_ids
             if chunk_ids is None or not can_inspect(chunk_ids) or chunk_ids.numel() == 0:
@@ -302,7 +303,9 @@ class Batch:
             if int(chunk_ids.max()) >= self.num_chunks:
                 raise BatchError(
                     f"the {name}'s chunk_ids go up to {int(chunk_ids.max())}, but num_chunks is "
-                    f"{self.num_chunks}; give the largest number of chunks in one sequence"
+                    f"{self.num_chunks}; number the chunks of a sequence from 0, of which its "
+                    f"{at_most} predicted tokens can make no more than {at_most}, and give the "
+                    "largest number of chunks in one sequence, or 0"
                 )
 
     @classmethod

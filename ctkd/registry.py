@@ -55,10 +55,17 @@ def register(name: str) -> Callable[[L], L]:
     """Class decorator that files a loss under ``name``.
 
     Raises:
+        SettingError: If this is no name for a loss, or what is filed no subclass of `ctkd.Loss`.
         DuplicateLossError: If another class has the name.
     """
+    if not isinstance(name, str) or not name or name.lower() in _TRAINER_MODES:
+        raise SettingError(
+            f"a loss is filed under a name other than {' and '.join(_TRAINER_MODES)}, got {name!r}"
+        )
 
     def add(cls: L) -> L:
+        if not (isinstance(cls, type) and issubclass(cls, Loss)):
+            raise SettingError(f"{name!r} must be a subclass of ctkd.Loss, got {cls!r}")
         taken_by = _losses.get(name)
         if taken_by is not None and taken_by is not cls:
             raise DuplicateLossError(f"{name!r} is claimed by {_path(taken_by)} and {_path(cls)}")
@@ -165,8 +172,12 @@ def describe(name: str) -> LossFacts:
 
 def _settings(cls: type[Loss]) -> dict[str, Any]:
     parameters = inspect.signature(cls).parameters.values()
+    # A class without a constructor of its own has that of torch's modules, which takes anything.
+    anything = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     return {
-        parameter.name: parameter.default for parameter in parameters if parameter.name != "pair"
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.name != "pair" and parameter.kind not in anything
     }
 
 

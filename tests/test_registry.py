@@ -175,6 +175,30 @@ def test_a_class_may_be_registered_twice_under_one_name_but_not_two_classes():
     assert ctkd.get_loss_class("uld") is ULD
 
 
+@pytest.mark.parametrize("name", ["", 5, None, "sft", "SeqKD"])
+def test_what_is_no_name_of_a_loss_is_refused(name):
+    with pytest.raises(SettingError, match="filed under a name other than sft and seqkd, got"):
+        ctkd.register(name)
+
+
+@pytest.mark.parametrize("thing", [object, 5, lambda batch: None])
+def test_what_is_no_loss_is_refused(thing):
+    with pytest.raises(SettingError, match="'mine' must be a subclass of ctkd.Loss, got"):
+        ctkd.register("mine")(thing)
+    assert not ctkd.list_losses("mine")
+
+
+def test_a_class_without_a_constructor_has_no_settings():
+    class Plain(Plugin):
+        __init__ = ctkd.Loss.__init__
+
+    ctkd.register("plain_loss")(Plain)
+    assert isinstance(ctkd.get_loss("plain_loss"), Plain)
+    assert ctkd.describe("plain_loss").settings == {}
+    with pytest.raises(SettingError, match="has no settings"):
+        ctkd.get_loss("plain_loss", k=3)
+
+
 def test_the_decorator_returns_the_class():
     assert ctkd.register("mine")(Plugin) is Plugin
     assert ctkd.get_loss_class("mine") is Plugin

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ctkd.errors import BatchError
-from ctkd.ops import Rows, Which
+from ctkd.ops import Rows, Which, can_inspect
 
-__all__ = ["Logits", "check_columns", "check_ids", "check_k", "checked_mask"]
+__all__ = ["Logits", "check_columns", "check_ids", "check_k", "check_rows", "checked_mask"]
 
 
 class Logits(ABC):
@@ -28,11 +28,14 @@ class Logits(ABC):
         shape: (B, S, V).
         mask: (B, S) bool, True on scored positions.
         dtype: Of answers, float64 or float32.
+        inputs: Tensors that answers are read from, which may not be overwritten before the
+            backward pass.
     """
 
     shape: tuple[int, int, int]
     mask: Tensor
     dtype: torch.dtype
+    inputs: tuple[Tensor, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -162,6 +165,24 @@ def check_columns(columns: Tensor, shape: tuple[int, int, int]) -> None:
         raise BatchError(
             f"columns must be a bool tensor of ({shape[2]},), one for each column of the "
             f"logits, got {columns.dtype} of {tuple(columns.shape)}"
+        )
+
+
+def check_rows(rows: Tensor | None, mask: Tensor, length: int) -> None:
+    """Refuse scored positions whose row is not there, or is that of another one as well."""
+    if rows is None or not can_inspect(rows):
+        return
+    scored = rows[mask]
+    if scored.numel() and not 0 <= int(scored.min()) <= int(scored.max()) < length:
+        raise BatchError(
+            f"rows must lie between 0 and {length - 1}, the rows of a sequence of logits, got "
+            f"{int(scored.min())} to {int(scored.max())}"
+        )
+    ordered = rows.masked_fill(~mask, -1).sort(-1).values
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise BatchError(
+            "rows name one row for two scored positions of a sequence; score one of them, or ask "
+            "for several ids at one position"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ctkd.errors import BatchError
+from ctkd.logits.base import check_rows
 from ctkd.logits.rows import RowLogits
 from ctkd.logits.sources import TensorRows
 
@@ -17,12 +18,13 @@ class DenseLogits(RowLogits):
     Args:
         tensor: (B, L, V') raw logits, any floating dtype.
         mask: (B, S) bool, scored positions; default all of them.
-        rows: (B, S) int64, the row of ``tensor`` that holds each position; default its own index.
+        rows: (B, S) int64, the row of ``tensor`` that holds each position, none for two scored
+            ones; default its own index.
         vocab_size: Columns to keep, V; default all of them.
 
     Raises:
-        BatchError: If the shapes do not fit, the dtype is not floating, or ``vocab_size`` exceeds
-            the columns there are.
+        BatchError: If the shapes do not fit, the dtype is not floating, ``vocab_size`` exceeds
+            the columns there are, or scored positions have no row of their own.
 
     Example:
         >>> import torch
@@ -44,6 +46,7 @@ class DenseLogits(RowLogits):
         if not tensor.is_floating_point():
             raise BatchError(f"logits must be floating point, got {tensor.dtype}")
         super().__init__(TensorRows(tensor), mask=mask, rows=rows, vocab_size=vocab_size)
+        check_rows(rows, self.mask, tensor.shape[1])
 
     @property
     def tensor(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ctkd.errors import BatchError
+from ctkd.logits.base import check_rows
 from ctkd.logits.rows import RowLogits
 from ctkd.logits.sources import HeadRows
 from ctkd.settings import check_positive
@@ -35,11 +36,13 @@ class HeadLogits(RowLogits):
             Granite.
         softcap: ``final_logit_softcapping`` of Gemma 2.
         mask: (B, S) bool, scored positions; default all of them.
-        rows: (B, S) int64, the row of ``hidden`` that holds each position; default its own index.
+        rows: (B, S) int64, the row of ``hidden`` that holds each position, none for two scored
+            ones; default its own index.
         vocab_size: Columns to keep, V; default all of them.
 
     Raises:
-        BatchError: If shapes, dtypes or devices do not fit.
+        BatchError: If shapes, dtypes or devices do not fit, or scored positions have no row of
+            their own.
         SettingError: If ``scale`` or ``softcap`` is not above 0.
 
     Example:
@@ -67,6 +70,7 @@ class HeadLogits(RowLogits):
         _check_shapes(hidden, weight, bias)
         source = HeadRows(hidden, weight, bias, scale=scale, softcap=softcap)
         super().__init__(source, mask=mask, rows=rows, vocab_size=vocab_size)
+        check_rows(rows, self.mask, hidden.shape[1])
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -17,7 +17,14 @@ from torch.autograd.function import once_differentiable
 from ctkd import ops
 from ctkd.errors import BatchError
 from ctkd.logits.base import Logits, check_columns, check_ids, check_k, checked_mask
-from ctkd.logits.sources import Pending, PendingRowLoss, RowSource, anchored, file_pending
+from ctkd.logits.sources import (
+    Pending,
+    PendingRowLoss,
+    RowSource,
+    anchored,
+    file_pending,
+    version_of,
+)
 from ctkd.ops import RowLoss, Rows, SoftmaxTerm, Which
 
 __all__ = ["AlignedValues", "RowLogits", "map_rows"]
@@ -52,7 +59,7 @@ class RowLogits(Logits):
             )
         expected = torch.Size((batch_size, length)) if rows is None else rows.shape
         mask = checked_mask(mask, expected, source.device)
-        self.source = source
+        self.source, self.inputs = source, source.inputs
         self.dtype = source.dtype
         self.mask = mask
         self.rows = rows
@@ -245,10 +252,12 @@ class _LogSoftmax(torch.autograd.Function):
             answer = raw / temperature - normalizer.view(*shape, 1)
             answers.append(answer.masked_fill_(padding, 0.0))
         # Kept only so that torch sees it if one of them is overwritten.
-        ctx.save_for_backward(*source.inputs)
+        queried = columns if ids is None else ids
+        is_seen = queried is not None and not queried.is_inference()
+        ctx.save_for_backward(*source.inputs, *([queried] if is_seen else []))
         ctx.logits, ctx.ids, ctx.columns, ctx.normalizers = logits, ids, columns, normalizers
         ctx.temperatures, ctx.standardize = temperatures, standardize
-        ctx.pending, ctx.query = source.anchor.pending, object()
+        ctx.pending = source.anchor.pending
         return tuple(answers)
 
     @staticmethod
@@ -276,8 +285,8 @@ class _LogSoftmax(torch.autograd.Function):
                     weights=weights[:, : ids.shape[1]],
                 )
             )
-        new = Pending(logits.source, logits.index, tuple(terms))
-        return *(None,) * 6, file_pending(ctx.pending, ctx.query, new)
+        new = Pending(logits.index, tuple(terms))
+        return *(None,) * 6, file_pending(ctx.pending, new)
 
 
 class AlignedValues(NamedTuple):
@@ -380,9 +389,9 @@ class _Mapped(torch.autograd.Function):
         )
         differentiate = grad_enabled and of_numbers
         parts, ctx.per_row_gradient = _solve(source, index, compared, differentiate)
-        ctx.source, ctx.index, ctx.query = source, index, object()
-        ctx.pending = source.anchor.pending
+        ctx.source, ctx.index, ctx.pending = source, index, source.anchor.pending
         ctx.compared = replace(compared, per_row=None)
+        ctx.teacher_version = version_of(compared.teacher.inputs)
         ctx.mark_non_differentiable(parts)
         return parts.sum(-1), parts
 
@@ -402,14 +411,18 @@ class _Mapped(torch.autograd.Function):
             weights=weights,
         )
         if compared.buffer is None:
+            if version_of(compared.teacher.inputs) != ctx.teacher_version:
+                raise BatchError(
+                    "the teacher's logits were overwritten after the loss had been computed of "
+                    "them, and its backward pass reads them again; keep them until then"
+                )
             # Of a second backward pass through a retained graph: the first used the buffer up.
             compared = replace(compared, buffer=source.gradient_buffer(ctx.index))
             if compared.buffer is not None:
                 _solve(source, ctx.index, compared, False)
         ctx.compared = replace(ctx.compared, buffer=None)
-        anchor_gradient = file_pending(
-            ctx.pending, ctx.query, Pending(source, ctx.index, row_loss=compared)
-        )
+        new = Pending(ctx.index, row_loss=compared)
+        anchor_gradient = file_pending(ctx.pending, new)
         return *(None,) * 4, anchor_gradient, per_row_gradient
 
 

@@ -2,8 +2,9 @@
 
 The backward pass of a query leaves a pending gradient, which is small: chosen entries and their
 weights, or one weight per row. The rows themselves hang on an anchor, which autograd runs once all
-queries of it have run. It works through the rows once and fulfills all of them, so that
+queries of it have run in a pass. It works through the rows once and fulfills all of them, so that
 cross-entropy and a loss of many terms cost one reading of the rows and one gradient of their size.
+Passes are told apart, because they may run inside each other or in several threads.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ctkd import ops
 from ctkd.logits.base import Logits
@@ -34,10 +35,22 @@ __all__ = [
     "WriteGradient",
     "anchored",
     "file_pending",
+    "version_of",
 ]
+
+# The number of the backward pass that is running in this thread.
+_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 
 WriteGradient: TypeAlias = Callable[[Which, Rows, Rows], None]
 """Which rows of an index, their logits, and where their gradient goes; both may be the same."""
+
+
+def version_of(tensors: Iterable[Tensor]) -> int | None:
+    """A number that changes when one of them is written to; None where that cannot be seen."""
+    if any(map(Tensor.is_inference, tensors)):
+        return None
+    versions: Iterable[int] = map(attrgetter("_version"), tensors)
+    return sum(versions)
 
 
 class KnownNormalizers:
@@ -115,19 +128,12 @@ class RowSource(ABC):
         self.num_rows = shape[0] * shape[1]
         self.anchor = Anchor(None, {}, None)
         # What is made in inference mode may not be written to later.
-        version = None if torch.is_inference_mode_enabled() else self.version()
+        version = None if torch.is_inference_mode_enabled() else version_of(inputs)
         self._normalizers = KnownNormalizers(self, version)
-
-    def version(self) -> int | None:
-        """Changes with the inputs; None where changes cannot be seen."""
-        if any(map(Tensor.is_inference, self.inputs)):
-            return None
-        versions: Iterable[int] = map(attrgetter("_version"), self.inputs)
-        return sum(versions)
 
     def normalizers(self) -> KnownNormalizers:
         """Log-normalizers of the rows as they are now."""
-        version = self.version()
+        version = version_of(self.inputs)
         if version is None or torch.is_inference_mode_enabled():
             # They could be out of date later, or not be written to.
             return KnownNormalizers(self, None)
@@ -358,14 +364,11 @@ class Pending:
     """A query's contribution to the gradient of rows.
 
     Args:
-        source: Of the rows. Only this leads back to it: a node of the graph that held it, and that
-            it holds, could never be freed.
         index: (N,) rows of the source, no row twice, -1 for none.
         terms: Softmaxes of these rows.
         row_loss: A function of whole rows.
     """
 
-    source: RowSource
     index: Tensor
     terms: tuple[SoftmaxTerm, ...] = ()
     row_loss: PendingRowLoss | None = None
@@ -375,13 +378,13 @@ class Anchor(NamedTuple):
     """Node that represents a source in the autograd graph.
 
     Attributes:
-        tensor: Input of every query; its gradient counts those that ran.
-        pending: By query, in the order in which they ran.
+        tensor: Input of every query.
+        pending: By backward pass.
         state: Of the source when the anchor was made.
     """
 
     tensor: Tensor | None
-    pending: dict[object, Pending]
+    pending: dict[int, list[Pending]]
     state: Any
 
 
@@ -390,45 +393,66 @@ def anchored(source: RowSource) -> Tensor | None:
     flags = tuple(map(attrgetter("requires_grad"), source.inputs))
     if not (torch.is_grad_enabled() and any(flags)):
         return None
-    state = source.version(), flags
+    state = version_of(source.inputs), flags
     if source.anchor.state != state:
-        pending: dict[object, Pending] = {}
-        tensor = _Rows.apply(pending, *source.inputs)  # type: ignore[no-untyped-call]
+        pending: dict[int, list[Pending]] = {}
+        tensor = _Rows.apply(ref(source), pending, *source.inputs)  # type: ignore[no-untyped-call]
         source.anchor = Anchor(tensor, pending, state)
     return source.anchor.tensor
 
 
-def file_pending(pending: dict[object, Pending], query: object, gradient: Pending) -> Tensor:
+def file_pending(pending: dict[int, list[Pending]], gradient: Pending) -> Tensor:
     """File a query's pending gradient, and return the gradient of the anchor."""
-    # In the order of arrival, so that those of a pass that went wrong come first.
-    pending.pop(query, None)
-    pending[query] = gradient
-    return ops.host_count(1)
+    pending.setdefault(_backward_pass(), []).append(gradient)
+    return ops.host_zero()
 
 
 class _Rows(torch.autograd.Function):
-    """All rows of a source as one number, which can be read without waiting for a device."""
+    """All rows of a source as one number."""
 
     @staticmethod
-    def forward(ctx: Any, pending: dict[object, Pending], *_: Tensor) -> Tensor:
-        ctx.pending = pending
-        return ops.host_count(0)
+    def forward(
+        ctx: Any, source: ref[RowSource], pending: dict[int, list[Pending]], *_: Tensor
+    ) -> Tensor:
+        # A node that held its source, which holds the node, could never be freed.
+        ctx.source, ctx.pending = source, pending
+        return ops.host_zero()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, queries: Tensor) -> tuple[Tensor | None, ...]:
-        filed = list(ctx.pending.values())
-        ctx.pending.clear()
-        # Others were left behind by passes that never came here.
-        filed = filed[max(len(filed) - int(queries), 0) :]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        filed = ctx.pending.pop(_backward_pass(), None)
         if not filed:
             return (None,) * len(ctx.needs_input_grad)
-        return None, *_gradients(filed)
+        # The queries, which are still there, hold it.
+        source = ctx.source()
+        with torch.no_grad():
+            gradients = _gradients(source, filed)
+        if torch.is_grad_enabled():
+            # Autograd would take them for constants, and a second derivative for 0.
+            gradients = tuple(
+                None if one is None else _Once.apply(one, *source.inputs)  # type: ignore[no-untyped-call]
+                for one in gradients
+            )
+        return None, None, *gradients
 
 
-def _gradients(filed: Sequence[Pending]) -> tuple[Tensor | None, ...]:
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the gradient of a ctkd loss, or of a query of logits, cannot be differentiated again; "
+            "leave out create_graph, or what depends on the gradient's gradient"
+        )
+
+
+def _gradients(source: RowSource, filed: Sequence[Pending]) -> tuple[Tensor | None, ...]:
     """Gradients of a source's inputs."""
-    source = filed[0].source
     index, filed = _on_one_index(source, filed)
     terms: dict[Any, SoftmaxTerm] = {}
     row_losses = []

@@ -192,6 +192,7 @@ class TopKLogits(Logits):
         self.dtype = kept.values.dtype
         self.mask = mask
         self.shape = (front[0], front[1], kept.vocab_size)
+        self.inputs = tuple(kept.tensors().values())
         # A last entry that no column has, so that a search always ends somewhere.
         sentinel = kept.ids.new_full((*front, 1), kept.vocab_size)
         self._sorted_ids, self._order = torch.cat([kept.ids, sentinel], -1).sort(-1)

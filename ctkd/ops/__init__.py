@@ -54,7 +54,7 @@ __all__ = [
     "full_precision",
     "gradient_rows",
     "head_rows",
-    "host_count",
+    "host_zero",
     "log_normalizers",
     "not_traced",
     "pass_rows",
@@ -178,9 +178,9 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def host_count(value: int) -> Tensor:
-    """A number that can be read without waiting for a device, ()."""
-    return torch.full((), float(value), device="cpu")
+def host_zero() -> Tensor:
+    """A zero that no device has to compute, ()."""
+    return torch.zeros((), device="cpu")
 
 
 def not_traced(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments, _Answer]:

@@ -1,6 +1,8 @@
 """One backward pass for all queries of one source, and nothing wrong or left behind by it."""
 
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,10 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import ctkd
 from ctkd.batch import Batch, Side
-from ctkd.logits import DenseLogits, RowLogits, map_rows
+from ctkd.errors import BatchError
+from ctkd.logits import DenseLogits, RowLogits, TopK, TopKLogits, map_rows
 from ctkd.logits.sources import TensorRows
 from ctkd.ops import use_backend
 from tests.logits.cases import (
@@ -347,6 +351,99 @@ def test_logits_overwritten_before_the_backward_pass_are_noticed(query):
             inputs[which].add_(1.0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_columns_overwritten_before_the_backward_pass_are_noticed(kind):
+    def ids() -> Tensor:
+        return torch.arange(V).expand(B, 1, V).contiguous()
+
+    for ask, read in (
+        (RowLogits.log_probs, ids()),
+        (RowLogits.log_mass, torch.arange(V) > 0),
+    ):
+        value = ask(logits_of(leaves_of(kind, torch.float32), mask=MASK), read).sum()
+        read.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
+
+
+@pytest.mark.parametrize("teacher_kind", ["tensor", "top_k"])
+def test_a_teacher_overwritten_before_it_is_read_again_is_noticed(teacher_kind):
+    rows = randn(B, T, W).float()
+    labels = torch.zeros(B, T, dtype=torch.int64)
+    kept = TopK.of(DenseLogits(rows), labels, 3, [ULD.settings["teacher_temperature"]])
+    for kind in KINDS:
+        teacher = DenseLogits(rows) if teacher_kind == "tensor" else TopKLogits(kept)
+        logits = logits_of(leaves_of(kind, torch.float32))
+        temperature = ULD.settings["teacher_temperature"]
+        options = {"teacher_temperature": temperature, "spread_tail": teacher_kind == "top_k"}
+        values = map_rows(logits, teacher, POSITIONS, ULD, **options).values.sum()
+        if kind == "tensor":
+            # Its gradient was computed with the values; the next pass needs another one.
+            values.backward(retain_graph=True)
+        (rows if teacher_kind == "tensor" else kept.values).add_(1.0)
+        with pytest.raises(BatchError, match="teacher's logits were overwritten"):
+            values.backward()
+
+
+def both_of(leaf: Tensor) -> tuple[Tensor, Tensor]:
+    logits = DenseLogits(leaf)
+    return ask_first(logits), logits.log_mass(COLUMNS).sum()
+
+
+def test_a_pass_inside_a_pass_takes_nothing_from_it():
+    (leaf,) = leaves_of("tensor", torch.float32)
+    wanted, inner_wanted = (torch.autograd.grad(both_of(leaf)[i], leaf)[0] for i in range(2))
+    logits, seen = DenseLogits(leaf), []
+    inner = logits.log_mass(COLUMNS).sum()
+    # Later nodes run sooner: when the hook runs, the outer pass has filed its query.
+    between = torch.ones((), requires_grad=True) * 1.0
+    between.register_hook(
+        lambda _: seen.extend(torch.autograd.grad(inner, leaf, retain_graph=True))
+    )
+    (ask_first(logits) + between).backward()
+    torch.testing.assert_close(leaf.grad, wanted)
+    torch.testing.assert_close(seen, [inner_wanted])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_query_in_a_checkpoint_beside_others_of_the_same_logits(use_reentrant):
+    (leaf,) = leaves_of("tensor", torch.float32)
+    first, second = (torch.autograd.grad(both_of(leaf)[i], leaf)[0] for i in range(2))
+    logits, factor = DenseLogits(leaf), torch.ones((), requires_grad=True)
+    before = ask_first(logits)
+    kept = checkpoint(
+        lambda x: x * logits.log_mass(COLUMNS).sum(), factor, use_reentrant=use_reentrant
+    )
+    (before + kept + ask_first(logits)).backward()
+    torch.testing.assert_close(leaf.grad, 2.0 * first + second)
+
+
+def test_passes_in_two_threads_keep_apart():
+    (leaf,) = leaves_of("tensor", torch.float32)
+    wanted = [torch.autograd.grad(both_of(leaf)[i], leaf)[0] for i in range(2)]
+    answers = both_of(leaf)
+    meet = threading.Barrier(2, timeout=60)
+
+    def run(number: int) -> Tensor:
+        for _ in range(20):
+            meet.wait()
+            (gradient,) = torch.autograd.grad(answers[number], leaf, retain_graph=True)
+            torch.testing.assert_close(gradient, wanted[number])
+        return gradient
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+
+
+@pytest.mark.parametrize("query", DIFFERENTIABLE)
+def test_a_second_derivative_is_refused(query):
+    (leaf,) = leaves_of("tensor", torch.float64)
+    value = DIFFERENTIABLE[query](DenseLogits(leaf, mask=MASK)).sum()
+    (gradient,) = torch.autograd.grad(value + leaf.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated again|differentiate twice"):
+        gradient.square().sum().backward()
 
 
 @pytest.mark.parametrize(("case", "kind"), in_turn([*LOSSES], others=KINDS))

@@ -347,6 +347,28 @@ def test_ids_that_were_changed_to_columns_that_do_not_exist_are_refused():
     tensor = randn(1, 2, 9).float().requires_grad_()
     ids = torch.zeros(1, 2, 1, dtype=torch.int64)
     value = DenseLogits(tensor, vocab_size=5).log_probs(ids).sum()
-    ids += 6
+    # So that torch does not see it.
+    ids.data.add_(6)
     with pytest.raises(BatchError, match="from 6 to 6, but the logits have 5"):
         value.backward()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([[0, 0]], "one row for two scored positions"),
+        ([[3, 0]], "between 0 and 2, the rows of a sequence of logits, got 0 to 3"),
+        ([[0, -1]], "got -1 to 0"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["tensor", "head"])
+def test_rows_that_are_not_there_or_named_twice_are_refused(kind, rows, said):
+    def make(**settings):
+        if kind == "tensor":
+            return DenseLogits(torch.zeros(1, 3, 5), **settings)
+        return HeadLogits(torch.zeros(1, 3, 2), torch.zeros(5, 2), **settings)
+
+    with pytest.raises(BatchError, match=said):
+        make(rows=torch.tensor(rows))
+    # What is not scored may be anything.
+    make(rows=torch.tensor(rows), mask=torch.tensor([[rows[0][0] == 0, rows[0][0] != 0]]))

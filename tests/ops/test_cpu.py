@@ -9,7 +9,7 @@ from ctkd import ops
 from ctkd.batch import Batch
 from ctkd.errors import BatchError
 from ctkd.logits import TopK, TopKLogits
-from ctkd.ops import RowLoss, Rows, SoftmaxTerm, backend_for, use_backend
+from ctkd.ops import RowLoss, Rows, SoftmaxTerm, backend_for, cpu, use_backend
 from ctkd.testing import make_inputs, make_pair
 from tests.rounding import rounding
 
@@ -19,6 +19,12 @@ N, V, W = 6, 70, 55
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 # Of a tensor of 3 sequences of 4 rows; the last of them is a row that nobody names.
 INDEX = torch.tensor([9, -1, 0, 3, -1, 5])
+
+
+@pytest.fixture(autouse=True)
+def shared_out(monkeypatch):
+    """However few entries there are, threads share them."""
+    monkeypatch.setattr(cpu, "_LEAST_SHARED", 0)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -334,6 +340,37 @@ def test_row_losses(case, dtype, monkeypatch):
     if answer.per_row_gradient is not None:
         # Only the student's numbers are differentiated by a kernel.
         agree(answer.per_row_gradient[:, 0], expected.per_row_gradient[:, 0])
+
+
+@pytest.mark.parametrize("largest", [1e2, 1e3, 1e5, 1e30])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_the_gradient_of_large_logits(largest, standardize):
+    rows = Rows(largest * randn(4, V), None, V)
+    gradients = []
+    for name in ("cpu", "reference"):
+        out = torch.zeros(4, V)
+        with use_backend(name):
+            normalizers = ops.log_normalizers(rows, [1.0], standardize=standardize)[0]
+            term = SoftmaxTerm(
+                temperature=1.0, standardize=standardize, width=V, columns=None,
+                log_normalizers=normalizers, totals=torch.ones(4),
+                ids=torch.zeros(4, 1, dtype=torch.int64), weights=torch.ones(4, 1),
+            )  # fmt: skip
+            ops.softmax_backward(rows, [term], Rows(out, None, V))
+        gradients.append(out)
+    scale = 1.0 / largest if standardize else 1.0
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=2e-6 * scale)
+
+
+def test_another_default_device_changes_nothing(monkeypatch):
+    loss = ctkd.get_loss("uld")
+    batch = Batch.from_causal_lm(**make_inputs(dtype=torch.float32))
+    expected = loss(batch).value
+    torch.set_default_device("meta")
+    try:
+        assert torch.equal(loss(batch).value, expected)
+    finally:
+        torch.set_default_device(None)
 
 
 def test_no_rows_at_all():

@@ -27,7 +27,7 @@ def test_the_python_code_runs(monkeypatch):
     assert names["alignment"].coverage == 1
     assert names["student"].get_input_embeddings().weight.grad.isfinite().all()
     assert "mean_entropy_gap" in ctkd.list_losses()
-    check_loss(names["MeanEntropyGap"]())
+    check_loss(ctkd.get_loss("mean_entropy_gap"))
 
 
 def test_the_loop_is_short():

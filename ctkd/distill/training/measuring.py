@@ -121,6 +121,7 @@ class Measure:
 
     def losses(self, name: str, trainer: CrossTokenizerTrainer) -> None:
         if name not in self.folder.results:
+            self.say(f"measuring {name} on the held-out examples")
             metrics = trainer.evaluate()
             losses = {
                 entry.removeprefix("eval_"): value

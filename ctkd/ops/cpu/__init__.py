@@ -28,7 +28,6 @@ from ctkd.ops.cpu.arrays import (
     SoftmaxTerms,
     UldSettings,
 )
-from ctkd.ops.cpu.numbers import LOG2_E
 from ctkd.ops.rows import STANDARD_DEVIATION_EPSILON, RowLoss, Rows, RowValues, SoftmaxTerm
 
 __all__ = [
@@ -44,6 +43,8 @@ __all__ = [
 
 # More parts than threads, so that one that was held up does not hold up all.
 _PARTS_PER_THREAD = 4
+# Entries. Fewer are read sooner than a thread is woken.
+_LEAST_SHARED = 1 << 15
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # By whether rows are standardized: added to the deviation that they are divided by, or a sign.
@@ -73,7 +74,7 @@ def log_normalizers(
     divisors = np.array(temperatures, np.float64)
     bias = _NOTHING if columns is None else _bias(columns)
     settings = rows.width, divisors, _EPSILONS[standardize], bias
-    share(which, softmax_rows.log_normalizers, array, *settings, answers)
+    share(which, rows.width, softmax_rows.log_normalizers, array, *settings, answers)
     return torch.from_numpy(answers)
 
 
@@ -81,7 +82,7 @@ def deviations(rows: Rows) -> Tensor:
     """See `ctkd.ops.reference.deviations`."""
     array, which = _array(rows)
     answers = np.zeros(len(array.starts), np.float32)
-    share(which, softmax_rows.deviations, array, rows.width, answers)
+    share(which, rows.width, softmax_rows.deviations, array, rows.width, answers)
     return torch.from_numpy(answers)
 
 
@@ -111,7 +112,7 @@ def column_mass(
         for part, target in map(parts.__getitem__, numbers):
             softmax_rows.column_mass(part, array, rows.width, divisors, epsilon, answers, target)
 
-    share(np.arange(len(parts)), work)
+    share(np.arange(len(parts)), rows.width * len(which), work)
     total = mass[0] if pieces == 1 else mass.sum(0)
     return torch.from_numpy(total), torch.from_numpy(answers)
 
@@ -122,7 +123,7 @@ def top_k(rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     size = len(array.starts), k
     ids, values = np.zeros(size, np.int64), np.zeros(size, np.float32)
     if k:
-        share(which, top_k_rows.top_k, array, rows.width, ids, values)
+        share(which, rows.width, top_k_rows.top_k, array, rows.width, ids, values)
     return torch.from_numpy(ids), torch.from_numpy(values)
 
 
@@ -139,7 +140,8 @@ def softmax_backward(
     source = target if known is None else _array(known)[0]
     factors = _NOTHING if weights is None else weights.numpy()
     packed = _packed(terms, len(array.starts))
-    share(which, softmax_rows.softmax_gradients, array, packed, source, factors, target, out.width)
+    args = array, packed, source, factors, target, out.width
+    share(which, out.width, softmax_rows.softmax_gradients, *args)
 
 
 def row_loss(
@@ -163,12 +165,12 @@ def row_loss(
     kernel, group = _KERNELS[loss.name]
     everything = {
         "student_width": student.width,
-        "student_columns": torch.arange(student.width),
-        "teacher_columns": torch.arange(teacher.width),
+        "student_columns": np.arange(student.width, dtype=np.uint32),
+        "teacher_columns": np.arange(teacher.width, dtype=np.uint32),
     }
     settings = _unboxed(group, {**everything, **loss.settings})
     arrays = numbers, values, number_gradients, target
-    share(which, kernel, array, teacher_array, settings, *arrays)
+    share(which, student.width, kernel, array, teacher_array, settings, *arrays)
     if out is not None and out.width > student.width:
         rows = slice(None) if out.index is None else out.index
         out.tensor[rows, student.width : out.width] = 0.0
@@ -233,9 +235,10 @@ def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
     """
     waiting = sorted(terms, key=attrgetter("width", "temperature"))
     parts: list[tuple[float, ...]] = []
-    shifts, factors = np.empty((2, len(terms), count), np.float32)
+    normalizers, factors = np.empty((2, len(terms), count), np.float32)
     squares, biases = np.zeros((len(terms), 0), np.float32), [np.empty((0, 0), np.float32)]
-    ids, weights = [torch.empty((count, 0), dtype=torch.int64)], [torch.empty((count, 0))]
+    ids = [torch.empty((count, 0), dtype=torch.int64, device="cpu")]
+    weights = [torch.empty((count, 0), device="cpu")]
     bounds = [0]
     while waiting:
         term = waiting.pop()
@@ -256,7 +259,7 @@ def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
         ids.append(term.ids)
         weights.append(term.weights / scale)
         bounds.append(bounds[-1] + ids[-1].shape[1] + (0 if half is None else half.ids.shape[1]))
-        shifts[number] = (normalizer * -float(LOG2_E)).numpy()
+        normalizers[number] = normalizer.numpy()
         factors[number] = (term.totals / -scale).numpy()
         if term.columns is not None:
             biases.append(_bias(term.columns))
@@ -270,7 +273,7 @@ def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
         epsilons=table[:, 2].copy(),
         biases=np.stack(biases[1:]) if biases[1:] else biases[0],
         bias_of=table[:, 3].astype(np.int64),
-        shifts=shifts[:size],
+        log_normalizers=normalizers[:size],
         factors=factors[:size],
         squares=squares[:size],
         bounds=np.array(bounds, np.int64),
@@ -299,15 +302,18 @@ def _check_columns(ids: Tensor, width: int) -> None:
         )
 
 
-def share(which: npt.NDArray[np.int64], kernel: Callable[..., object], *args: Any) -> None:
+def share(
+    which: npt.NDArray[np.int64], columns: int, kernel: Callable[..., object], *args: Any
+) -> None:
     """Call a function on parts of an array that together are all of it, at the same time.
 
     Args:
         which: Numbers of rows.
+        columns: Entries that it reads of each.
         kernel: Takes some of them first; others may be worked on meanwhile.
         args: What it takes next.
     """
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads() if len(which) * columns >= _LEAST_SHARED else 1
     count = min(1 if threads == 1 else threads * _PARTS_PER_THREAD, len(which))
     # An iterator over a list hands out each element once, whichever threads ask.
     waiting = iter(np.array_split(which, count) if count else [])

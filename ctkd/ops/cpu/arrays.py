@@ -43,7 +43,7 @@ class SoftmaxTerms(NamedTuple):
         biases: (M, V) of 0 and -inf, added to the logits to restrict a softmax to some columns.
             A standard deviation is that of all columns nevertheless.
         bias_of: (T,) index of each term's row of ``biases``, or -1.
-        shifts: (T, n) log-normalizers, negated, times log2 e.
+        log_normalizers: (T, n) of the rows.
         factors: (T, n) multiply the softmax.
         squares: (T, n) multiply the squares of its entries; (T, 0): no squares.
         bounds: (T + 1,) range of the columns of ``ids`` and ``weights`` that belong to each term.
@@ -57,7 +57,7 @@ class SoftmaxTerms(NamedTuple):
     epsilons: _Doubles
     biases: _Floats
     bias_of: _Integers
-    shifts: _Floats
+    log_normalizers: _Floats
     factors: _Floats
     squares: _Floats
     bounds: _Integers

@@ -213,18 +213,19 @@ def _load_scaled(values: Any, start: Any, factor: Any, row: Any) -> None:
         row[column] = source[column] * factor
 
 
+# The difference comes before the product: near the largest entry, whatever its size, it is exact.
 @compiled
-def _add_softmax(row: Any, shift: Any, scale: Any, factor: Any, gradient: Any) -> None:
+def _add_softmax(row: Any, center: Any, scale: Any, factor: Any, gradient: Any) -> None:
     for column in range(row.size):
-        gradient[column] += exp2(row[column] * scale + shift) * factor
+        gradient[column] += exp2((row[column] - center) * scale) * factor
 
 
 @compiled
 def _add_softmax_and_square(
-    row: Any, shift: Any, scale: Any, factor: Any, square: Any, gradient: Any
+    row: Any, center: Any, scale: Any, factor: Any, square: Any, gradient: Any
 ) -> None:
     for column in range(row.size):
-        prob = exp2(row[column] * scale + shift)
+        prob = exp2((row[column] - center) * scale)
         gradient[column] += prob * (prob * square + factor)
 
 
@@ -265,26 +266,26 @@ def _add_term(
     row: Any, logits: Any, terms: SoftmaxTerms, term: int, index: int, change: Any, gradient: Any
 ) -> None:
     """Add one term to the gradient of a row; ``logits`` are the row plus the term's bias."""
-    shift, factor = terms.shifts[term, index], terms.factors[term, index]
-    scale = LOG2_E / np.float32(terms.temperatures[term])
-    epsilon = terms.epsilons[term]
+    normalizer, factor = terms.log_normalizers[term, index], terms.factors[term, index]
+    temperature, epsilon = terms.temperatures[term], terms.epsilons[term]
+    divisor = temperature * _divisor(row, epsilon)
+    center, scale = np.float32(normalizer * divisor), LOG2_E / np.float32(divisor)
     # A softmax of which the bias leaves no column is 0.
-    is_empty = shift == np.inf
+    is_empty = normalizer == -np.inf
     if epsilon >= 0.0:
-        scale /= np.float32(_moments(row).deviation + epsilon)
         change[:] = _ZERO
         if not is_empty:
-            _add_softmax(logits, shift, scale, factor, change)
+            _add_softmax(logits, center, scale, factor, change)
         _add_at_ids(terms, term, index, change)
-        _add_through_deviation(row, change, terms.temperatures[term], epsilon, gradient)
+        _add_through_deviation(row, change, temperature, epsilon, gradient)
         return
     if is_empty:
         pass
     elif terms.squares.shape[1]:
         square = terms.squares[term, index]
-        _add_softmax_and_square(logits, shift, scale, factor, square, gradient)
+        _add_softmax_and_square(logits, center, scale, factor, square, gradient)
     else:
-        _add_softmax(logits, shift, scale, factor, gradient)
+        _add_softmax(logits, center, scale, factor, gradient)
     _add_at_ids(terms, term, index, gradient)
 
 

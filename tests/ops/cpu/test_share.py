@@ -12,6 +12,9 @@ from ctkd.ops.cpu import share
 from tests.ops.sorted_rows import rows_of, stable
 from tests.ops.torch_threads import torch_threads
 
+# Columns of rows of which each is worth a thread.
+MANY = 1 << 20
+
 
 @pytest.mark.parametrize("count, rows", [(1, 0), (3, 1), (1, 7), (3, 2), (3, 1001)])
 def test_every_row_is_worked_on_once(count, rows):
@@ -22,7 +25,7 @@ def test_every_row_is_worked_on_once(count, rows):
             seen[some] += 1
 
     with torch_threads(count):
-        share(np.arange(rows), work)
+        share(np.arange(rows), MANY, work)
     assert (seen == 1).all()
 
 
@@ -30,8 +33,15 @@ def test_several_threads_work():
     both = threading.Barrier(2, timeout=30)
     # Neither could pass the barrier alone.
     with torch_threads(2):
-        share(np.arange(2), lambda some: both.wait())
+        share(np.arange(2), MANY, lambda some: both.wait())
     assert not both.broken
+
+
+def test_a_few_entries_wake_no_thread():
+    seen = []
+    with torch_threads(2):
+        share(np.arange(8), 1, lambda some: seen.append((len(some), threading.get_ident())))
+    assert seen == [(8, threading.get_ident())]
 
 
 @pytest.mark.parametrize("row", [0, 1])
@@ -41,7 +51,7 @@ def test_what_a_thread_runs_into_is_raised(row):
             raise ZeroDivisionError
 
     with torch_threads(2), pytest.raises(ZeroDivisionError):
-        share(np.arange(2), fails)
+        share(np.arange(2), MANY, fails)
 
 
 def test_nothing_works_on_when_an_error_is_raised():
@@ -55,7 +65,7 @@ def test_nothing_works_on_when_an_error_is_raised():
         ended.append(some)
 
     with torch_threads(2), pytest.raises(ZeroDivisionError):
-        share(np.arange(2), work)
+        share(np.arange(2), MANY, work)
     assert len(ended) == 1
 
 
@@ -73,11 +83,11 @@ def test_a_forked_process_shares_rows_too():
         seen[some] += 1
 
     with torch_threads(2):
-        share(np.arange(8), mark)
+        share(np.arange(8), MANY, mark)
         process = os.fork()
         if not process:
             # None of the parent's threads would ever work on them.
-            share(np.arange(8), mark)
+            share(np.arange(8), MANY, mark)
             os._exit(int(not (seen == 2).all()))
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     assert (seen == 1).all()

@@ -128,7 +128,7 @@ def terms_of(block, widths, temperatures, epsilons, biases, bias_of_terms, has_s
         [generator.integers(0, width, (N, per_term)) for width in widths], axis=1
     ).astype(np.int64)
     weights = generator.normal(size=ids.shape).astype(np.float32)
-    shifts, expected = np.empty((count, N), np.float32), np.zeros((N, V))
+    normalizers, expected = np.empty((count, N), np.float32), np.zeros((N, V))
     for term, (width, temperature, epsilon) in enumerate(
         zip(widths, temperatures, epsilons, strict=True)
     ):
@@ -136,7 +136,7 @@ def terms_of(block, widths, temperatures, epsilons, biases, bias_of_terms, has_s
         scaled = standardized(raw, epsilon)
         if bias_of_terms[term] >= 0:
             scaled = scaled + biases[bias_of_terms[term], :width]
-        shifts[term] = -log_sum_exp(scaled / temperature) / np.log(2.0)
+        normalizers[term] = log_sum_exp(scaled / temperature)
         probs = softmax(scaled / temperature)
         change = probs * factors[term][:, None]
         if has_squares and epsilon < 0:
@@ -157,7 +157,7 @@ def terms_of(block, widths, temperatures, epsilons, biases, bias_of_terms, has_s
         np.array(epsilons),
         biases,
         np.array(bias_of_terms),
-        shifts,
+        normalizers,
         factors,
         squares if has_squares else np.empty((count, 0), np.float32),
         np.arange(count + 1) * per_term,
@@ -255,7 +255,10 @@ def test_a_softmax_of_no_column_has_no_gradient(epsilon, has_squares):
     answers = np.zeros((1, N), np.float32)
     log_normalizers(WHICH, rows, V, np.ones(1), epsilon, biases[0], answers)
     terms = terms._replace(
-        biases=biases, bias_of=np.zeros(1, np.int64), shifts=-answers, weights=terms.weights * 0
+        biases=biases,
+        bias_of=np.zeros(1, np.int64),
+        log_normalizers=answers,
+        weights=terms.weights * 0,
     )
     out = blank(N, V, "float32")
     softmax_gradients(WHICH, rows, terms, out, NOTHING_KNOWN, out, V)
@@ -270,7 +273,7 @@ def test_a_constant_row_has_a_finite_standardized_gradient():
     log_normalizers(WHICH, rows, V, np.ones(1), EPSILON, ALL_COLUMNS, answers)
     terms = terms._replace(
         epsilons=np.array([EPSILON]),
-        shifts=-answers / np.float32(np.log(2.0)),
+        log_normalizers=answers,
         weights=terms.weights * 0,
     )
     out = blank(N, V, "float32")
