@@ -144,10 +144,8 @@ class RowLogits(Logits):
     def column_mass(
         self, *, temperature: float = 1.0, standardize: bool = False, prefetch: Sequence[float] = ()
     ) -> Tensor:
-        temperatures = [temperature, *prefetch]
-        if temperature in prefetch:
-            temperatures.remove(temperature)
-            temperatures.insert(0, temperature)
+        # Each once, and first the one whose probabilities are summed.
+        temperatures = list(dict.fromkeys([temperature, *prefetch]))
         size = len(temperatures), self.index.shape[0]
         normalizers = self.index.new_zeros(size, dtype=self.dtype)
         total: Tensor | None = None

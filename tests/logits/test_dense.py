@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctkd import ops
 from ctkd.errors import BatchError
 from ctkd.logits import DenseLogits, HeadLogits, Logits, TopK, TopKLogits
 from tests.logits.cases import (
@@ -372,3 +373,15 @@ def test_rows_that_are_not_there_or_named_twice_are_refused(kind, rows, said):
         make(rows=torch.tensor(rows))
     # What is not scored may be anything.
     make(rows=torch.tensor(rows), mask=torch.tensor([[rows[0][0] == 0, rows[0][0] != 0]]))
+
+
+def test_every_softmax_is_computed_once(monkeypatch):
+    column_mass, temperatures = ops.column_mass, []
+
+    def recorded(rows, sequence, sequences, scales, **settings):
+        temperatures.append(list(scales))
+        return column_mass(rows, sequence, sequences, scales, **settings)
+
+    monkeypatch.setattr(ops, "column_mass", recorded)
+    DenseLogits(randn(1, 2, 9)).column_mass(temperature=2.0, prefetch=(1.0, 2.0, 0.5, 1.0))
+    assert temperatures == [[2.0, 1.0, 0.5]]
