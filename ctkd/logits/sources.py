@@ -379,7 +379,7 @@ class Anchor(NamedTuple):
 
     Attributes:
         tensor: Input of every query.
-        pending: By backward pass.
+        pending: By backward pass. What a pass that failed has left there is never read.
         state: Of the source when the anchor was made.
     """
 
@@ -408,7 +408,7 @@ def file_pending(pending: dict[int, list[Pending]], gradient: Pending) -> Tensor
 
 
 class _Rows(torch.autograd.Function):
-    """All rows of a source as one number."""
+    """All rows of a source as one node, which runs after all queries of a pass."""
 
     @staticmethod
     def forward(

@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -104,8 +105,8 @@ def column_mass(
     mass = np.zeros((pieces, sequences, rows.width), np.float32)
     parts = [
         (part, mass[piece, number])
-        for number in range(sequences)
-        for piece, part in enumerate(np.array_split(which[slice(*bounds[number:][:2])], pieces))
+        for number, (start, stop) in enumerate(pairwise(bounds))
+        for piece, part in enumerate(np.array_split(which[start:stop], pieces))
     ]
 
     def work(numbers: Any) -> None:
