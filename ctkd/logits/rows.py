@@ -58,12 +58,9 @@ class RowLogits(Logits):
                 "these logits belong to another tokenizer"
             )
         expected = torch.Size((batch_size, length)) if rows is None else rows.shape
-        mask = checked_mask(mask, expected, source.device)
-        self.source, self.inputs = source, source.inputs
-        self.dtype = source.dtype
-        self.mask = mask
-        self.rows = rows
-        self.shape = (mask.shape[0], mask.shape[1], vocab_size or width)
+        self.source, self.inputs, self.dtype = source, source.inputs, source.dtype
+        self.mask, self.rows = checked_mask(mask, expected, source.device), rows
+        self.shape = (self.mask.shape[0], self.mask.shape[1], vocab_size or width)
 
     def masked(self, mask: Tensor) -> Self:
         return self if mask is self.mask else self.at(self.rows, mask, self.shape[2])
@@ -132,8 +129,7 @@ class RowLogits(Logits):
             for which, rows in self.source.chunks(self.index, self.shape[2]):
                 ids[which], raw[which] = ops.top_k(rows, k)
                 normalizers[:, which] = ops.log_normalizers(rows, [temperature])
-            known = self.source.normalizers()
-            known.keep(self.index, [temperature], False, self.shape[2], normalizers)
+        self.source.normalizers().keep(self.index, [temperature], False, self.shape[2], normalizers)
         ids, raw = ids.view(*self.shape[:2], k), raw.view(*self.shape[:2], k)
         (log_probs,) = _LogSoftmax.apply(  # type: ignore[no-untyped-call]
             self, ids, [temperature], False, None, raw, anchored(self.source)
@@ -146,8 +142,7 @@ class RowLogits(Logits):
     ) -> Tensor:
         # Each once, and first the one whose probabilities are summed.
         temperatures = list(dict.fromkeys([temperature, *prefetch]))
-        size = len(temperatures), self.index.shape[0]
-        normalizers = self.index.new_zeros(size, dtype=self.dtype)
+        normalizers = self._zeros(len(temperatures), self.index.shape[0])
         total: Tensor | None = None
         for which, rows in self.source.chunks(self.index, self.shape[2]):
             mass, normalizers[:, which] = ops.column_mass(
@@ -247,8 +242,8 @@ class _LogSoftmax(torch.autograd.Function):
         padding = ~logits.mask.unsqueeze(-1)
         answers = []
         for temperature, normalizer in zip(temperatures, normalizers, strict=True):
-            answer = raw / temperature - normalizer.view(*shape, 1)
-            answers.append(answer.masked_fill_(padding, 0.0))
+            log_probs = raw / temperature - normalizer.view(*shape, 1)
+            answers.append(log_probs.masked_fill_(padding, 0.0))
         # Kept only so that torch sees it if one of them is overwritten.
         queried = columns if ids is None else ids
         is_seen = queried is not None and not queried.is_inference()
@@ -283,8 +278,7 @@ class _LogSoftmax(torch.autograd.Function):
                     weights=weights[:, : ids.shape[1]],
                 )
             )
-        new = Pending(logits.index, tuple(terms))
-        return *(None,) * 6, file_pending(ctx.pending, new)
+        return *(None,) * 6, file_pending(ctx.pending, Pending(logits.index, tuple(terms)))
 
 
 class AlignedValues(NamedTuple):
@@ -358,11 +352,8 @@ def map_rows(
         options={"temperature": teacher_temperature, "spread_tail": spread_tail},
     )
     index = student.rows_at(positions[:, 0].masked_fill(left_out, -1))
-    anchor = anchored(student.source)
-    values, parts = _Mapped.apply(  # type: ignore[no-untyped-call]
-        student.source, index, compared, torch.is_grad_enabled(), anchor, per_row
-    )
-    return AlignedValues(values, parts)
+    options = torch.is_grad_enabled(), anchored(student.source), per_row
+    return AlignedValues(*_Mapped.apply(student.source, index, compared, *options))  # type: ignore[no-untyped-call]
 
 
 class _Mapped(torch.autograd.Function):
@@ -385,8 +376,7 @@ class _Mapped(torch.autograd.Function):
             per_row=per_row,
             buffer=source.gradient_buffer(index) if grad_enabled and of_rows else None,
         )
-        differentiate = grad_enabled and of_numbers
-        parts, ctx.per_row_gradient = _solve(source, index, compared, differentiate)
+        parts, ctx.per_row_gradient = _solve(source, index, compared, grad_enabled and of_numbers)
         ctx.source, ctx.index, ctx.pending = source, index, source.anchor.pending
         ctx.compared = replace(compared, per_row=None)
         ctx.teacher_version = version_of(compared.teacher.inputs)
@@ -408,6 +398,7 @@ class _Mapped(torch.autograd.Function):
             per_row=saved[-1] if len(saved) > len(source.inputs) else None,
             weights=weights,
         )
+        ctx.compared = replace(ctx.compared, buffer=None)
         if compared.buffer is None:
             if version_of(compared.teacher.inputs) != ctx.teacher_version:
                 raise BatchError(
@@ -418,9 +409,7 @@ class _Mapped(torch.autograd.Function):
             compared = replace(compared, buffer=source.gradient_buffer(ctx.index))
             if compared.buffer is not None:
                 _solve(source, ctx.index, compared, False)
-        ctx.compared = replace(ctx.compared, buffer=None)
-        new = Pending(ctx.index, row_loss=compared)
-        anchor_gradient = file_pending(ctx.pending, new)
+        anchor_gradient = file_pending(ctx.pending, Pending(ctx.index, row_loss=compared))
         return *(None,) * 4, anchor_gradient, per_row_gradient
 
 

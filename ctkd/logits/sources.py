@@ -25,14 +25,11 @@ from ctkd.logits.base import Logits
 from ctkd.ops import RowLoss, Rows, SoftmaxTerm, Which
 
 __all__ = [
-    "Anchor",
     "HeadRows",
-    "KnownNormalizers",
     "Pending",
     "PendingRowLoss",
     "RowSource",
     "TensorRows",
-    "WriteGradient",
     "anchored",
     "file_pending",
     "version_of",
@@ -41,7 +38,7 @@ __all__ = [
 # The number of the backward pass that is running in this thread.
 _backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 
-WriteGradient: TypeAlias = Callable[[Which, Rows, Rows], None]
+_WriteGradient: TypeAlias = Callable[[Which, Rows, Rows], None]
 """Which rows of an index, their logits, and where their gradient goes; both may be the same."""
 
 
@@ -53,7 +50,7 @@ def version_of(tensors: Iterable[Tensor]) -> int | None:
     return sum(versions)
 
 
-class KnownNormalizers:
+class _KnownNormalizers:
     """Log-normalizers of the rows of a source, kept until the rows change.
 
     One for each softmax: temperature, whether standardized, columns.
@@ -69,8 +66,8 @@ class KnownNormalizers:
         # A number for each row, and one more for -1; nan where it is unknown.
         self._nothing = torch.full((size,), torch.nan, dtype=source.dtype, device=source.device)
         self._tables: dict[Any, Tensor] = {}
-        # Indexes of which all rows are known, by identity.
-        self._complete: dict[Any, dict[int, Tensor]] = {}
+        # By identity of an index: the index, and the keys for which all its rows are known.
+        self._complete: dict[int, tuple[Tensor, set[Any]]] = {}
 
     def look_up(
         self, index: Tensor, temperatures: Sequence[float], standardize: bool, width: int
@@ -87,10 +84,8 @@ class KnownNormalizers:
         if ops.can_inspect(index):
             missing = known.isnan().any(0).logical_and_(index >= 0)
             return known, index.masked_fill(~missing, -1) if missing.any() else None
-        for key in keys:
-            if id(index) not in self._complete.get(key, {}):
-                return known, index
-        return known, None
+        _, complete = self._complete.get(id(index), (index, set()))
+        return known, None if complete.issuperset(keys) else index
 
     def keep(
         self,
@@ -105,7 +100,7 @@ class KnownNormalizers:
             key = temperature, standardize, width
             table = self._tables.setdefault(key, self._nothing.clone())
             table[index] = torch.where(table[index].isnan(), normalizers, table[index])
-            self._complete.setdefault(key, {})[id(index)] = index
+            self._complete.setdefault(id(index), (index, set()))[1].add(key)
 
 
 class RowSource(ABC):
@@ -121,24 +116,22 @@ class RowSource(ABC):
     """
 
     def __init__(self, shape: tuple[int, int, int], *inputs: Tensor) -> None:
-        self.shape = shape
-        self.inputs = inputs
-        self.device = inputs[0].device
+        self.shape, self.inputs, self.device = shape, inputs, inputs[0].device
         self.dtype = torch.promote_types(inputs[0].dtype, torch.float32)
         self.num_rows = shape[0] * shape[1]
-        self.anchor = Anchor(None, {}, None)
+        self.anchor = _Anchor(None, {}, None)
         # What is made in inference mode may not be written to later.
         version = None if torch.is_inference_mode_enabled() else version_of(inputs)
-        self._normalizers = KnownNormalizers(self, version)
+        self._normalizers = _KnownNormalizers(self, version)
 
-    def normalizers(self) -> KnownNormalizers:
+    def normalizers(self) -> _KnownNormalizers:
         """Log-normalizers of the rows as they are now."""
         version = version_of(self.inputs)
         if version is None or torch.is_inference_mode_enabled():
             # They could be out of date later, or not be written to.
-            return KnownNormalizers(self, None)
+            return _KnownNormalizers(self, None)
         if self._normalizers.version != version:
-            self._normalizers = KnownNormalizers(self, version)
+            self._normalizers = _KnownNormalizers(self, version)
         return self._normalizers
 
     @abstractmethod
@@ -153,13 +146,13 @@ class RowSource(ABC):
     def pick(self, index: Tensor, ids: Tensor) -> Tensor:
         """Entries of rows, (B, S) and (B, S or 1, K) give (B, S, K); any where there is no row."""
 
-    @abstractmethod
     def gradient_buffer(self, index: Tensor) -> Tensor | None:
         """Memory for a gradient of all rows, see `ctkd.ops.gradient_rows`; None for a head."""
+        return None
 
     @abstractmethod
     def backward(
-        self, index: Tensor, write: WriteGradient, buffer: Tensor | None
+        self, index: Tensor, write: _WriteGradient, buffer: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs, from the gradient of each row.
 
@@ -191,7 +184,7 @@ class TensorRows(RowSource):
         return ops.gradient_rows(self.inputs[0], index)
 
     def backward(
-        self, index: Tensor, write: WriteGradient, buffer: Tensor | None
+        self, index: Tensor, write: _WriteGradient, buffer: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         gradient = self.gradient_buffer(index) if buffer is None else buffer
         for which, rows in self.chunks(index, self.shape[2]):
@@ -243,15 +236,12 @@ class HeadRows(RowSource):
             hidden = self._hidden(some.flatten()).view(*some.shape, self.inputs[0].shape[2])
             with ops.full_precision(self.device):
                 logits = torch.bmm(hidden, self._weight(some_ids.squeeze(1)).transpose(1, 2))
-            bias = None if self.bias is None else self.bias.detach()[some_ids]
+            bias = None if self.bias is None else self.bias[some_ids]
             answers.append(self._finished(logits, bias).to(self.dtype))
         return torch.cat(answers).view(shape)
 
-    def gradient_buffer(self, index: Tensor) -> None:
-        return None
-
     def backward(
-        self, index: Tensor, write: WriteGradient, buffer: Tensor | None
+        self, index: Tensor, write: _WriteGradient, buffer: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight = self.inputs[:2]
         hidden_gradient = hidden.new_zeros(self.num_rows + 1, hidden.shape[2])
@@ -267,12 +257,10 @@ class HeadRows(RowSource):
                     _add_product_(weight_gradient, logits, rows)
             if bias_gradient is not None:
                 bias_gradient += logits.sum(0, dtype=self.dtype)
-        gradients: list[Tensor | None] = [hidden_gradient[:-1].view(hidden.shape), weight_gradient]
-        if self.bias is not None:
-            gradients.append(None if bias_gradient is None else bias_gradient.to(self.bias.dtype))
-        return tuple(gradients)
+        of_hidden = hidden_gradient[:-1].view(hidden.shape)
+        return (of_hidden, weight_gradient, bias_gradient)[: len(self.inputs)]
 
-    def _replace(self, which: Which, logits: Tensor, write: WriteGradient) -> None:
+    def _replace(self, which: Which, logits: Tensor, write: _WriteGradient) -> None:
         """Overwrite logits by the gradient of what the head computes before scale and softcap."""
         width = self.shape[2]
         if self.softcap is None and self.scale == 1.0:
@@ -296,8 +284,7 @@ class HeadRows(RowSource):
             hidden = self._hidden(index[which])
             with ops.full_precision(self.device):
                 logits = hidden @ self._weight().t()
-            bias = None if self.bias is None else self.bias.detach()
-            yield which, self._finished(logits, bias), hidden
+            yield which, self._finished(logits, self.bias), hidden
 
     def _hidden(self, index: Tensor) -> Tensor:
         """Hidden states (N, H), 0 where there is no row: garbage times 0 may be nan."""
@@ -314,7 +301,7 @@ class HeadRows(RowSource):
 
     def _finished(self, logits: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:
-            logits += bias.to(logits.dtype)
+            logits += bias.detach().to(logits.dtype)
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -374,7 +361,7 @@ class Pending:
     row_loss: PendingRowLoss | None = None
 
 
-class Anchor(NamedTuple):
+class _Anchor(NamedTuple):
     """Node that represents a source in the autograd graph.
 
     Attributes:
@@ -397,7 +384,7 @@ def anchored(source: RowSource) -> Tensor | None:
     if source.anchor.state != state:
         pending: dict[int, list[Pending]] = {}
         tensor = _Rows.apply(ref(source), pending, *source.inputs)  # type: ignore[no-untyped-call]
-        source.anchor = Anchor(tensor, pending, state)
+        source.anchor = _Anchor(tensor, pending, state)
     return source.anchor.tensor
 
 
@@ -458,13 +445,11 @@ def _gradients(source: RowSource, filed: Sequence[Pending]) -> tuple[Tensor | No
     row_losses = []
     for one in filed:
         for term in one.terms:
-            columns = None if term.columns is None else id(term.columns)
-            key = term.temperature, term.standardize, term.width, columns
+            key = term.temperature, term.standardize, term.width, id(term.columns)
             terms[key] = _sum(terms[key], term) if key in terms else term
         if one.row_loss is not None:
             row_losses.append(one.row_loss)
-    first = row_losses[0] if row_losses else None
-    gradients = _one_pass(source, index, list(terms.values()), first)
+    gradients = _one_pass(source, index, list(terms.values()), next(iter(row_losses), None))
     # More than one function of whole rows is rare: each gets a pass of its own.
     for row_loss in row_losses[1:]:
         more = _one_pass(source, index, [], row_loss)
@@ -551,16 +536,13 @@ def _sum(term: SoftmaxTerm, other: SoftmaxTerm) -> SoftmaxTerm:
 
 def _on_one_index(source: RowSource, filed: Sequence[Pending]) -> tuple[Tensor, Sequence[Pending]]:
     """Pending gradients with their values in the order of one index of rows."""
-    first = filed[0].index
-    used = first.new_zeros(source.num_rows + 1, dtype=torch.bool)
-    differ = False
-    for one in filed:
-        differ = differ or one.index is not first
-        used[one.index] = True
-    if not differ:
-        return first, filed
+    indexes: list[Tensor] = list(map(attrgetter("index"), filed))
+    if len(set(map(id, indexes))) == 1:
+        return indexes[0], filed
     # What queries of different positions have in common are the rows of the source.
-    index = torch.arange(source.num_rows, device=first.device).masked_fill(~used[:-1], -1)
+    used = torch.zeros(source.num_rows + 1, dtype=torch.bool, device=source.device)
+    used[torch.cat(indexes)] = True
+    index = torch.arange(source.num_rows, device=source.device).masked_fill(~used[:-1], -1)
     return index, [_placed(one, source.num_rows) for one in filed]
 
 

@@ -135,8 +135,7 @@ def _dispatched(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments,
         name = first.name if isinstance(first, RowLoss) else function.__name__
         rows: Iterator[Any] = filter(Rows.__instancecheck__, args)
         backend = backend_for(name, *rows)
-        answer: _Answer = getattr(backend, function.__name__)(*args, **kwargs)
-        return answer
+        return getattr(backend, function.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
 
     return operation
 
@@ -158,8 +157,7 @@ def gradient_rows(tensor: Tensor, index: Tensor) -> Tensor:
     count = tensor.shape[:-1].numel()
     gradient = tensor.new_empty(count + 1, tensor.shape[-1])
     others = torch.ones(count + 1, dtype=torch.bool, device=index.device)
-    # -1 is the last row.
-    others[index] = False
+    others[index] = False  # -1 is the last row.
     if can_inspect(others):
         # torch would look at every entry if it were given the mask.
         return gradient.index_fill_(0, others.nonzero().squeeze(-1), 0.0)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ctkd.ops import reference
-from ctkd.ops.rows import Rows
+from ctkd.ops.rows import Rows, SoftmaxTerm
 
 __all__ = ["DECLARED", "Cost", "cost_of"]
 
@@ -62,23 +62,17 @@ def cost_of(operator: Any, args: Any, kwargs: Any) -> Cost | None:
     if name not in reference.__all__ or function is None:
         return None
     counter = _Counter()
-    args, kwargs = _on_meta(args), _on_meta(kwargs)
+    args, kwargs = tree_map(_on_meta, (args, kwargs))
     with counter:
         function(*args, **kwargs)
     return Cost(counter.launches, counter.bytes_moved, counter.scratch)
 
 
 def _on_meta(value: Any) -> Any:
-    """Arguments on the meta device, without their values."""
+    """An argument on the meta device, without its values."""
     if isinstance(value, Tensor):
         return value.detach().to("meta")
-    if isinstance(value, Rows):
-        return replace(value, tensor=_on_meta(value.tensor), index=_on_meta(value.index))
-    if isinstance(value, dict):
-        return {name: _on_meta(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_on_meta, value))
-    if hasattr(value, "__dataclass_fields__"):
+    if isinstance(value, Rows | SoftmaxTerm):
         names = value.__dataclass_fields__
         return replace(value, **{name: _on_meta(getattr(value, name)) for name in names})
     return value
@@ -90,7 +84,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.launches = self.bytes_moved = self.scratch = 0
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._live: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
@@ -101,11 +95,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if new or func._schema.is_mutable:
             self.launches += 1
             self.bytes_moved += sum(one.nbytes for one in {id(t): t for t in inputs + new}.values())
-        for one in new:
-            storage = one.untyped_storage()
-            weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            self._live[storage._cdata] = weak, storage.nbytes()
-        for key in [key for key, (weak, _) in self._live.items() if weak.expired()]:  # type: ignore[no-untyped-call]
-            del self._live[key]
-        self.scratch = max(self.scratch, sum(size for _, size in self._live.values()))
+        for storage in map(Tensor.untyped_storage, new):
+            self._live[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
+        self._live = {weak: size for weak, size in self._live.items() if not weak.expired()}  # type: ignore[no-untyped-call]
+        self.scratch = max(self.scratch, sum(self._live.values()))
         return answer

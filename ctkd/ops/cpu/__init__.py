@@ -155,7 +155,6 @@ def row_loss(
 ) -> RowValues:
     """See `ctkd.ops.reference.row_loss`."""
     array, which = _array(student)
-    teacher_array, _ = _array(teacher)
     count = len(array.starts)
     target = RowArray(_NOTHING, array.starts) if out is None else _array(out)[0]
     numbers = np.empty((count, 0), np.float32)
@@ -170,8 +169,8 @@ def row_loss(
         "teacher_columns": np.arange(teacher.width, dtype=np.uint32),
     }
     settings = _unboxed(group, {**everything, **loss.settings})
-    arrays = numbers, values, number_gradients, target
-    share(which, student.width, kernel, array, teacher_array, settings, *arrays)
+    args = array, _array(teacher)[0], settings, numbers, values, number_gradients, target
+    share(which, student.width, kernel, *args)
     if out is not None and out.width > student.width:
         rows = slice(None) if out.index is None else out.index
         out.tensor[rows, student.width : out.width] = 0.0
@@ -191,9 +190,9 @@ _OPERATIONS = {*_KERNELS, *__all__} - {"row_loss", "serves", "share"}
 
 def _array(rows: Rows) -> tuple[RowArray, npt.NDArray[np.int64]]:
     """Where rows begin in memory, and which of them are rows."""
-    tensor, count = rows.tensor.detach(), rows.tensor.shape[:-1].numel()
-    index = np.arange(count) if rows.index is None else rows.index.numpy()
-    starts, remaining = np.zeros(len(index), np.int64), index
+    tensor = rows.tensor.detach()
+    index = np.arange(len(rows)) if rows.index is None else rows.index.numpy()
+    starts, remaining = np.full(len(index), tensor.storage_offset()), index
     for size, stride in zip(
         reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True
     ):
@@ -201,10 +200,8 @@ def _array(rows: Rows) -> tuple[RowArray, npt.NDArray[np.int64]]:
         remaining = remaining // max(size, 1)
     which = np.flatnonzero(index >= 0)
     starts[index < 0] = -1
-    extent = tensor.shape[-1] if count else 0
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        extent += (size - 1) * stride if count else 0
-    flat = tensor.as_strided((extent,), (1,), tensor.storage_offset())
+    memory = tensor.untyped_storage().nbytes() // tensor.itemsize
+    flat = tensor.as_strided((memory,), (1,), 0)
     if tensor.dtype == torch.bfloat16:
         flat = flat.view(torch.uint16)
     return RowArray(flat.numpy(), starts), which
@@ -237,10 +234,11 @@ def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
     waiting = sorted(terms, key=attrgetter("width", "temperature"))
     parts: list[tuple[float, ...]] = []
     normalizers, factors = np.empty((2, len(terms), count), np.float32)
-    squares, biases = np.zeros((len(terms), 0), np.float32), [np.empty((0, 0), np.float32)]
+    squares = np.zeros((len(terms), 0), np.float32)
+    biases: list[npt.NDArray[np.float32]] = []
     ids = [torch.empty((count, 0), dtype=torch.int64, device="cpu")]
     weights = [torch.empty((count, 0), device="cpu")]
-    bounds = [0]
+    bounds, end = [0], 0
     while waiting:
         term = waiting.pop()
         half = waiting.pop() if waiting and _is_square(term, waiting[-1]) else None
@@ -253,18 +251,18 @@ def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
             ratio = (2.0 * normalizer - other).exp().masked_fill(other == torch.inf, 0.0)
             squares = squares if squares.shape[1] else np.zeros_like(factors)
             squares[number] = (half.totals * ratio / -half.temperature).numpy()
-            _check_columns(half.ids, half.width)
-            ids.append(half.ids)
-            weights.append(half.weights / half.temperature)
-        _check_columns(term.ids, term.width)
-        ids.append(term.ids)
-        weights.append(term.weights / scale)
-        bounds.append(bounds[-1] + ids[-1].shape[1] + (0 if half is None else half.ids.shape[1]))
+        for one, divisor in ((term, scale), (half, scale / 2.0)):
+            if one is not None:
+                _check_columns(one.ids, one.width)
+                ids.append(one.ids)
+                weights.append(one.weights / divisor)
+                end += one.ids.shape[1]
+        bounds.append(end)
         normalizers[number] = normalizer.numpy()
         factors[number] = (term.totals / -scale).numpy()
+        bias_of = -1 if term.columns is None else len(biases)
         if term.columns is not None:
             biases.append(_bias(term.columns))
-        bias_of = -1 if term.columns is None else len(biases) - 2
         parts.append((term.width, term.temperature, _EPSILONS[term.standardize], bias_of))
     table = np.array(parts, np.float64).reshape(-1, 4)
     size = len(parts)
@@ -272,7 +270,7 @@ def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
         widths=table[:, 0].astype(np.int64),
         temperatures=table[:, 1].copy(),
         epsilons=table[:, 2].copy(),
-        biases=np.stack(biases[1:]) if biases[1:] else biases[0],
+        biases=np.stack(biases) if biases else np.empty((0, 0), np.float32),
         bias_of=table[:, 3].astype(np.int64),
         log_normalizers=normalizers[:size],
         factors=factors[:size],
