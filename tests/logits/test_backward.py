@@ -407,6 +407,29 @@ def test_a_pass_inside_a_pass_takes_nothing_from_it():
     torch.testing.assert_close(seen, [inner_wanted])
 
 
+def test_a_pass_inside_a_pass_may_fail():
+    """What it has filed by then is not taken for the outer pass's."""
+    (leaf,) = leaves_of("tensor", torch.float32)
+    wanted = torch.autograd.grad(both_of(leaf)[0], leaf)[0]
+    logits, one = DenseLogits(leaf), torch.ones((), requires_grad=True)
+    ask_first(logits)
+    # Nodes run in the opposite order: the query files, this fails, and the rows' turn never comes.
+    failing = one * 1.0
+    failing.register_hook(lambda _: 1 / 0)
+    inner = logits.log_mass(COLUMNS).sum() + failing
+    between, failures = one * 1.0, []
+
+    def fail(_: Tensor) -> None:
+        with pytest.raises(ZeroDivisionError) as raised:
+            torch.autograd.grad(inner, [leaf, one], retain_graph=True)
+        failures.append(raised)
+
+    between.register_hook(fail)
+    (ask_first(logits) + between).backward()
+    assert failures
+    torch.testing.assert_close(leaf.grad, wanted)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_query_in_a_checkpoint_beside_others_of_the_same_logits(use_reentrant):
     (leaf,) = leaves_of("tensor", torch.float32)

@@ -192,7 +192,7 @@ def _array(rows: Rows) -> tuple[RowArray, npt.NDArray[np.int64]]:
     """Where rows begin in memory, and which of them are rows."""
     tensor = rows.tensor.detach()
     index = np.arange(len(rows)) if rows.index is None else rows.index.numpy()
-    starts, remaining = np.full(len(index), tensor.storage_offset()), index
+    starts, remaining = np.full(len(index), tensor.storage_offset(), np.int64), index
     for size, stride in zip(
         reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True
     ):
