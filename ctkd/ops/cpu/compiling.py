@@ -25,6 +25,7 @@ from typing import Any, TypeVar, cast
 import llvmlite
 import numba
 import numpy as np
+from filelock import FileLock
 from numba.extending import overload
 
 from ctkd.cache_folder import cache_dir
@@ -80,6 +81,8 @@ _SOURCES = hashlib.sha256(
 
 # Environments and checkouts of one user share the cache; the loops of one take some megabytes.
 _KEPT_FOLDERS = 8
+# Seconds, several times those that the slowest function takes.
+_LONGEST_WAIT = 120.0
 
 
 def _folder(codegen: Any) -> Path:
@@ -110,14 +113,30 @@ class _DiskCache(NullCache):  # type: ignore[misc]
 
     A file gets its name when it is complete, and begins with a hash of its content. So processes
     can share a folder, can be killed, and can remove a folder that another one uses: that one
-    compiles again.
+    compiles again. Of processes that start together, one compiles a function and the others wait.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = f"{function.__module__}.{function.__qualname__}"
+        self._locks: dict[Any, FileLock] = {}
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return what was compiled for a signature, or None if there is none that can be used."""
+        result = self._load(sig, target_context)
+        # Without a lock, be it that the folder is read only, several compile it.
+        with contextlib.suppress(Exception):
+            if result is None:
+                path = self._path(sig, target_context.codegen())
+                _make_folder(path.parent)
+                lock = FileLock(path.with_suffix(".lock"))
+                lock.acquire(timeout=_LONGEST_WAIT)
+                self._locks[sig] = lock
+                result = self._load(sig, target_context)
+                if result is not None:
+                    self._locks.pop(sig).release()
+        return result
+
+    def _load(self, sig: Any, target_context: Any) -> Any:
         # Whatever is wrong with a file, or with the folder, the function is compiled again.
         with contextlib.suppress(Exception):
             target_context.refresh()
@@ -139,29 +158,37 @@ class _DiskCache(NullCache):  # type: ignore[misc]
         """Keep what was compiled for a signature, if that is possible."""
         # A full disk, a folder that is read only: the code is there in memory.
         with contextlib.suppress(Exception):
-            # Addresses in this process are of no use to another.
-            if cres.library.has_dynamic_globals or any(not one.can_cache for one in cres.lifted):
-                return
-            body = dumps((self._function, sig, cres._reduce()))
-            path = self._path(sig, cres.codegen)
-            if not path.parent.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _remove_old(path.parent.parent)
-            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-            try:
-                partial.write_bytes(hashlib.sha256(body).digest() + body)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            self._save(sig, cres)
+        # Also if nothing could be kept: those who wait compile for themselves then.
+        with contextlib.suppress(Exception):
+            self._locks.pop(sig).release()
+
+    def _save(self, sig: Any, cres: Any) -> None:
+        # Addresses in this process are of no use to another.
+        if cres.library.has_dynamic_globals or any(not one.can_cache for one in cres.lifted):
+            return
+        body = dumps((self._function, sig, cres._reduce()))
+        path = self._path(sig, cres.codegen)
+        _make_folder(path.parent)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        try:
+            partial.write_bytes(hashlib.sha256(body).digest() + body)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _path(self, sig: Any, codegen: Any) -> Path:
         name = hashlib.sha256(repr((self._function, sig)).encode()).hexdigest()[:24]
         return _folder(codegen) / name
 
 
-def _remove_old(root: Path) -> None:
-    """Remove all but the folders that were used last."""
+def _make_folder(path: Path) -> None:
+    """Make a folder for compiled code, and remove all but those that were used last."""
+    if path.exists():
+        return
+    path.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
-        folders = sorted(root.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+        others = path.parent.iterdir()
+        folders = sorted(others, key=lambda folder: folder.stat().st_mtime, reverse=True)
         for folder in folders[_KEPT_FOLDERS:]:
             shutil.rmtree(folder, ignore_errors=True)

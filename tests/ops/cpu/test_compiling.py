@@ -14,6 +14,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+from filelock import FileLock
 from numba.core import caching
 from numba.core.compiler import CompileResult
 
@@ -49,7 +50,8 @@ def call(function=add, expected=3, make=compiled) -> tuple[int, int]:
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """Compiled code, without the locks of those who compile it."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
 def test_the_second_process_loads(folder):
@@ -226,19 +228,23 @@ def test_a_folder_may_go_while_it_is_used(folder, monkeypatch):
     assert call() == LOADED
 
 
-def _call_at_once(barrier, types) -> None:
+def _call_at_once(barrier, compilations, types) -> None:
     barrier.wait(30)
     for one in types:
-        assert compiled(add)(one(2), one(1)) == 3
+        dispatcher = compiled(add)
+        assert dispatcher(one(2), one(1)) == 3
+        compilations.put(sum(dispatcher.stats.cache_misses.values()))
 
 
 def test_processes_share_a_folder(folder):
     types = [np.int32, np.int64, np.float32, np.float64]
     context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(3)
+    barrier, compilations = context.Barrier(3), context.Queue()
+    # Two of them want the same one first.
+    orders = [types, types, types[::-1]]
     workers = [
-        context.Process(target=_call_at_once, args=(barrier, types[start:] + types[:start]))
-        for start in range(3)
+        context.Process(target=_call_at_once, args=(barrier, compilations, order))
+        for order in orders
     ]
     for worker in workers:
         worker.start()
@@ -246,9 +252,21 @@ def test_processes_share_a_folder(folder):
         worker.join(120)
         assert worker.exitcode == 0
     assert len(files(folder)) == len(types)
+    counts = [compilations.get(timeout=30) for _ in workers for _ in types]
+    assert sum(counts) == len(types)
     for one in types:
         dispatcher = compiled(add)
         assert dispatcher(one(2), one(1)) == 3 and dispatcher.stats.cache_hits
+
+
+def test_nobody_waits_for_long(folder, monkeypatch):
+    assert call() == COMPILED
+    (file,) = files(folder)
+    file.unlink()
+    monkeypatch.setattr(compiling, "_LONGEST_WAIT", 0.1)
+    with FileLock(file.with_suffix(".lock")):
+        assert call() == COMPILED
+    assert call() == LOADED
 
 
 def test_the_package_s_loops_are_loaded_by_the_next_process(folder):
