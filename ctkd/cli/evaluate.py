@@ -18,7 +18,7 @@ _EXAMPLES = """
 Examples:
   ctkd evaluate runs/multilevelot-seed0
   ctkd evaluate runs/sft-seed0 --loss uld --teacher gemma-3-270m
-  ctkd evaluate smollm2-135m-instruct --data rows.jsonl --limit 100 --predictions answers.jsonl
+  ctkd evaluate smollm2-135m-instruct --data rows.jsonl --limit 100 --output answers.jsonl
   ctkd evaluate --predictions answers.jsonl
 """
 
@@ -33,13 +33,14 @@ Examples:
     default="table",
     show_default=True,
 )
-def evaluate(model: str | None, form: str, **options: Any) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace the file of --output.")
+def evaluate(model: str | None, form: str, overwrite: bool, **options: Any) -> None:
     """Answer held-out prompts with MODEL and score the answers, or score a file of answers."""
     quieten()
     from ctkd.distill.evaluation.evaluate import run_evaluation
 
     request = EvaluateRequest(model=model, **given(options, EvaluateRequest))
-    result = run_evaluation(request, say=say)
+    result = run_evaluation(request, overwrite=overwrite, say=say)
     if form == "json":
         click.echo(json.dumps(result, indent=2))
         return

@@ -275,10 +275,9 @@ class EvaluateRequest:
     columns: dict[str, str] = same_as(TrainConfig, "columns")
     limit: int | None = option(None, "Use the first N examples.")
     predictions: str | None = option(
-        None,
-        "With MODEL: write its answers there. Without: score the answers in it.",
-        metavar="FILE",
+        None, "Score the answers in this file, without a MODEL.", metavar="FILE"
     )
+    output: str | None = option(None, "Write MODEL's answers to this file.", metavar="FILE")
     loss: str | None = option(None, "Also measure this loss against a teacher.")
     loss_options: dict[str, Any] = same_as(TrainConfig, "loss_options")
     teacher: str | None = same_as(TrainConfig, "teacher", default=None, help="For --loss.")

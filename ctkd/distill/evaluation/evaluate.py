@@ -144,9 +144,14 @@ def _length(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
 
 
 def run_evaluation(
-    request: EvaluateRequest, *, say: Callable[[str], None] = print
+    request: EvaluateRequest, *, overwrite: bool = False, say: Callable[[str], None] = print
 ) -> dict[str, float]:
     """Score a model's answers, or a file of answers.
+
+    Args:
+        request: What to evaluate.
+        overwrite: Replace the file for the answers, if it is there.
+        say: Prints one line of progress.
 
     Returns:
         ``exact_match``, ``f1``, ``rouge_lsum`` in percent and ``n``; with a loss also ``ce``,
@@ -157,13 +162,18 @@ def run_evaluation(
     """
     if request.model is None:
         return _score_file(request)
+    if request.predictions is not None:
+        raise SettingError(
+            "--predictions is a file of answers to score, without MODEL; MODEL's own answers are "
+            "written to the file of --output"
+        )
     if request.loss is not None:
         # Fails here, before anything is loaded, if the loss or a setting of it is wrong.
         get_loss(request.loss, pair=PlaceholderPair(), **request.loss_options)
     form = PromptForm(template=request.template or _template_of_run(request.model))
     device = choose_device(request.device)
-    if request.predictions is not None:
-        _check_can_be_written(Path(request.predictions))
+    if request.output is not None:
+        _check_can_be_written(Path(request.output), request, overwrite)
     chosen = _examples(request)
     say(f"model: {request.model}, {len(chosen)} examples")
     tokenizer = load_tokenizer(request.model)
@@ -181,9 +191,9 @@ def run_evaluation(
         form=form,
         progress="answering",
     )
-    if request.predictions is not None:
-        write_predictions(request.predictions, predictions)
-        say(f"answers: {request.predictions}")
+    if request.output is not None:
+        write_predictions(request.output, predictions)
+        say(f"answers: {request.output}")
     return {**score_predictions(predictions).summary(), **losses}
 
 
@@ -234,10 +244,17 @@ def _template_of_run(model: str) -> Literal["plain", "chat"]:
     return "chat" if settings.get("student_template") == "chat" else "plain"
 
 
-def _check_can_be_written(path: Path) -> None:
+def _check_can_be_written(path: Path, request: EvaluateRequest, overwrite: bool) -> None:
     """Find out before the model answers, which takes long."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file for the answers")
+    if request.data is not None and path.resolve() == Path(request.data).expanduser().resolve():
+        raise OutputError(f"{path} holds the data; name another file for the answers")
+    if path.exists() and not overwrite:
+        raise OutputError(
+            f"{path} exists already; replace it with --overwrite, or name another file for the "
+            "answers (--predictions, without MODEL, scores the answers in a file)"
+        )
     try:
         try_to_write(path.parent)
     except OSError as error:
@@ -250,8 +267,9 @@ def _check_can_be_written(path: Path) -> None:
 def _score_file(request: EvaluateRequest) -> dict[str, float]:
     if request.predictions is None:
         raise SettingError("name a MODEL to evaluate, or a file of answers with --predictions")
-    if request.loss is not None:
-        raise SettingError("--loss measures a model; name a MODEL")
+    for name in ("loss", "output"):
+        if getattr(request, name) is not None:
+            raise SettingError(f"--{name} belongs to a model; name a MODEL")
     predictions = read_predictions(request.predictions)
     if request.data is not None or any(not one.references for one in predictions):
         chosen = _examples(request)

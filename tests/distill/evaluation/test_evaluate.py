@@ -102,13 +102,19 @@ def test_options_reach_the_loss(place):
 def test_a_file_of_answers_scores_as_the_model_did(place, tmp_path):
     file = tmp_path / "deep" / "answers.jsonl"
     words = place.evaluate(str(place.folder / "run"), "--limit", "7", "--format", "json")
-    shown = finish(*words, "--predictions", str(file))
+    shown = finish(*words, "--output", str(file))
     assert f"answers: {file}" in shown.stderr
     found = scores(shown)
     assert found["n"] == 7
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["id"] for row in rows] == [f"r{number}" for number in range(7)]
     assert scores(finish("evaluate", "--predictions", str(file), "--format", "json")) == found
+    before = file.read_bytes()
+    assert "exists already" in error_of(invoke(*words, "--output", str(file)))
+    assert file.read_bytes() == before
+    file.write_text("something else")
+    finish(*words, "--output", str(file), "--overwrite")
+    assert file.read_bytes() == before
     with_data = place.evaluate("--predictions", str(file), "--format", "json", "--limit", "7")
     assert scores(finish(*with_data)) == found
     assert "no prediction for 'r7'" in error_of(invoke(*place.evaluate("--predictions", str(file))))
@@ -128,7 +134,7 @@ def test_answers_without_references_are_matched_with_the_data(place, tmp_path):
 
 def test_the_table_shows_counts_in_full(place, monkeypatch):
     found = {"f1": 12.3456789, "n": 1234567}
-    monkeypatch.setattr(evaluate_command, "run_evaluation", lambda request, say: found)
+    monkeypatch.setattr(evaluate_command, "run_evaluation", lambda request, overwrite, say: found)
     assert [line.split() for line in finish("evaluate", "model").stdout.splitlines()] == [
         ["measure", "value"],
         ["---------", "-------"],
@@ -157,7 +163,14 @@ def test_the_embedded_sets_test_part_is_the_default(monkeypatch):
     [
         ([], "name a MODEL to evaluate, or a file of answers with --predictions"),
         (["--predictions", "no-such.jsonl"], "cannot read predictions from no-such.jsonl"),
-        (["--predictions", "x", "--loss", "uld"], "--loss measures a model; name a MODEL"),
+        (["--predictions", "x", "--loss", "uld"], "--loss belongs to a model; name a MODEL"),
+        (["--predictions", "x", "--output", "y"], "--output belongs to a model; name a MODEL"),
+        (["MODEL", "--predictions", "x"], "written to the file of --output"),
+        (["MODEL", "--data", "ROWS", "--output", "ROWS"], "holds the data; name another file"),
+        (
+            ["MODEL", "--data", "ROWS", "--output", "ROWS", "--overwrite"],
+            "holds the data; name another file",
+        ),
         (["MODEL", "--limit", "0"], "limit must be at least 1, got 0"),
         (["MODEL", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["MODEL", "--max-new-tokens", "-1"], "max_new_tokens must be at least 1, got -1"),
@@ -170,8 +183,8 @@ def test_the_embedded_sets_test_part_is_the_default(monkeypatch):
         (["MODEL", "--column", "prompt"], "a column is FIELD=COLUMN"),
         (["./no-such-model"], "there is no folder ./no-such-model"),
         (["MODEL", "--loss", "uld", "--teacher", "./none"], "there is no folder ./none"),
-        (["MODEL", "--predictions", "ROWS/below"], "Not a directory; name a file in a folder"),
-        (["MODEL", "--predictions", "FOLDER"], "is a folder; name a file for the answers"),
+        (["MODEL", "--output", "ROWS/below"], "Not a directory; name a file in a folder"),
+        (["MODEL", "--output", "FOLDER"], "is a folder; name a file for the answers"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_model_answers(place, monkeypatch, words, message):
