@@ -8,6 +8,7 @@ CtkdError
 ├── BatchError          (also ValueError)   a batch lacks or contradicts something
 ├── DataError           (also ValueError)   a data file or one of its rows cannot be used
 ├── ModelError          (also ValueError)   a model cannot be found, fetched or loaded
+├── TrainingError       (also ArithmeticError) a logit, a loss or a weight is not finite
 └── OutputError         (also OSError)      an output folder cannot be used
 """
 
@@ -20,6 +21,7 @@ __all__ = [
     "OutputError",
     "PluginError",
     "SettingError",
+    "TrainingError",
     "UnknownLossError",
 ]
 
@@ -54,6 +56,10 @@ class DataError(CtkdError, ValueError):
 
 class ModelError(CtkdError, ValueError):
     """A model cannot be found, fetched, loaded or used."""
+
+
+class TrainingError(CtkdError, ArithmeticError):
+    """Training cannot go on: a logit, a loss or a weight is nan or infinite."""
 
 
 class OutputError(CtkdError, OSError):

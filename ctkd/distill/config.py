@@ -118,7 +118,7 @@ class TrainConfig:
     max_new_tokens: int = option(32, "Longest generated answer.")
     logging_steps: int = option(5, "Steps between lines of the log.")
     save_steps: int = option(200, "Steps between checkpoints.")
-    keep_checkpoints: bool = option(False, "Keep the last checkpoint of a finished run.")
+    keep_checkpoints: bool = option(False, "Keep the last two checkpoints of a finished run.")
     report_to: str = option("none", "Tracker, as transformers names it.")
 
     def __post_init__(self) -> None:

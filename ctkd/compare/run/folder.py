@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from ctkd.compare.plan.config import NOT_SHARED, CompareConfig
 from ctkd.compare.records import Record
-from ctkd.distill.training.output_folder import try_to_write
+from ctkd.distill.training.output_folder import LOCK, alone, try_to_write
 from ctkd.errors import DataError, OutputError
 
 __all__ = ["STATE", "ComparisonFolder", "append_record", "read_records"]
@@ -56,7 +54,7 @@ class ComparisonFolder:
             raise
         except OSError as error:
             raise _cannot_write(path, error) from error
-        with _alone(path):
+        with alone(path):
             begun = (path / STATE).is_file()
             folder = cls(path, _taken_up(path, record) if begun else record)
             folder.write()
@@ -136,28 +134,11 @@ def _check_free(path: Path) -> None:
             raise OutputError(f"{place} is a file; choose a folder with --output")
     if not path.is_dir() or (path / STATE).is_file():
         return
-    if any(entry.name not in (".lock", f".{STATE}.partial") for entry in path.iterdir()):
+    if any(entry.name not in (LOCK, f".{STATE}.partial") for entry in path.iterdir()):
         raise OutputError(
             f"{path} is not empty and holds no {STATE}, so it is no comparison; choose another "
             "--output"
         )
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    lock = filelock.FileLock(path / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise OutputError(
-            f"another process works in {path}; wait for it, or choose another --output"
-        ) from error
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:

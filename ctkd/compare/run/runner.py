@@ -26,6 +26,7 @@ from ctkd.compare.run.evaluating import Evaluator, means, scored
 from ctkd.compare.run.folder import ComparisonFolder, append_record, read_records
 from ctkd.compare.run.preparation import Prepared, prepare
 from ctkd.distill.devices import give_back_freed_memory
+from ctkd.distill.training.checkpoints import Checkpoints
 from ctkd.distill.training.output_folder import RECORD, OutputFolder
 from ctkd.distill.training.run import Interrupted, train
 from ctkd.errors import DataError
@@ -265,7 +266,7 @@ class _Comparing:
             needed |= self._leading(jobs)
         for training in {job.training.key: job.training for job in jobs}.values():
             if training.key not in needed and training.folder.is_dir():
-                OutputFolder(training.folder, {}).remove_checkpoints()
+                Checkpoints(training.folder, self.say).remove()
                 for pattern in _WEIGHTS:
                     for file in training.folder.glob(pattern):
                         file.unlink()

@@ -8,7 +8,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ __all__ = [
     "last_logits",
     "load_model",
     "load_tokenizer",
+    "make_savable",
     "most_positions",
     "resolve",
     "supports_logits_to_keep",
@@ -246,6 +247,36 @@ def last_logits(
         arguments["logits_to_keep"] = count
     logits: Tensor = model(**arguments, use_cache=False).logits
     return logits[:, -count:]
+
+
+def make_savable(model: PreTrainedModel, say: Callable[[str], None]) -> None:
+    """Unset the settings of generation that have no effect and that transformers refuses to save.
+
+    Many models come with sampling values but decode greedily.
+
+    Raises:
+        ModelError: If they cannot be saved even so.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        names = re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)
+        for name in names:
+            setattr(config, name, None)
+        try:
+            config.validate(strict=True)
+        except ValueError as rest:
+            raise ModelError(
+                f"the model's generation_config.json cannot be saved again: {one_line(rest)}; "
+                "mend it in the model's folder"
+            ) from error
+        say(
+            f"note: the model's {', '.join(names)} for generation have no effect without "
+            "do_sample, and are left out of what is saved"
+        )
 
 
 def most_positions(name: str) -> int | None:

@@ -59,7 +59,7 @@ from ctkd.distill.teachers.cache import (
     row_key,
 )
 from ctkd.distill.teachers.texts import TeacherTexts
-from ctkd.errors import OutputError, SettingError
+from ctkd.errors import ModelError, OutputError, SettingError
 from ctkd.logits import DenseLogits, TopK
 from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.vocabulary_map import fingerprint
@@ -338,7 +338,14 @@ def _shard_tensors(
     columns: dict[str, list[Tensor]] = {}
     for start in range(0, len(group), batch_size):
         sides = group[start : start + batch_size]
-        for name, value in teacher.top_k(sides, record).items():
+        kept = teacher.top_k(sides, record)
+        # Of a nan, or of an infinity that is no mask, nothing else is left.
+        if not kept["log_normalizers"].isfinite().all():
+            raise ModelError(
+                f"logits of the teacher {teacher.config.teacher} are nan or infinite; look for "
+                "such values in its weights, or load it in float32"
+            )
+        for name, value in kept.items():
             # 4 bytes are enough for any vocabulary, and twice as many make the file a third larger.
             value = value.to(torch.int32) if name.endswith("ids") else value.float()
             columns.setdefault(name, []).append(value)

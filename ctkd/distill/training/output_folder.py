@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from ctkd.errors import OutputError
 
-__all__ = ["RECORD", "OutputFolder", "try_to_write"]
+__all__ = ["LOCK", "RECORD", "OutputFolder", "alone", "try_to_write"]
 
 RECORD = "ctkd.json"
+LOCK = ".lock"
 
 
 class OutputFolder:
@@ -38,7 +42,11 @@ class OutputFolder:
         Raises:
             OutputError: As `prepare`.
         """
-        return OutputFolder(path, _plan(path, settings, resume=resume, overwrite=overwrite))
+        record = _plan(path, settings, resume=resume, overwrite=overwrite)
+        if (path / LOCK).exists():
+            with alone(path):
+                pass
+        return OutputFolder(path, record)
 
     @classmethod
     def prepare(
@@ -104,25 +112,34 @@ class OutputFolder:
     def write(self) -> None:
         """Write ``ctkd.json`` at once or not at all."""
         partial = self.path / f".{RECORD}.partial"
-        partial.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        # JSON has no numbers that are not finite.
+        text = json.dumps(_finite(self.record), indent=2, ensure_ascii=False, allow_nan=False)
+        partial.write_text(text + "\n", "utf-8")
         os.replace(partial, self.path / RECORD)
 
-    def last_checkpoint(self) -> Path | None:
-        """The last checkpoint that was written to its end.
 
-        The trainer writes ``trainer_state.json`` after everything else.
-        """
-        complete = [
-            folder
-            for folder in self.path.glob("checkpoint-*")
-            if folder.name.removeprefix("checkpoint-").isdigit() and _is_complete(folder)
-        ]
-        return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Make a folder if need be, and keep other processes out of it.
 
-    def remove_checkpoints(self) -> None:
-        """Delete all checkpoints."""
-        for folder in self.path.glob("checkpoint-*"):
-            shutil.rmtree(folder)
+    Raises:
+        OutputError: If another one is in it, or it cannot be written.
+    """
+    with _as_output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise OutputError(
+                f"another process works in {path}; wait for it, or choose another --output"
+            ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (path / LOCK).unlink()
+        lock.release()
 
 
 def _plan(path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any]:
@@ -134,7 +151,7 @@ def _plan(path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
         for place in (path, *path.parents):
             if place.exists() and not place.is_dir():
                 raise OutputError(f"{place} is a file; choose a folder with --output")
-        present = path.is_dir() and any(path.iterdir())
+        present = path.is_dir() and any(entry.name != LOCK for entry in path.iterdir())
         if not present:
             try_to_write(path)
             return record
@@ -161,7 +178,7 @@ def _empty(path: Path) -> None:
     # If this is cut short, what is left is still a run, but none that could be resumed.
     OutputFolder(path, {"settings": {}, "results": {}}).write()
     for entry in list(path.iterdir()):
-        if entry.name == RECORD:
+        if entry.name in (RECORD, LOCK):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -194,12 +211,13 @@ def try_to_write(folder: Path) -> None:
         pass
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+def _finite(value: Any) -> Any:
+    """A value with None in the place of numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    return [*map(_finite, value)] if isinstance(value, list | tuple) else value
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from ctkd.distill.data.encoding import EncodedExamples
 from ctkd.distill.data.tasks import Example
 from ctkd.distill.devices import PeakMemory, choose_device, is_cpu
 from ctkd.distill.models.fingerprint import model_fingerprint
-from ctkd.distill.models.loading import head_width
+from ctkd.distill.models.loading import head_width, make_savable
 from ctkd.distill.preparing import (
     Forms,
     Models,
@@ -43,8 +46,9 @@ from ctkd.distill.preparing import (
 )
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.texts import TeacherTexts
+from ctkd.distill.training.checkpoints import Checkpoints, RunTrainer
 from ctkd.distill.training.measuring import Measure, keep_history
-from ctkd.distill.training.output_folder import OutputFolder
+from ctkd.distill.training.output_folder import OutputFolder, alone
 from ctkd.distill.training.progress import StepReport, StepsAsAsked, StopOnSignal
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import CtkdError, ModelError, OutputError, SettingError
@@ -90,6 +94,32 @@ def train(
     if "finished" in folder_before.results:
         say(f"{folder_before.path} is finished already; nothing is left to do")
         return folder_before
+    inputs = _load(config, say)
+    # Only now may an earlier run be overwritten: everything that was given can be used.
+    with alone(config.folder):
+        folder = OutputFolder.prepare(config.folder, settings, resume=resume, overwrite=overwrite)
+        folder.record["environment"] = _environment(device)
+        folder.write()
+        _run(config, inputs, folder, device, resume=resume, say=say)
+    return folder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Inputs:
+    """Everything that a run needs, loaded and checked."""
+
+    models: Models
+    student: PreTrainedModel
+    cache: TeacherCache | None
+    loss: Loss | None
+    pair: TokenizerPair | None
+    forms: Forms
+    encoded: EncodedExamples
+    encoded_held_out: EncodedExamples
+    held_out: Sequence[Example]
+
+
+def _load(config: TrainConfig, say: Callable[[str], None]) -> _Inputs:
     training, held_out = load_examples(config, say)
     cache = None
     if config.teacher_cache is not None:
@@ -98,6 +128,7 @@ def train(
     student = models.student
     if student is None:
         raise ModelError(f"{config.student} was not loaded")
+    make_savable(student, say)
     forms = Forms.of(config, training)
     if config.answers == "teacher":
         training = _as_the_teacher_answers(config, models, training, forms, cache, say)
@@ -114,28 +145,37 @@ def train(
         cache.check_rows(encoded.rows, "training")
         cache.check_rows(encoded_held_out.rows, "held-out")
         cache.check_serves(loss, config.loss)
+    return _Inputs(models, student, cache, loss, pair, forms, encoded, encoded_held_out, held_out)
 
-    # Only now may an earlier run be overwritten: everything that was given can be used.
-    folder = OutputFolder.prepare(config.folder, settings, resume=resume, overwrite=overwrite)
-    folder.record["environment"] = _environment(device)
-    folder.write()
+
+def _run(
+    config: TrainConfig,
+    inputs: _Inputs,
+    folder: OutputFolder,
+    device: torch.device,
+    *,
+    resume: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Measure, train, save and measure again, as far as that was not done before."""
+    models, student, forms = inputs.models, inputs.student, inputs.forms
     stop = StopOnSignal(say)
-    trainer = _make_trainer(
-        config, models, loss, pair, encoded, encoded_held_out, folder, device=device, cache=cache
-    )
+    trainer = _make_trainer(config, inputs, folder, device)
+    trainer.checkpoints = Checkpoints(folder.path, say)
     report = StepReport(say, trainer.clock)
     for callback in (StepsAsAsked(), report, stop):
         trainer.add_callback(callback)
+    _check_can_be_saved(trainer, student, folder)
+    checkpoint = trainer.checkpoints.last() if resume else None
 
-    measure = Measure(config, folder, held_out, say)
+    measure = Measure(config, folder, inputs.held_out, say)
     if config.measure == "all":
         measure.metrics("student before", student, models.student_tokenizer, forms.student)
-        _measure_teacher(measure, models, forms, cache)
+        _measure_teacher(measure, models, forms, inputs.cache)
         measure.losses("losses before", trainer)
 
     _tell_how_logits_are_read(trainer, say)
     _warn_about_precision(config, say)
-    checkpoint = folder.last_checkpoint() if resume else None
     if checkpoint is not None:
         say(f"going on from {checkpoint.name}")
     peak = PeakMemory(device)
@@ -157,15 +197,34 @@ def train(
         )
 
     student.config.use_cache = True
-    trainer.save_model(str(folder.path))
+    trainer.check_weights()
+    with trainer.checkpoints.writing_result() as partial:
+        trainer.save_model(str(partial))
     if config.measure == "all":
         measure.losses("losses after", trainer)
         keep_history(folder, trainer)
         measure.metrics("student after", student, models.student_tokenizer, forms.student)
     folder.keep("finished", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     if not config.keep_checkpoints:
-        folder.remove_checkpoints()
-    return folder
+        trainer.checkpoints.remove()
+
+
+def _check_can_be_saved(
+    trainer: RunTrainer, student: PreTrainedModel, folder: OutputFolder
+) -> None:
+    """Find out before the first step what would fail after the last one."""
+    needed = sum(weight.nbytes for weight in student.parameters())
+    free = shutil.disk_usage(folder.path).free
+    if free < needed:
+        raise OutputError(
+            f"the student takes {needed / 1e9:.1f} GB, but there are only {free / 1e9:.1f} GB left "
+            f"for {folder.path}; make room, or choose another --output"
+        )
+    with tempfile.TemporaryDirectory(dir=folder.path, prefix=".") as place:
+        student.config.save_pretrained(place)
+        if student.can_generate():
+            student.generation_config.save_pretrained(place)
+        trainer.processing_class.save_pretrained(place)
 
 
 def _as_the_teacher_answers(
@@ -224,21 +283,11 @@ def _measure_teacher(
 
 
 def _make_trainer(
-    config: TrainConfig,
-    models: Models,
-    loss: Loss | None,
-    pair: TokenizerPair | None,
-    encoded: EncodedExamples,
-    encoded_held_out: EncodedExamples,
-    folder: OutputFolder,
-    *,
-    device: torch.device,
-    cache: TeacherCache | None,
-) -> CrossTokenizerTrainer:
-    student = models.student
-    if student is None:
-        raise ModelError(f"{config.student} was not loaded")
-    batches = math.ceil(len(encoded) / config.batch_size)
+    config: TrainConfig, inputs: _Inputs, folder: OutputFolder, device: torch.device
+) -> RunTrainer:
+    models, pair = inputs.models, inputs.pair
+    cache = inputs.cache if config.distils else None
+    batches = math.ceil(len(inputs.encoded) / config.batch_size)
     steps = math.ceil(math.ceil(batches / config.grad_accumulation) * config.epochs)
     steps = config.max_steps or steps
     arguments = TrainingArguments(
@@ -258,7 +307,6 @@ def _make_trainer(
         eval_strategy="no" if config.eval_steps is None else "steps",
         eval_steps=config.eval_steps,
         save_steps=config.save_steps,
-        save_total_limit=1,
         seed=config.seed,
         data_seed=config.seed,
         bf16=config.dtype == "bfloat16",
@@ -269,12 +317,12 @@ def _make_trainer(
         dataloader_pin_memory=not is_cpu(device),
     )
     teacher_tokenizer = models.teacher_tokenizer if config.distils else None
-    trainer = CrossTokenizerTrainer(
-        student,
+    trainer = RunTrainer(
+        inputs.student,
         arguments,
-        loss=loss,
+        loss=inputs.loss,
         teacher=models.teacher if config.distils else None,
-        teacher_cache=cache if config.distils else None,
+        teacher_cache=cache,
         weights=config.weights(),
         student_vocab_size=None if pair is None else pair.student_size,
         teacher_vocab_size=None if pair is None else pair.teacher_size,
@@ -282,10 +330,10 @@ def _make_trainer(
             student_pad_id=padding_id(models.student_tokenizer),
             teacher_pad_id=None if teacher_tokenizer is None else padding_id(teacher_tokenizer),
             score_eos=config.score_eos,
-            teacher_cache=cache if config.distils else None,
+            teacher_cache=cache,
         ),
-        train_dataset=encoded.rows,
-        eval_dataset=encoded_held_out.rows,
+        train_dataset=inputs.encoded.rows,
+        eval_dataset=inputs.encoded_held_out.rows,
         processing_class=models.student_tokenizer,
     )
     trainer.remove_callback(PrinterCallback)

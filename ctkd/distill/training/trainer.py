@@ -30,13 +30,14 @@ from ctkd.distill.data.collator import KEPT
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.training.progress import StepClock
-from ctkd.errors import BatchError, SettingError
+from ctkd.errors import BatchError, SettingError, TrainingError
 from ctkd.logits import RowLogits, TopKLogits
 from ctkd.loss import Loss, Weights
 
 __all__ = ["CrossTokenizerTrainer"]
 
 LOSS_FILE = "ctkd_loss.safetensors"
+_DIVERGED = "lower the learning rate, and look at the data and at the weights it began with"
 _LOSS_MODULE = "ctkd_loss"
 
 
@@ -240,7 +241,9 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         logits = self.student_logits.read(model, inputs, labels.shape[1])
         with torch.autocast(logits.device.type, enabled=False):
             if self.distillation_loss is None:
-                return _cross_entropy(logits, labels)
+                sums = _cross_entropy(logits, labels)
+                self._check_finite(sums, None)
+                return sums
             student = Side.from_causal_lm(
                 logits,
                 inputs["distill_labels"],
@@ -254,7 +257,44 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         sums.kd = output.value * output.count
         sums.kd_count = output.count
         sums.parts = {name: part * output.count for name, part in output.parts.items()}
+        self._check_finite(sums, batch.teacher)
         return sums
+
+    def check_weights(self) -> None:
+        """Refuse to keep a student that cannot be used.
+
+        Raises:
+            TrainingError: If one of its weights is nan or infinite.
+        """
+        for name, weight in self.model.named_parameters():
+            if not weight.isfinite().all():
+                raise TrainingError(
+                    f"after step {self.state.global_step} the student's {name} is nan or infinite: "
+                    f"training has diverged; {_DIVERGED}"
+                )
+
+    def _check_finite(self, sums: _Sums, teacher: Side | None) -> None:
+        """Stop at the first value that is nan or infinite, and say whose it is."""
+        if sums.tensor().isfinite().all():
+            return
+        when = f"at step {self.state.global_step + 1}"
+        if not sums.ce.isfinite():
+            cause = "training has diverged" if self.state.global_step else "its weights may be so"
+            raise TrainingError(
+                f"{when} the student's logits are nan or infinite: {cause}; {_DIVERGED}"
+            )
+        if teacher is not None:
+            log_probs = teacher.logits.log_probs(teacher.token_ids.unsqueeze(-1))
+            if not log_probs.isfinite().all():
+                raise TrainingError(
+                    f"{when} the teacher's logits are nan or infinite; look for such values in its "
+                    "weights or its cache, or load it in float32"
+                )
+        raise TrainingError(
+            f"{when} the loss {type(self.distillation_loss).__name__} is nan or infinite, though "
+            "the logits of both sides are not; try other settings of it, and report it to its "
+            "authors"
+        )
 
     def _why_whole_logits(self) -> str | None:
         """Why a model's head must not be taken apart, whatever it is."""

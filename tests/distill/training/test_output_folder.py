@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from ctkd.distill.training.output_folder import RECORD, OutputFolder, try_to_write
+from ctkd.distill.training.output_folder import LOCK, RECORD, OutputFolder, alone, try_to_write
 from ctkd.errors import OutputError
 
 SETTINGS = {"loss": "uld", "seed": 0, "logging_steps": 5}
@@ -40,12 +40,10 @@ def contents(folder) -> dict[str, bytes | None]:
     }
 
 
-def checkpoint(folder, step, *, state='{"global_step": 1}') -> None:
+def checkpoint(folder, step) -> None:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"weights")
-    if state is not None:
-        (path / "trainer_state.json").write_text(state)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -202,18 +200,34 @@ def test_trying_to_write_leaves_nothing(tmp_path):
     assert contents(tmp_path) == {}
 
 
-def test_the_last_checkpoint_is_the_last_complete_one(tmp_path):
+def test_a_folder_is_one_process_s(tmp_path):
+    path = tmp_path / "one"
+    prepare(path)
+    with alone(path):
+        for way in WAYS[1:]:
+            with pytest.raises(OutputError, match="another process works in .*one; wait for it"):
+                check(path, **way)
+        with pytest.raises(OutputError, match="another process"), alone(path):
+            pass
+    for way in WAYS[1:]:
+        check(path, **way)
+    with alone(path):
+        prepare(path, overwrite=True)
+        assert sorted(contents(path)) == [LOCK, RECORD]
+    assert list(contents(path)) == [RECORD]
+
+
+def test_a_folder_that_was_only_locked_is_free(tmp_path):
+    with alone(tmp_path / "one"):
+        assert prepare(tmp_path / "one").results == {}
+
+
+def test_numbers_that_json_has_not_are_none(tmp_path):
     folder = prepare(tmp_path / "one")
-    assert folder.last_checkpoint() is None
-    for step in (9, 100, 20):
-        checkpoint(folder.path, step)
-    checkpoint(folder.path, 200, state=None)
-    checkpoint(folder.path, 300, state='{"global_step": 3')
-    checkpoint(folder.path, "best")
-    assert folder.last_checkpoint() == folder.path / "checkpoint-100"
-    folder.remove_checkpoints()
-    assert folder.last_checkpoint() is None
-    assert list(contents(folder.path)) == [RECORD]
+    folder.keep("history", [{"grad_norm": float("nan"), "ce": 1.5}, {"ce": float("inf")}])
+    text = (tmp_path / "one" / RECORD).read_text()
+    held = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert held["results"]["history"] == [{"grad_norm": None, "ce": 1.5}, {"ce": None}]
 
 
 def test_a_run_may_be_told_that_what_it_reads_lies_elsewhere(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ctkd.distill.training import measuring, progress
-from ctkd.distill.training.output_folder import OutputFolder
+from ctkd.distill.training.checkpoints import Checkpoints
 from tests.distill.tiny_runs import error_of, finish, invoke, record, weights
 
 ROOT = Path(__file__).parents[3]
@@ -57,7 +57,7 @@ def training_logs(folder: Path) -> list[dict]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    return OutputFolder(folder, {}).last_checkpoint()
+    return Checkpoints(folder, print).last()
 
 
 def signaled(monkeypatch, number: int, words: list[str]) -> str:
@@ -131,11 +131,14 @@ def test_a_run_that_is_stopped_three_times_ends_like_one_that_is_not(place, answ
     third = last_checkpoint(run)
     assert third.name == "checkpoint-5"
 
+    # Of another one alone, the last is damaged in a way that could be read.
     broken = run / "checkpoint-7"
     shutil.copytree(third, broken)
-    (broken / "trainer_state.json").unlink()
+    state = broken / "trainer_state.json"
+    state.write_text(state.read_text().replace("1", "2", 1))
     answered.clear()
     shown = finish(*words, "--resume")
+    assert f"{state} is not as it was written" in shown.stderr
     assert f"going on from {third.name}\n" in shown.stderr
     assert answered == ["student after: answering"]
     assert same(straight, run)

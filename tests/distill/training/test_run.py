@@ -309,9 +309,10 @@ def test_weights_in_bfloat16_are_warned_about(place, undrawn):
     assert "--dtype bfloat16 keeps them in float32" in warned[0]
 
 
-def test_the_last_checkpoint_is_kept_if_asked(place, undrawn):
-    finish(*place.train("kept", "--keep-checkpoints", "--save-steps", "1"))
-    assert [path.name for path in place.folder.glob("kept/checkpoint-*")] == ["checkpoint-2"]
+def test_the_last_two_checkpoints_are_kept_if_asked(place, undrawn):
+    finish(*place.train("kept", "--keep-checkpoints", "--save-steps", "1", "--max-steps", "3"))
+    found = sorted(path.name for path in place.folder.glob("kept/checkpoint-*"))
+    assert found == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_rows_too_long_for_a_model_are_left_out_and_said(place, undrawn):
