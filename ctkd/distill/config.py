@@ -160,7 +160,13 @@ class TrainConfig:
                 "no teacher; leave the cache out, choose a loss, or set answers to teacher"
             )
         # Fails here, before anything is fetched, if the loss or a setting of it is wrong.
-        self.make_loss()
+        weights = self.weights()
+        if weights.ce == 0 and (weights.kd == 0 or not self.distils):
+            raise SettingError(
+                "nothing would be trained: ce_weight is 0"
+                + (", and so is kd_weight" if self.distils else " and loss 'sft' has no other part")
+                + "; give one of them a weight above 0"
+            )
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, source: str = "settings") -> TrainConfig:

@@ -38,6 +38,8 @@ from ctkd.loss import Weights
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number of at least 0"),
         ({"kd_weight": -1.0}, "kd_weight must be a finite number of at least 0, got -1.0"),
         ({"ce_weight": float("inf")}, "ce_weight must be a finite number of at least 0"),
+        ({"loss": "uld", "kd_weight": 0, "ce_weight": 0}, "nothing would be trained: ce_weight is"),
+        ({"loss": "sft", "ce_weight": 0.0}, "nothing would be trained: ce_weight is 0 and loss"),
         ({"warmup": 1.0}, "warmup is a share of the steps, from 0 to below 1, got 1.0"),
         ({"seed": -1}, "seed must lie between 0 and 4294967295, got -1"),
         ({"seed": 2**32}, "seed must lie between 0 and 4294967295"),
@@ -59,7 +61,8 @@ def test_what_is_wrong_is_named(settings, message):
     [
         {},
         {"loss": "sft", "max_steps": 1},
-        {"kd_weight": 0, "ce_weight": 0.0, "warmup": 0, "epochs": 0.25},
+        {"kd_weight": 0, "warmup": 0, "epochs": 0.25},
+        {"ce_weight": 0.0, "kd_weight": 1.0},
         {"seed": 2**32 - 1, "score_eos": True, "dtype": "bfloat16-pure", "device": "cpu"},
         {"loss": "uld", "loss_options": {"top_k": None, "student_temperature": 2}},
         {"columns": {"context": "passage"}, "eval_data": None, "output": "~/runs"},

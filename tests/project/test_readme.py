@@ -8,6 +8,7 @@ import pytest
 import ctkd
 from ctkd import registry
 from ctkd.testing import check_loss
+from tests.distill.tiny_runs import Workplace, finish
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,8 +27,19 @@ def test_the_python_code_runs(monkeypatch):
             assert names["student"].get_input_embeddings().weight.grad is None
     assert names["alignment"].coverage == 1
     assert names["student"].get_input_embeddings().weight.grad.isfinite().all()
+    assert names["student"].training and not names["teacher"].training
     assert "mean_entropy_gap" in ctkd.list_losses()
     check_loss(ctkd.get_loss("mean_entropy_gap"))
+
+
+def test_the_loss_that_is_written_there_is_trained_with_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "_losses", dict(registry._losses))
+    (block,) = [block for block in PYTHON if "@ctkd.register" in block]
+    exec(compile(block, "README.md", "exec"), {"ctkd": ctkd})
+    words = ["--loss", "mean_entropy_gap", "--measure", "nothing"]
+    shown = finish(*Workplace(tmp_path).train("run", *words))
+    assert "kd " in shown.stderr
+    assert "entropy of the top 8 entries" in finish("losses", "mean_entropy_gap").stdout
 
 
 def test_the_loop_is_short():

@@ -4,6 +4,7 @@ It loads nothing itself.
 """
 
 import logging as levels
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -23,9 +24,11 @@ from transformers.utils import logging
 
 from ctkd.errors import ModelError
 
-__all__ = ["check_causal", "check_complete", "one_line", "quiet"]
+__all__ = ["check_causal", "check_complete", "check_layers", "one_line", "quiet"]
 
 _LONGEST_CAUSE = 300
+# Of a weight's name: the number of its layer.
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)\.")
 
 
 def one_line(error: BaseException) -> str:
@@ -109,4 +112,25 @@ def check_complete(missing: Collection[str], name: str) -> None:
         raise ModelError(
             f"the files of {name} lack {len(missing)} of the model's weights, {min(missing)} for "
             "one, which would stay random; give a complete causal language model"
+        )
+
+
+def check_layers(unexpected: Collection[str], config: PretrainedConfig, name: str) -> None:
+    """Refuse a model whose configuration has fewer layers than its files: it would be cut short.
+
+    Args:
+        unexpected: Names of the weights in the files that the model has no place for.
+        config: The model's configuration.
+        name: What the user called the model, for the message.
+
+    Raises:
+        ModelError: If there are any of further layers.
+    """
+    layers = getattr(config, "num_hidden_layers", None)
+    numbers = [int(one[1]) for one in map(_LAYER.search, unexpected) if one is not None]
+    if layers is not None and numbers and max(numbers) >= layers:
+        raise ModelError(
+            f"the files of {name} hold {max(numbers) + 1} layers, but its config.json says "
+            f"num_hidden_layers {layers}, and the others would be left out; mend config.json, or "
+            "save a model of that many layers"
         )

@@ -24,7 +24,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ctkd.distill.models.checks import check_causal, check_complete, one_line, quiet
+from ctkd.distill.models.checks import (
+    check_causal,
+    check_complete,
+    check_layers,
+    one_line,
+    quiet,
+)
 from ctkd.distill.models.gguf_convert import convert_gguf
 from ctkd.distill.models.packaged import PACKAGED, prepare
 from ctkd.errors import ModelError
@@ -151,6 +157,7 @@ def load_model(
             "or made for another version of transformers"
         ) from error
     check_complete(report["missing_keys"], name)
+    check_layers(report["unexpected_keys"], config, name)
     _set_dtype(model, dtype)
     try:
         if device is not None:

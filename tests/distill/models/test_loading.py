@@ -9,6 +9,8 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -253,6 +255,20 @@ def test_weights_that_would_stay_random(tmp_path):
     config.architectures = None
     LlamaModel(config).save_pretrained(tmp_path)
     assert "lack 1 of the model's weights, lm_head.weight for one" in message(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_a_configuration_with_fewer_layers_than_the_files(tmp_path, kind, layers):
+    sizes = {"n_embd": 16, "n_head": 2} if kind == "gpt2" else {"hidden_size": 16}
+    if kind == "llama":
+        sizes |= {"intermediate_size": 16, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, vocab_size=40, **sizes, **{layers: 3})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).config.num_hidden_layers == 3
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, layers: 2}))
+    said = message(tmp_path)
+    assert "hold 3 layers, but its config.json says num_hidden_layers 2" in said
 
 
 def test_an_encoder_decoder(tmp_path):
