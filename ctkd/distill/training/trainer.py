@@ -123,9 +123,6 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         if teacher is not None and teacher_cache is not None:
             raise SettingError("a cache stands for the teacher; give one of them")
         _check_arguments(args)
-        if loss is not None and any(parameter.requires_grad for parameter in loss.parameters()):
-            # Only what hangs below the model is optimized, clipped, synchronized and saved.
-            model.add_module(_LOSS_MODULE, loss)
         super().__init__(
             model=model,
             args=args,
@@ -136,6 +133,9 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             callbacks=callbacks,
         )
         self.distillation_loss = None if loss is None else loss.to(args.device)
+        self._trained_loss = None
+        if loss is not None and any(parameter.requires_grad for parameter in loss.parameters()):
+            self._trained_loss = loss
         self.teacher = None if teacher is None else _frozen(teacher, args.device)
         self.teacher_cache = teacher_cache
         self.whole_logits = whole_logits
@@ -154,6 +154,17 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         self._step_counts: tuple[Tensor, Tensor] | None = None
         self._logged = torch.zeros(0, dtype=torch.float64)
         self._part_names: list[str] = []
+
+    def train(self, *arguments: Any, **settings: Any) -> Any:
+        """Train as `Trainer` does, and the parameters of the loss with the student's."""
+        if self._trained_loss is None:
+            return super().train(*arguments, **settings)
+        # Only what hangs below the model is optimized, clipped, synchronized and saved.
+        self.model.add_module(_LOSS_MODULE, self._trained_loss)
+        try:
+            return super().train(*arguments, **settings)
+        finally:
+            delattr(self.model, _LOSS_MODULE)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -356,17 +367,19 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the student without the loss's parameters, and those in a file of their own."""
-        if not hasattr(self.model, _LOSS_MODULE):
+        if self._trained_loss is None:
             super()._save(output_dir, state_dict)
             return
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         prefix = f"{_LOSS_MODULE}."
         student = {name: value for name, value in state_dict.items() if not name.startswith(prefix)}
+        # While training it hangs below the model, where a backend may shard it.
         own = {
-            name.removeprefix(prefix): value.contiguous().cpu()
+            name.removeprefix(prefix): value
             for name, value in state_dict.items()
             if name.startswith(prefix)
-        }
+        } or self._trained_loss.state_dict()
+        own = {name: value.contiguous().cpu() for name, value in own.items()}
         folder = Path(output_dir or self.args.output_dir)
         super()._save(str(folder), student)
         save_file(own, folder / LOSS_FILE)

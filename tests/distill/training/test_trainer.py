@@ -198,8 +198,16 @@ class Learned(ctkd.losses.ULD):
 def test_a_losss_own_parameters_are_trained_saved_and_restored(tmp_path):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     setup, loss = Setup(), Learned()
-    trainer(setup, tmp_path, loss, **settings).train()
+    run = trainer(setup, tmp_path, loss, **settings)
+    run.train()
     assert loss.scale.item() != 2.0
+    run.save_model(str(tmp_path / "saved"))
+    assert load_file(tmp_path / "saved" / LOSS_FILE)["scale"] == loss.scale
+    # The student's own file is the student's alone, whoever writes it.
+    setup.student.save_pretrained(tmp_path / "by hand")
+    for name in ("saved", "by hand"):
+        held = load_file(tmp_path / name / "model.safetensors")
+        assert not [one for one in held if "loss" in one]
     checkpoint = tmp_path / "checkpoint-2"
     assert load_file(checkpoint / LOSS_FILE)["scale"] == loss.scale
     reloaded, report = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
