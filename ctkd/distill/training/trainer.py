@@ -37,6 +37,8 @@ from ctkd.loss import Loss, Weights
 __all__ = ["CrossTokenizerTrainer"]
 
 LOSS_FILE = "ctkd_loss.safetensors"
+# Settings of what Trainer would compute, and this trainer computes otherwise.
+_BYPASSED = ("label_smoothing_factor", "fp16_full_eval", "bf16_full_eval")
 _DIVERGED = "lower the learning rate, and look at the data and at the weights it began with"
 _LOSS_MODULE = "ctkd_loss"
 
@@ -172,6 +174,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         """Fetch the micro-batches of one optimizer step and count what they score."""
         self.clock.start()
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if samples:
+            samples[-1] = self._without_repeats(samples[-1])
         ce_count = torch.zeros((), dtype=torch.int64, device=self.args.device)
         kd_count = torch.zeros((), dtype=torch.int64, device=self.args.device)
         for sample in samples:
@@ -231,12 +235,12 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         total: Tensor | None = None
         samples = 0
         for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
+            inputs = self._without_repeats(self._prepare_inputs(inputs))
             with torch.no_grad(), self.compute_loss_context_manager():
                 sums = self._sums(model, inputs)
             self._part_names = list(sums.parts)
             total = sums.tensor() if total is None else total + sums.tensor()
-            samples += len(inputs["labels"])
+            samples += int((inputs["labels"] != IGNORE_INDEX).any(-1).sum())
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if total is None:
             raise BatchError("there is nothing to evaluate on; give evaluation data")
@@ -246,6 +250,26 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=samples
         )
+
+    def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch in which nothing is scored of rows that are there for a second time.
+
+        In the last batch of an epoch, accelerate gives all ranks as many rows as the first has.
+        """
+        state = self.accelerator.gradient_state
+        ranks = self.accelerator.num_processes
+        if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        size = len(inputs["labels"])
+        kept = max(0, min(size, state.remainder - self.accelerator.process_index * size))
+        unscored = {"labels": IGNORE_INDEX, "chunk_ids": -1}
+        cut = {
+            name: torch.cat([value[:kept], torch.full_like(value[kept:], none)])
+            for name, value in inputs.items()
+            for ending, none in unscored.items()
+            if name.endswith(ending)
+        }
+        return {**inputs, **cut}
 
     def _sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> _Sums:
         labels = inputs["labels"]
@@ -403,6 +427,12 @@ def _check_arguments(args: TrainingArguments) -> None:
             "TrainingArguments(remove_unused_columns=False) is needed: the teacher's columns would "
             "be dropped silently"
         )
+    for name in _BYPASSED:
+        if getattr(args, name, None):
+            raise SettingError(
+                f"TrainingArguments({name}={getattr(args, name)}) would have no effect: the loss "
+                "and its evaluation are computed in another way here; leave it out"
+            )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise SettingError(

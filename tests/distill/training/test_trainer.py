@@ -224,6 +224,8 @@ def test_a_losss_own_parameters_are_trained_saved_and_restored(tmp_path):
     ("changes", "message"),
     [
         ({"remove_unused_columns": True}, "remove_unused_columns=False"),
+        ({"label_smoothing_factor": 0.1}, r"\(label_smoothing_factor=0.1\) would have no effect"),
+        ({"bf16_full_eval": True}, r"\(bf16_full_eval=True\) would have no effect"),
     ],
 )
 def test_arguments_that_train_wrongly_are_refused(tmp_path, changes, message):
@@ -255,6 +257,17 @@ run.train()
 if run.args.process_index == 0:
     log = run.state.log_history[0]
     torch.save({"weights": setup.student.state_dict(), "log": log}, sys.argv[2])
+
+# What does not fill the ranks' last batches: a whole epoch of training, and evaluations.
+for count in (5, 7):
+    setup = Setup(count)
+    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    run = trainer(setup, sys.argv[1], "alm", num_train_epochs=1, max_steps=-1, **sizes)
+    run.train()
+    metrics = run.evaluate()
+    if run.args.process_index == 0:
+        found = {"weights": setup.student.state_dict(), "metrics": metrics}
+        torch.save(found, f"{sys.argv[2]}.{count}")
 """
 
 
@@ -276,3 +289,13 @@ def test_two_processes_make_the_step_of_one(tmp_path):
     log = run.state.log_history[0]
     for name in ("ce", "kd", "kd/sd"):
         assert found["log"][name] == pytest.approx(log[name], rel=1e-9), name
+    for count in (5, 7):
+        single = Setup(count)
+        sizes = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "max_steps": -1}
+        run = trainer(single, tmp_path / "one", "alm", **sizes)
+        run.train()
+        found = torch.load(tmp_path / f"r.pt.{count}", weights_only=False)
+        assert same_weights(weights_of(single.student), found["weights"], 1e-10)
+        metrics = run.evaluate()
+        for name in ("eval_ce", "eval_kd"):
+            assert found["metrics"][name] == pytest.approx(metrics[name], rel=1e-9), name
