@@ -241,9 +241,25 @@ class Side:
         )
 
 
+def _way_to_tensor(value: object) -> str:
+    if hasattr(value, "logits"):
+        return "; give its .logits"
+    return "; make one with torch.as_tensor" if hasattr(value, "__len__") else ""
+
+
 def _check_labels(
     logits: Tensor | RowLogits, labels: Tensor, chunk_ids: Tensor | None, hidden: Tensor | None
 ) -> None:
+    if not isinstance(logits, Tensor | RowLogits):
+        raise BatchError(
+            "logits must be a torch.Tensor or ctkd.HeadLogits, got "
+            f"{type(logits).__name__}{_way_to_tensor(logits)}"
+        )
+    for name, value in (("labels", labels), ("chunk_ids", chunk_ids), ("hidden", hidden)):
+        if not isinstance(value, Tensor) and (value is not None or name == "labels"):
+            raise BatchError(
+                f"{name} must be a torch.Tensor, got {type(value).__name__}{_way_to_tensor(value)}"
+            )
     if isinstance(logits, RowLogits) and logits.rows is not None:
         raise BatchError(
             "these logits are packed already; give a model's whole output, one row for each label"

@@ -31,6 +31,9 @@ _TRAINER_MODES = {
     "first, then train on them as on any data",
 }
 
+# What a class has no defaults for.
+_FACTS = ("paper", "matches", "unit", "default_weights")
+
 L = TypeVar("L", bound=type[Loss])
 
 _losses: dict[str, type[Loss]] = {}
@@ -152,11 +155,21 @@ def get_loss(name: str, /, *, pair: Pair | None = None, **settings: Any) -> Loss
 def describe(name: str) -> LossFacts:
     """Collect the facts of the loss filed under ``name``.
 
+    Raises:
+        UnknownLossError: If no loss has the name.
+        PluginError: If it cannot be loaded, or does not say one of its facts.
+
     Example:
         >>> describe("uld").default_weights
         Weights(ce=1.0, kd=1.5)
     """
     cls = get_loss_class(name)
+    missing = [one for one in _FACTS if not hasattr(cls, one)]
+    if missing:
+        raise PluginError(
+            f"the loss {name!r} ({_path(cls)}) does not say its {', '.join(missing)}; every loss "
+            "has these as attributes of its class"
+        )
     return LossFacts(
         name=name,
         matches=cls.matches,

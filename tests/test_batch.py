@@ -1,7 +1,9 @@
 """Sides and batches: the one place that shifts and packs, and what it refuses."""
 
 import dataclasses
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -269,3 +271,25 @@ def test_sides_that_do_not_belong_together_are_refused():
     elsewhere = Side(**{name: value.to("meta") for name, value in a_side().items()})
     with pytest.raises(BatchError, match="the student is on cpu, the teacher on meta; move both"):
         Batch(student=side, teacher=elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": np.zeros((1, 3, 5))}, "logits must be a torch.Tensor or ctkd.HeadLogits, got"),
+        ({"logits": [[0.0]]}, "got list; make one with torch.as_tensor"),
+        ({"logits": SimpleNamespace(logits=1)}, "got SimpleNamespace; give its .logits"),
+        (
+            {"labels": [[1, 2, 3]]},
+            "labels must be a torch.Tensor, got list; make one",
+        ),
+        ({"labels": None}, "labels must be a torch.Tensor, got NoneType$"),
+        ({"chunk_ids": [[0, 0, 1]]}, "chunk_ids must be a torch.Tensor, got list"),
+        ({"hidden": "hidden"}, "hidden must be a torch.Tensor, got str"),
+    ],
+)
+@pytest.mark.parametrize("build", [Side.from_causal_lm, Side.from_encoder_decoder])
+def test_what_is_no_tensor_is_named(build, changes, message):
+    given = {"logits": torch.zeros(1, 3, 5), "labels": torch.ones(1, 3, dtype=torch.int64)}
+    with pytest.raises(BatchError, match=message):
+        build(**{**given, **changes})

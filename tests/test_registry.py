@@ -5,9 +5,11 @@ from importlib.metadata import EntryPoint
 from types import ModuleType
 
 import pytest
+from click.testing import CliRunner
 
 import ctkd
 from ctkd import registry
+from ctkd.cli import main
 from ctkd.errors import (
     CtkdError,
     DuplicateLossError,
@@ -279,3 +281,27 @@ def test_every_error_is_a_ctkd_error():
     for error in (UnknownLossError, DuplicateLossError, PluginError, SettingError):
         assert issubclass(error, CtkdError)
     assert issubclass(UnknownLossError, LookupError) and not issubclass(UnknownLossError, KeyError)
+
+
+def test_a_loss_that_says_too_little_of_itself_is_named(monkeypatch):
+    class Silent(ctkd.Loss):
+        matches = "nothing"
+
+        def forward(self, batch):
+            return None
+
+        units = forward
+
+    monkeypatch.setitem(registry._losses, "silent", Silent)
+    with pytest.raises(PluginError, match="'silent' .*does not say its paper, unit, default_wei"):
+        ctkd.describe("silent")
+
+
+def test_the_list_survives_a_broken_plugin(install):
+    install(broken="no_such_package:Loss")
+    shown = CliRunner().invoke(main, ["losses"])
+    assert shown.exit_code == 0
+    assert "warning: plugin 'broken' (no_such_package:Loss) failed to import" in shown.stderr
+    rows = {line.split()[0]: line for line in shown.stdout.splitlines()}
+    assert "cannot be loaded" in rows["broken"]
+    assert {"uld", "multilevelot"} <= rows.keys()

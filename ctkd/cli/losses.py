@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ctkd.errors import CtkdError
 from ctkd.registry import describe, list_losses
 
 __all__ = ["losses"]
@@ -27,7 +28,13 @@ def losses(name: str | None) -> None:
     if name is None:
         rows = []
         for each in list_losses():
-            facts = describe(each)
+            try:
+                facts = describe(each)
+            except CtkdError as error:
+                # One that is broken does not hide the others.
+                click.echo(f"warning: {error}", err=True)
+                rows.append([each, "cannot be loaded", "", ""])
+                continue
             rows.append([each, facts.matches, f"arXiv:{facts.paper.arxiv}", _needs(facts.needs)])
         click.echo(tabulate(rows, headers=["loss", "matches", "paper", "needs"]))
         return

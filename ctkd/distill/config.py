@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,14 @@ DTYPES = ("float32", "bfloat16", "bfloat16-pure")
 SFT = "sft"
 
 Template = Literal["plain", "chat"]
+
+
+def check_day(text: str) -> None:
+    """Refuse what is no day in the form YYYY-MM-DD."""
+    try:
+        datetime.strptime(text, "%Y-%m-%d")
+    except ValueError:
+        raise SettingError(f"date must be a day as YYYY-MM-DD, got {text!r}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +91,7 @@ class TrainConfig:
     )
     output: str | None = option(None, "Folder of the run.", unset="runs/LOSS-seedN")
     epochs: float = option(1.0, "Passes over the data.")
-    max_steps: int | None = option(None, "Optimizer steps; goes before --epochs.")
+    max_steps: int | None = option(None, "Optimizer steps, in place of --epochs.")
     batch_size: int = option(4, "Sequences per micro-batch.")
     grad_accumulation: int = option(1, "Micro-batches per optimizer step.")
     learning_rate: float = option(
@@ -99,6 +108,12 @@ class TrainConfig:
     )
     student_template: Template = option("plain", "The student's prompts: plain, or chat.")
     teacher_template: Template = option("plain", "The same for the teacher.")
+    date: str | None = option(
+        None,
+        "Day that chat templates write as today.",
+        metavar="YYYY-MM-DD",
+        unset="that of the first start, or of the teacher cache",
+    )
     teacher_shots: int = option(0, "Answered examples that the teacher reads first.")
     kd_weight: float | None = option(None, "Weight of the loss.", unset="the loss's own")
     ce_weight: float | None = option(None, "Weight of cross-entropy.", unset="the loss's own")
@@ -107,7 +122,7 @@ class TrainConfig:
         "float32", "float32, bfloat16 (autocast over float32 weights), bfloat16-pure."
     )
     device: Device = option("auto", "auto, cpu or cuda.")
-    seed: int = option(0, "Of everything random.")
+    seed: int = option(0, "Seed of all random choices.")
     measure: Literal["all", "nothing"] = option(
         "all", "all, before and after training; nothing, to only train."
     )
@@ -150,6 +165,8 @@ class TrainConfig:
             raise SettingError(
                 f"min_coverage is a share of the bytes, from 0 to 1, got {self.min_coverage}"
             )
+        if self.date is not None:
+            check_day(self.date)
         if self.teacher_shots < 0:
             raise SettingError(f"teacher_shots must be at least 0, got {self.teacher_shots}")
         if not 0 <= self.seed < 2**32:

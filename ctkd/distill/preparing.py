@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,10 +62,12 @@ class Forms:
     @classmethod
     def of(cls, config: TrainConfig, training: Sequence[Example]) -> Forms:
         """The forms that the settings ask for, with shots from the training examples."""
+        day = None if config.date is None else datetime.fromisoformat(config.date)
         return cls(
-            student=PromptForm(template=config.student_template),
+            student=PromptForm(template=config.student_template, day=day),
             teacher=PromptForm(
                 template=config.teacher_template,
+                day=day,
                 shots=choose_shots(training, config.teacher_shots, config.seed),
             ),
         )

@@ -159,7 +159,7 @@ def nearest_student_ids(student: TokenBytes, teacher: TokenBytes, *, progress: b
         unit="token",
         mininterval=1.0,
         delay=_SHOW_AFTER_S,
-        disable=not progress,
+        disable=None if progress else True,
     ) as bar:
         for ids, search in searches:
             answers[ids] = search.run(bar)

@@ -1,4 +1,5 @@
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -329,6 +330,9 @@ def test_a_long_search_shows_a_bar_on_stderr(monkeypatch, capsys):
     monkeypatch.setattr(vocabulary_map, "_SHOW_AFTER_S", 0)
     nearest_student_ids(STUDENT, TEACHER, progress=False)
     assert capsys.readouterr() == ("", "")
+    nearest_student_ids(STUDENT, TEACHER, progress=True)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     nearest_student_ids(STUDENT, TEACHER, progress=True)
     out, err = capsys.readouterr()
     assert out == ""

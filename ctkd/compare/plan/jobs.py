@@ -196,7 +196,7 @@ class Plan:
                 settings={
                     name: one
                     for name, one in {**settings, **_effective(plain)}.items()
-                    if name not in {"output", "teacher_cache", "measure", "eval_steps"}
+                    if name not in {"output", "teacher_cache", "measure", "eval_steps", "date"}
                 },
                 config=config.train_config(
                     method,

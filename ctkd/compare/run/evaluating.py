@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from ctkd.compare.records import Answer
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.data.encoding import EncodedExample, encode_examples
 from ctkd.distill.data.prompts import PromptForm
-from ctkd.distill.data.tasks import Example
+from ctkd.distill.data.tasks import Example, get_task
 from ctkd.distill.devices import choose_device, is_cpu
 from ctkd.distill.evaluation.evaluate import held_out_losses
 from ctkd.distill.evaluation.metrics import METRICS, Prediction, score, write_predictions
@@ -37,7 +38,8 @@ class Evaluator:
 
     def __init__(self, base: TrainConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
         self.base, self.tokenizer, self.say = base, tokenizer, say
-        self.form = PromptForm(template=base.student_template)
+        day = None if base.date is None else datetime.fromisoformat(base.date)
+        self.form = PromptForm(template=base.student_template, day=day)
         self.device = choose_device(base.device)
         self._rows: dict[str, list[EncodedExample]] = {}
 
@@ -61,8 +63,13 @@ class Evaluator:
             return model, self.tokenizer
 
         prompts = self.form.ids(self.tokenizer, split.examples)
-        texts = TeacherTexts(folder / ANSWERS, max_new_tokens=self.base.max_new_tokens)
-        texts.complete(prompts, load, progress=f"answering the {split.name} split")
+        texts = TeacherTexts(
+            folder / ANSWERS,
+            max_new_tokens=self.base.max_new_tokens,
+            one_line=get_task(self.base.task).one_line,
+        )
+        ends = self.form.ends(self.tokenizer)
+        texts.complete(prompts, load, ends=ends, progress=f"answering the {split.name} split")
         answers = scored(split.examples, [texts.text(prompt) or "" for prompt in prompts])
         student, _ = load()
         losses = held_out_losses(

@@ -7,11 +7,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from ctkd.compare.plan.config import NOT_SHARED, CompareConfig
 from ctkd.compare.records import Record
+from ctkd.distill.teachers.cache import read_record
 from ctkd.distill.training.output_folder import LOCK, alone, try_to_write
 from ctkd.errors import DataError, OutputError
 
@@ -65,6 +68,14 @@ class ComparisonFolder:
                 if error.errno not in _FULL:
                     raise
                 raise _cannot_write(path, error) from error
+
+    def dated(self, config: CompareConfig) -> CompareConfig:
+        """The settings with the day that chat templates write: one for all runs."""
+        cached = None if config.cache is None else read_record(Path(config.cache).expanduser())
+        day = config.base.date or self.record.get("date") or (cached or {}).get("date")
+        self.record["date"] = day or date.today().isoformat()
+        self.write()
+        return replace(config, common={**config.common, "date": self.record["date"]})
 
     @property
     def preparation(self) -> dict[str, float]:

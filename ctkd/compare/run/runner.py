@@ -73,6 +73,7 @@ def compare(config: CompareConfig, *, say: Say = print) -> Outcome:
     """
     published = [read_published(path) for path in config.published]
     with ComparisonFolder.opened(config) as folder:
+        config = folder.dated(config)
         prepared = prepare(config, folder, say)
         costs = [f"{name} {duration(took)}" for name, took in folder.preparation.items()]
         say(f"done once, before any run: {', '.join(costs)}")

@@ -7,6 +7,7 @@ both. An example that is too long on one side is left out or cut on both, never 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,8 @@ class EncodedSide:
     Args:
         prompt_ids: The prompt, with what the tokenizer puts in front of a text; at least one id.
         answer_ids: The answer, without an end of sequence; at least one id.
-        eos_id: The end of sequence; None if the tokenizer has none or the answer was cut.
+        eos_id: The token that ends the answer, the end of sequence or of a turn, see
+            `PromptForm.end_id`; None if there is none or the answer was cut.
         chunk_ids: The chunk of each of `answer_ids`, -1 for none. Equal numbers on both sides are
             the same bytes. Empty where nothing was aligned.
     """
@@ -230,9 +232,12 @@ def encode_examples(
         raise SettingError(f"min_coverage must be from 0 to 1, got {min_coverage}")
     if not examples:
         raise DataError("there are no examples to encode; expected at least one")
-    tokenizers = {"student": student_tokenizer, "teacher": teacher_tokenizer}
-    for name, tokenizer in tokenizers.items():
-        if score_eos and tokenizer is not None and tokenizer.eos_token_id is None:
+    sides = (
+        ("student", student_tokenizer, student_form),
+        ("teacher", teacher_tokenizer, teacher_form),
+    )
+    for name, tokenizer, form in sides:
+        if score_eos and tokenizer is not None and form.end_id(tokenizer) is None:
             raise SettingError(
                 f"score_eos needs an end of sequence on both sides, but the {name}'s tokenizer has "
                 "none; leave score_eos off, or set the tokenizer's eos_token"
@@ -289,7 +294,7 @@ def encode_examples(
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Encoder:
     """The encoder of one side."""
 
@@ -297,6 +302,11 @@ class _Encoder:
     table: TokenBytes
     form: PromptForm
     name: str
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The token that ends an answer."""
+        return self.form.end_id(self.tokenizer)
 
     def all(self, examples: Sequence[Example]) -> list[EncodedSide]:
         """Encode many examples in one call of the tokenizer."""
@@ -335,7 +345,7 @@ class _Encoder:
         return EncodedSide(
             prompt_ids=prompt_ids,
             answer_ids=answer_ids if exact is None else exact,
-            eos_id=self.tokenizer.eos_token_id,
+            eos_id=self.end_id,
         )
 
     def _has_special(self, ids: Sequence[int]) -> bool:

@@ -2,13 +2,16 @@ r"""Prompts: as plain text or in a model's own chat template, and shots.
 
 Every side renders the prompt by itself, so a teacher never reads the markers of a student's
 template, nor a student those of a teacher's. What a template adds besides markers (a system
-prompt, today's date) is left as the template has it. Text that looks like a special token is read
+prompt, the date) is left as the template has it. Text that looks like a special token is read
 as one, as the tokenizer does it.
 """
 
 import random
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 import jinja2
@@ -21,6 +24,12 @@ from ctkd.errors import DataError, ModelError, SettingError
 __all__ = ["PLAIN", "PromptForm", "choose_shots", "encode_prompt", "leading_ids"]
 
 
+# The one function by which templates know of today.
+_TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<form>.*?)(?P=quote)\s*\)")
+# A word that no template changes.
+_PROBE = "ctkd"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptForm:
     r"""The form in which one model reads a prompt.
@@ -29,6 +38,7 @@ class PromptForm:
         template: "plain": the text as it is, behind what the tokenizer puts in front of a text.
             "chat": one turn of a user in the tokenizer's own chat template, up to where the
             model's turn begins; all special tokens are the template's.
+        day: The day that a template takes for today; by default it is today.
         shots: Answered examples in front of the prompt: as text, each with its answer and an empty
             line, or in a chat as earlier turns, where an answer stands without the space in front.
             A shot of the same group as the example asked is left out, so that no answer is given
@@ -45,6 +55,7 @@ class PromptForm:
     """
 
     template: Literal["plain", "chat"] = "plain"
+    day: datetime | None = None
     shots: tuple[Example, ...] = ()
 
     def __post_init__(self) -> None:
@@ -76,7 +87,10 @@ class PromptForm:
         turns.append({"role": "user", "content": example.prompt})
         try:
             text: str = tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=False
+                turns,
+                chat_template=self._template(tokenizer),
+                add_generation_prompt=True,
+                tokenize=False,
             )
         except (jinja2.TemplateError, ValueError) as error:
             raise ModelError(
@@ -85,6 +99,45 @@ class PromptForm:
                 f"{side} in plain text"
             ) from error
         return text
+
+    def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """The token that ends an answer: in a chat what the template writes behind a turn.
+
+        Where a template writes no special token there, or none is asked for, it is the end of
+        sequence; None if there is none.
+        """
+        if self.template == "chat" and tokenizer.chat_template:
+            turns = [
+                {"role": "user", "content": _PROBE},
+                {"role": "assistant", "content": _PROBE},
+            ]
+            with suppress(jinja2.TemplateError, ValueError):
+                text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+                (behind,) = tokenized(tokenizer, [text.rpartition(_PROBE)[2]])
+                special = {
+                    index for index, one in tokenizer.added_tokens_decoder.items() if one.special
+                }
+                for token in behind:
+                    if token in special:
+                        return token
+        end: int | None = tokenizer.eos_token_id
+        return end
+
+    def ends(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+        """Tokens at which an answer of a model that is asked in this form has ended."""
+        return {end for end in (tokenizer.eos_token_id, self.end_id(tokenizer)) if end is not None}
+
+    def _template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The tokenizer's template, with this form's day where it asks for today."""
+        template: str = tokenizer.get_chat_template()
+        if self.day is None:
+            return template
+        day = self.day
+        return _TODAY.sub(lambda found: repr(day.strftime(found["form"])), template)
+
+    def writes_day(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """True if prompts of this form are others on another day."""
+        return self.template == "chat" and "strftime_now" in str(tokenizer.chat_template)
 
     def shots_for(self, example: Example) -> tuple[Example, ...]:
         """The shots that do not belong to the example's group."""

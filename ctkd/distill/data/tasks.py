@@ -54,12 +54,14 @@ class Task:
         target: The field that holds the answer or answers.
         answer_prefix: What stands in front of the answer; where it is empty, answers are taken as
             they are, else without white space at their ends.
+        one_line: Whether what a model writes ends at its first line break.
     """
 
     name: str
     bodies: Mapping[tuple[str, ...], str]
     target: str
     answer_prefix: str
+    one_line: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -75,6 +77,8 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             bodies={("context", "question"): "Context: {context}\nQuestion: {question}\nAnswer:"},
             target="answers",
             answer_prefix=" ",
+            # Models that were not made for chatting go on with questions of their own.
+            one_line=True,
         ),
         "summarization": Task(
             name="summarization",

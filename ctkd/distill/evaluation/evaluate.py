@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExample, encode_examples
 from ctkd.distill.data.prompts import PLAIN, PromptForm
 from ctkd.distill.data.rows import is_embedded, load_rows
-from ctkd.distill.data.tasks import Example, examples
+from ctkd.distill.data.tasks import Example, examples, get_task
 from ctkd.distill.devices import choose_device, is_cpu
 from ctkd.distill.evaluation.metrics import (
     Prediction,
@@ -46,9 +47,10 @@ def answer(
     max_new_tokens: int,
     batch_size: int = 8,
     form: PromptForm = PLAIN,
+    one_line: bool = True,
     progress: bool | str = False,
 ) -> list[Prediction]:
-    """Let a model answer each example's prompt by greedy decoding, up to the first line break.
+    """Let a model answer each example's prompt by greedy decoding.
 
     Args:
         model: The model, in its own tokenizer's ids.
@@ -57,6 +59,7 @@ def answer(
         max_new_tokens: Longest answer.
         batch_size: Prompts decoded together.
         form: The form of the prompts: as in training.
+        one_line: Whether an answer ends at its first line break, see `Task`.
         progress: Whether to show a bar, and its text.
     """
     prompts = form.ids(tokenizer, examples)
@@ -66,6 +69,8 @@ def answer(
         prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        stop_at_newline=one_line,
+        ends=form.ends(tokenizer),
         progress=progress,
     )
     return [
@@ -114,6 +119,7 @@ def held_out_losses(
             model,
             TrainingArguments(
                 output_dir=folder,
+                per_device_train_batch_size=batch_size,
                 per_device_eval_batch_size=batch_size,
                 remove_unused_columns=False,
                 use_cpu=use_cpu,
@@ -170,7 +176,7 @@ def run_evaluation(
     if request.loss is not None:
         # Fails here, before anything is loaded, if the loss or a setting of it is wrong.
         get_loss(request.loss, pair=PlaceholderPair(), **request.loss_options)
-    form = PromptForm(template=request.template or _template_of_run(request.model))
+    form = _form(request.model, request.template)
     device = choose_device(request.device)
     if request.output is not None:
         _check_can_be_written(Path(request.output), request, overwrite)
@@ -189,6 +195,7 @@ def run_evaluation(
         max_new_tokens=request.max_new_tokens,
         batch_size=request.batch_size,
         form=form,
+        one_line=get_task(request.task or default_of(TrainConfig, "task")).one_line,
         progress="answering",
     )
     if request.output is not None:
@@ -218,7 +225,7 @@ def _losses(
         teacher_tokenizer,
         max_length=request.max_length,
         student_form=form,
-        teacher_form=PromptForm(template=request.teacher_template or "plain"),
+        teacher_form=PromptForm(template=request.teacher_template or "plain", day=form.day),
         pair=pair,
     )
     say(encoded.coverage.report())
@@ -238,10 +245,13 @@ def _losses(
     )
 
 
-def _template_of_run(model: str) -> Literal["plain", "chat"]:
+def _form(model: str, template: Literal["plain", "chat"] | None) -> PromptForm:
     """A student is asked as it was in training, where that is known."""
-    settings = OutputFolder.settings_of(Path(model).expanduser())
-    return "chat" if settings.get("student_template") == "chat" else "plain"
+    record = OutputFolder.record_of(Path(model).expanduser())
+    if template is None:
+        template = "chat" if record["settings"].get("student_template") == "chat" else "plain"
+    day = record.get("date")
+    return PromptForm(template=template, day=None if day is None else datetime.fromisoformat(day))
 
 
 def _check_can_be_written(path: Path, request: EvaluateRequest, overwrite: bool) -> None:

@@ -6,7 +6,7 @@ apart (encoder-decoders) are refused.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ctkd.distill.models.loading import evaluating, reads_padding
 from ctkd.errors import DataError, ModelError, SettingError
 
 __all__ = ["Generated", "generate"]
@@ -47,14 +48,15 @@ def generate(
     max_new_tokens: int = 32,
     batch_size: int = 8,
     stop_at_newline: bool = True,
+    ends: Collection[int] = (),
     progress: bool | str = False,
 ) -> list[Generated]:
     """Continue each prompt with the most likely token, again and again.
 
-    A text ends before the first end-of-sequence token, that of the tokenizer or one of the model's
-    generation config, or after `max_new_tokens`. With `stop_at_newline` it also ends before the
-    first newline, so an answer that begins with one is empty. White space at both ends is removed,
-    special tokens are left out.
+    A text ends before the first end-of-sequence token, that of the tokenizer, one of the model's
+    generation config or one of `ends`, or after `max_new_tokens`. With `stop_at_newline` it also
+    ends before the first newline, so an answer that begins with one is empty. White space at both
+    ends is removed, special tokens are left out.
 
     Prompts are padded on the left and masked, so an answer does not depend on its batch, up to
     rounding. A batch stops as soon as every row has ended. The model comes back as it was:
@@ -66,8 +68,10 @@ def generate(
             token is not needed.
         prompts: Token ids of each prompt, at least one each, ids below the model's vocabulary.
         max_new_tokens: Most tokens per answer, at least 1. The paper uses 150.
-        batch_size: Prompts decoded together, at least 1. Similar lengths share a batch.
+        batch_size: Prompts decoded together, at least 1. Similar lengths share a batch. A model
+            that pays heed to padding answers one prompt after another.
         stop_at_newline: Whether an answer is a single line.
+        ends: Further tokens that end a text, such as the end of a turn, see `PromptForm.ends`.
         progress: Whether to show a bar on stderr; a text is shown as its description.
 
     Returns:
@@ -89,18 +93,20 @@ def generate(
         )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     _check_prompts(prompts, vocabulary, _positions(model) - max_new_tokens)
-    ends = _end_tokens(model, tokenizer, vocabulary)
-    padding = _padding_token(tokenizer, ends, vocabulary)
+    stops = _end_tokens(model, tokenizer, vocabulary) | {*ends}
+    padding = _padding_token(tokenizer, stops, vocabulary)
     greedy = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         use_cache=True,
-        eos_token_id=sorted(ends) or None,
+        eos_token_id=sorted(stops) or None,
         pad_token_id=padding,
     )
     criteria = StoppingCriteriaList([_NewlineSeen(tokenizer)] if stop_at_newline else [])
 
+    if batch_size > 1 and reads_padding(model):
+        batch_size = 1
     # Longest first: a batch that does not fit in memory fails at once, and the bar speeds up.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [Generated("", True)] * len(prompts)
@@ -108,7 +114,8 @@ def generate(
         total=len(prompts),
         desc=progress if isinstance(progress, str) else "generating",
         unit="prompt",
-        disable=not progress,
+        # Where there is no terminal, a log is not filled with bars.
+        disable=None if progress else True,
     )
     with bar, _set_aside(model, greedy), torch.inference_mode():
         for start in range(0, len(order), batch_size):
@@ -121,7 +128,7 @@ def generate(
                 stopping_criteria=criteria,
             )
             for index, row in zip(chosen, sequences[:, ids.shape[1] :].tolist(), strict=True):
-                texts[index] = _text(tokenizer, row, ends, stop_at_newline)
+                texts[index] = _text(tokenizer, row, stops, stop_at_newline)
             bar.update(len(chosen))
     return texts
 
@@ -150,7 +157,6 @@ class _NewlineSeen(StoppingCriteria):  # type: ignore[misc]
 @contextlib.contextmanager
 def _set_aside(model: PreTrainedModel, greedy: GenerationConfig) -> Iterator[None]:
     """Put the model in evaluation mode with its own generation settings out of reach."""
-    training = [module for module in model.modules() if module.training]
     # transformers fills whatever a config leaves open from the model's own. A wrapper (of adapters,
     # say) and the model within may each hold one.
     configured = [
@@ -158,16 +164,14 @@ def _set_aside(model: PreTrainedModel, greedy: GenerationConfig) -> Iterator[Non
         for module in model.modules()
         if "generation_config" in vars(module)
     ]
-    model.eval()
     for module, _ in configured:
         module.generation_config = greedy
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for module, config in configured:
             module.generation_config = config
-        for module in training:
-            module.training = True
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int, longest: float) -> None:

@@ -8,9 +8,10 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -37,18 +38,22 @@ from ctkd.errors import ModelError
 
 __all__ = [
     "accepts_position_ids",
+    "below_wrappers",
     "check_token_ids",
+    "evaluating",
     "head_width",
     "last_logits",
     "load_model",
     "load_tokenizer",
     "make_savable",
     "most_positions",
+    "reads_padding",
     "resolve",
     "supports_logits_to_keep",
 ]
 
 _HUB_TIMEOUT_S = 10
+_TRIED_TOKENS = 6
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "tekken.json")
 
@@ -223,14 +228,66 @@ def check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         )
 
 
+def below_wrappers(model: nn.Module) -> nn.Module:
+    """The model itself, below adapters and compilers whose `forward` takes anything."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and "get_base_model" in dir(model):
+            inner = cast(Any, model).get_base_model()
+        if inner is None or inner is model:
+            return model
+        model = inner
+
+
 def supports_logits_to_keep(model: nn.Module) -> bool:
     """Tell whether `forward` can compute logits for some positions only."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    return "logits_to_keep" in inspect.signature(below_wrappers(model).forward).parameters
 
 
 def accepts_position_ids(model: nn.Module) -> bool:
     """Tell whether `forward` takes `position_ids`."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    return "position_ids" in inspect.signature(below_wrappers(model).forward).parameters
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and each of its modules back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def reads_padding(model: PreTrainedModel) -> bool:
+    """Tell whether logits depend on masked tokens in front of a text.
+
+    It is tried out, for models that carry a state along a text: some of them take a mask and pay no
+    heed to it.
+    """
+    if not getattr(below_wrappers(model), "_is_stateful", False):
+        return False
+    embeddings = model.get_input_embeddings().weight
+    count = 2 * _TRIED_TOKENS
+    ids = torch.arange(1, 1 + count, device=embeddings.device).remainder(embeddings.shape[0])
+    mask = (torch.arange(count, device=ids.device) >= _TRIED_TOKENS).long()
+    text = slice(_TRIED_TOKENS, None)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(0) - 1).clamp_min(0),
+    }
+    with evaluating(model):
+        padded, plain = (
+            last_logits(model, model, {name: one[part][None] for name, one in inputs.items()}, 1)
+            for part in (slice(None), text)
+        )
+    error = (padded - plain).abs().max()
+    tolerance = max(1e-3, 8.0 * torch.finfo(plain.dtype).eps)
+    return bool(error > tolerance * plain.abs().max())
 
 
 def last_logits(

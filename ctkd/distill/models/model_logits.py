@@ -11,13 +11,18 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ctkd.distill.models.loading import last_logits, supports_logits_to_keep
+from ctkd.distill.models.loading import (
+    below_wrappers,
+    evaluating,
+    last_logits,
+    supports_logits_to_keep,
+)
 from ctkd.logits import DenseLogits, HeadLogits, RowLogits
 
 __all__ = ["ModelLogits"]
@@ -37,7 +42,7 @@ class ModelLogits:
     """Reads the logits of a model at the last positions of a batch.
 
     Args:
-        model: The model itself, not wrapped.
+        model: The model, with its adapters if it has any; not wrapped for several devices.
         refuse: Why its head must not be taken apart; None if it may.
 
     Attributes:
@@ -45,11 +50,13 @@ class ModelLogits:
     """
 
     def __init__(self, model: PreTrainedModel, *, refuse: str | None = None) -> None:
-        self.model = model
+        self.model = cast(PreTrainedModel, below_wrappers(model))
         self._head: _Head | None = None
-        self.why_whole = refuse or _obstacle(model)
+        if self.model is not model and hasattr(model, "_orig_mod"):
+            refuse = refuse or "the model is compiled"
+        self.why_whole = refuse or _obstacle(self.model)
         if self.why_whole is None:
-            self._head = _find_head(model)
+            self._head = _find_head(self.model)
             if self._head is None:
                 self.why_whole = "its logits are more than a linear layer of its hidden states"
 
@@ -99,15 +106,10 @@ def _find_head(model: PreTrainedModel) -> _Head | None:
     width = min(layer.weight.shape[0], model.get_input_embeddings().weight.shape[0])
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(_TRIED_TOKENS, device=device).remainder(width).unsqueeze(0)
-    was_training = model.training
-    try:
-        # Dropout below the head would not matter, but may write to the state of random numbers.
-        model.eval()
-        with _hidden_states(model) as hidden:
-            # Not by calling the model: hooks of others need not hear of it.
-            logits = model.forward(input_ids=ids, use_cache=False).logits
-    finally:
-        model.train(was_training)
+    # Dropout below the head would not matter, but may write to the state of random numbers.
+    with evaluating(model), _hidden_states(model) as hidden:
+        # Not by calling the model: hooks of others need not hear of it.
+        logits = model.forward(input_ids=ids, use_cache=False).logits
     if not hidden or hidden[0].shape[-1] != layer.weight.shape[1] or not logits.isfinite().all():
         return None
     everything = torch.arange(layer.weight.shape[0], device=device).view(1, 1, -1)

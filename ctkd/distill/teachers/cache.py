@@ -73,7 +73,11 @@ class TeacherCache:
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
         self.path = path
         self.record = record
-        self.texts = TeacherTexts(path / TEXTS_FILE, max_new_tokens=record["max_new_tokens"])
+        self.texts = TeacherTexts(
+            path / TEXTS_FILE,
+            max_new_tokens=record["max_new_tokens"],
+            one_line=record.get("one_line", True),
+        )
         self._places: dict[str, _Place] = {}
         self._shards = [path / shard["file"] for shard in record["shards"]]
         self._open: dict[int, Any] = {}
@@ -202,8 +206,8 @@ class TeacherCache:
             raise DataError(
                 f"{len(missing)} of {len(rows)} {what} rows are not in the teacher cache "
                 f"{self.path}, the first is {missing[0]}; it was made with other data, answers, "
-                "prompt form, length limit, seed or --eval-limit. Run `ctkd cache` with the same "
-                "options"
+                "prompt form, date, length limit, seed or --eval-limit. Run `ctkd cache` with the "
+                "same options"
             )
 
     def check_serves(self, loss: Loss, name: str) -> None:

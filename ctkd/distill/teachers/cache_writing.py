@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ctkd.batch import IGNORE_INDEX
 from ctkd.distill.config import CacheSettings, TrainConfig
 from ctkd.distill.data.collator import padded_sides, padding_id
 from ctkd.distill.data.encoding import EncodedSide
-from ctkd.distill.data.tasks import Example
+from ctkd.distill.data.tasks import Example, get_task
 from ctkd.distill.devices import choose_device
 from ctkd.distill.models.fingerprint import file_sha256, model_fingerprint
 from ctkd.distill.models.loading import (
@@ -116,6 +117,8 @@ def _write(
     models = load_models(config, say, student=False, teacher=False)
     tokenizer = load_tokenizer(config.teacher)
     pair = TokenizerPair(models.student_tokenizer, tokenizer)
+    day = config.date or (before or {}).get("date") or date.today().isoformat()
+    config = replace(config, date=day)
     forms = Forms.of(config, training)
     teacher = LazyTeacher(config, tokenizer, choose_device(config.device), say)
     described = _described(teacher, pair, before)
@@ -123,14 +126,17 @@ def _write(
         models, teacher_tokenizer=tokenizer, pair=pair, teacher_width=described["head_width"]
     )
     vocabulary = min(pair.teacher_size, described["head_width"])
+    one_line = get_task(config.task).one_line
     record: dict[str, Any] = {
         "format": FORMAT,
         "teacher": described,
         "data": config.data,
+        "date": day,
         "prompt": {
             "template": config.teacher_template,
             "shots": [shot.id for shot in forms.teacher.shots],
         },
+        "one_line": one_line,
         "k": min(settings.k, vocabulary),
         "temperatures": [float(temperature) for temperature in settings.temperatures],
         "vocab_size": vocabulary,
@@ -144,7 +150,7 @@ def _write(
     }
     if before is not None:
         _check_same(folder, before, record)
-    taught = config.answers == "teacher"
+    taught, ends = config.answers == "teacher", forms.teacher.ends(tokenizer)
     sides: list[EncodedSide] = []
     if not taught:
         # Before hours are spent on texts for a folder that is refused.
@@ -152,15 +158,21 @@ def _write(
         _name_rows(folder, before, record, sides)
     if before is None:
         _save(folder, record)
-    written = TeacherTexts(folder / TEXTS_FILE, max_new_tokens=config.max_new_tokens)
+    written = TeacherTexts(
+        folder / TEXTS_FILE, max_new_tokens=config.max_new_tokens, one_line=one_line
+    )
     if taught or settings.texts == "all":
         chosen, prompts = answerable(config, models, training, forms, "training", say)
-        written.complete(prompts, teacher.with_tokenizer, progress="teacher, training prompts")
+        written.complete(
+            prompts, teacher.with_tokenizer, ends=ends, progress="teacher, training prompts"
+        )
         if taught:
             training = answered_by_teacher(chosen, prompts, written, say)
     if settings.texts != "none":
         _, prompts = answerable(config, models, held_out, forms, "held-out", say)
-        written.complete(prompts, teacher.with_tokenizer, progress="teacher, held-out prompts")
+        written.complete(
+            prompts, teacher.with_tokenizer, ends=ends, progress="teacher, held-out prompts"
+        )
     record["texts"] = len(written)
     if taught:
         sides = _sides(config, models, training, held_out, forms, say)
@@ -221,6 +233,7 @@ def _check_same(folder: Path, before: Record, now: Record) -> None:
         "teacher": ("teacher", "weights"),
         "tokenizer": ("teacher", "tokenizer"),
         "prompt form": ("prompt",),
+        "rule for where answers end": ("one_line",),
         "k": ("k",),
         "temperatures": ("temperatures",),
         "dtype": ("dtype",),
@@ -228,7 +241,7 @@ def _check_same(folder: Path, before: Record, now: Record) -> None:
         "shard_rows": ("shard_rows",),
     }
     for what, path in compared.items():
-        was, is_now = before, now
+        was, is_now = {"one_line": True, **before}, now
         for name in path:
             was, is_now = was[name], is_now[name]
         if was != is_now:
@@ -312,7 +325,7 @@ def _write_shards(
         positions = sum(len(side.answer_ids) + 1 for side in sides)
         mebibytes = positions * (8 * record["k"] + 16 * len(record["temperatures"]) + 20) / 2**20
         say(f"caching {len(sides)} rows, {positions} positions, {mebibytes:,.1f} MiB: {folder}")
-    bar = tqdm(total=len(sides), desc="caching the teacher", unit="row", disable=done)
+    bar = tqdm(total=len(sides), desc="caching the teacher", unit="row", disable=done or None)
     with bar:
         for number, start in enumerate(starts):
             group = sides[start : start + size]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,6 +27,7 @@ class TeacherTexts:
     Args:
         path: The file; it need not exist yet.
         max_new_tokens: The longest answer. Answers of other lengths in the file are not used.
+        one_line: Whether an answer ends at its first line break; the same holds for it.
 
     Example:
         >>> import tempfile
@@ -36,9 +37,10 @@ class TeacherTexts:
         (None, 0)
     """
 
-    def __init__(self, path: Path, *, max_new_tokens: int) -> None:
+    def __init__(self, path: Path, *, max_new_tokens: int, one_line: bool = True) -> None:
         self.path = path
         self.max_new_tokens = max_new_tokens
+        self.one_line = one_line
         self._texts: dict[str, Generated] = {}
         if not path.exists():
             return
@@ -75,6 +77,7 @@ class TeacherTexts:
         prompts: Sequence[Sequence[int]],
         load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
         *,
+        ends: Collection[int] = (),
         progress: str = "teacher: answering",
     ) -> None:
         """Let the model answer the prompts that have no answer yet.
@@ -85,6 +88,7 @@ class TeacherTexts:
         Args:
             prompts: Token ids of each.
             load: Gives the model and its tokenizer; called only if something is missing.
+            ends: As in `generate`.
             progress: Text of the bar.
 
         Raises:
@@ -97,7 +101,7 @@ class TeacherTexts:
         if all(key in self._texts for key in order):
             return
         model, tokenizer = load()
-        with tqdm(total=len(order), desc=progress, unit="prompt") as bar:
+        with tqdm(total=len(order), desc=progress, unit="prompt", disable=None) as bar:
             for group in groups:
                 if not all(key in self._texts for key in group):
                     answers = generate(
@@ -105,6 +109,8 @@ class TeacherTexts:
                         tokenizer,
                         [distinct[key] for key in group],
                         max_new_tokens=self.max_new_tokens,
+                        stop_at_newline=self.one_line,
+                        ends=ends,
                     )
                     self._append(dict(zip(group, answers, strict=True)))
                 bar.update(len(group))
@@ -144,7 +150,8 @@ class TeacherTexts:
             return file.read() == b"\n"
 
     def _key(self, prompt_ids: Sequence[int]) -> str:
-        text = f"{self.max_new_tokens} {list(prompt_ids)}"
+        rule = self.max_new_tokens if self.one_line else f"{self.max_new_tokens} lines"
+        text = f"{rule} {list(prompt_ids)}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

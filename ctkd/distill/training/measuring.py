@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.data.prompts import PromptForm
-from ctkd.distill.data.tasks import Example
+from ctkd.distill.data.tasks import Example, get_task
 from ctkd.distill.evaluation.evaluate import answer, score_predictions
 from ctkd.distill.evaluation.metrics import METRICS, Prediction, write_predictions
 from ctkd.distill.teachers.texts import TeacherTexts
@@ -71,6 +71,7 @@ class Measure:
                 self.held_out,
                 max_new_tokens=self.config.max_new_tokens,
                 form=form,
+                one_line=get_task(self.config.task).one_line,
                 progress=f"{name}: answering",
             )
             self._keep(name, predictions)

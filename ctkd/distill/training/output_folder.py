@@ -85,12 +85,9 @@ class OutputFolder:
         self.write()
 
     @staticmethod
-    def settings_of(path: Path) -> dict[str, Any]:
-        """Settings of the run in a folder; none if it holds no run."""
-        if not (path / RECORD).is_file():
-            return {}
-        settings: dict[str, Any] = _read(path / RECORD)["settings"]
-        return settings
+    def record_of(path: Path) -> dict[str, Any]:
+        """The record of the run in a folder; one without settings if it holds no run."""
+        return _read(path / RECORD) if (path / RECORD).is_file() else {"settings": {}}
 
     @classmethod
     def relocate(cls, path: Path, places: Mapping[str, Any]) -> None:

@@ -10,7 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ctkd.cache_folder import cache_dir
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExamples
-from ctkd.distill.data.tasks import Example
+from ctkd.distill.data.tasks import Example, get_task
 from ctkd.distill.devices import PeakMemory, choose_device, is_cpu
 from ctkd.distill.models.fingerprint import model_fingerprint
 from ctkd.distill.models.loading import head_width, make_savable
@@ -94,11 +95,13 @@ def train(
     if "finished" in folder_before.results:
         say(f"{folder_before.path} is finished already; nothing is left to do")
         return folder_before
-    inputs = _load(config, say)
+    inputs = _load(config, folder_before.record.get("date"), say)
     # Only now may an earlier run be overwritten: everything that was given can be used.
     with alone(config.folder):
         folder = OutputFolder.prepare(config.folder, settings, resume=resume, overwrite=overwrite)
         folder.record["environment"] = _environment(device)
+        folder.record["date"] = inputs.date
+        _check_same_rows(folder, inputs)
         folder.write()
         _run(config, inputs, folder, device, resume=resume, say=say)
     return folder
@@ -117,19 +120,25 @@ class _Inputs:
     encoded: EncodedExamples
     encoded_held_out: EncodedExamples
     held_out: Sequence[Example]
+    date: str
 
 
-def _load(config: TrainConfig, say: Callable[[str], None]) -> _Inputs:
+def _load(config: TrainConfig, begun: str | None, say: Callable[[str], None]) -> _Inputs:
+    """Load and check everything, for a run that was begun on a day if it was."""
     training, held_out = load_examples(config, say)
-    cache = None
+    cache, day = None, begun
     if config.teacher_cache is not None:
         cache = TeacherCache.open(config.teacher_cache, say=say)
+        day = begun or cache.record.get("date")
+    day = config.date or day or date.today().isoformat()
+    config = replace(config, date=day)
     models = load_models(config, say, cache=cache)
     student = models.student
     if student is None:
         raise ModelError(f"{config.student} was not loaded")
     make_savable(student, say)
     forms = Forms.of(config, training)
+    _tell_what_day_is_written(models, forms, day, say)
     if config.answers == "teacher":
         training = _as_the_teacher_answers(config, models, training, forms, cache, say)
     encoded = encode(config, models, training, forms, "training", say)
@@ -145,7 +154,9 @@ def _load(config: TrainConfig, say: Callable[[str], None]) -> _Inputs:
         cache.check_rows(encoded.rows, "training")
         cache.check_rows(encoded_held_out.rows, "held-out")
         cache.check_serves(loss, config.loss)
-    return _Inputs(models, student, cache, loss, pair, forms, encoded, encoded_held_out, held_out)
+    return _Inputs(
+        models, student, cache, loss, pair, forms, encoded, encoded_held_out, held_out, day
+    )
 
 
 def _run(
@@ -254,9 +265,15 @@ def _as_the_teacher_answers(
     name = f"{weights} {words} {teacher_dtype(config)}"
     name = hashlib.sha256(name.encode()).hexdigest()[:16]
     path = cache_dir() / "teacher_texts" / f"{name}.jsonl"
-    texts = TeacherTexts(path, max_new_tokens=config.max_new_tokens)
+    one_line = get_task(config.task).one_line
+    texts = TeacherTexts(path, max_new_tokens=config.max_new_tokens, one_line=one_line)
     teacher.to(choose_device(config.device))
-    texts.complete(prompts, lambda: (teacher, tokenizer), progress="teacher: writing answers")
+    texts.complete(
+        prompts,
+        lambda: (teacher, tokenizer),
+        ends=forms.teacher.ends(tokenizer),
+        progress="teacher: writing answers",
+    )
     return answered_by_teacher(chosen, prompts, texts, say)
 
 
@@ -347,6 +364,34 @@ def _tell_how_logits_are_read(trainer: CrossTokenizerTrainer, say: Callable[[str
             if logits.why_whole is not None:
                 how = f"all at once: {logits.why_whole}"
             say(f"logits of the {name}: {how}")
+
+
+def _check_same_rows(folder: OutputFolder, inputs: _Inputs) -> None:
+    """Keep fingerprints of the rows, or refuse to go on with others: paths say little."""
+    splits = {"training": inputs.encoded, "held-out": inputs.encoded_held_out}
+    now = {
+        what: hashlib.sha256(repr(split.rows).encode()).hexdigest()
+        for what, split in splits.items()
+    }
+    before = folder.record.setdefault("rows", now)
+    changed = [what for what in now if before.get(what) != now[what]]
+    if changed:
+        raise OutputError(
+            f"the {' and '.join(changed)} rows are others than those that {folder.path} was begun "
+            "with, though their places are the same; restore them, or start anew with --overwrite"
+        )
+
+
+def _tell_what_day_is_written(
+    models: Models, forms: Forms, day: str, say: Callable[[str], None]
+) -> None:
+    sides = (
+        ("student", forms.student, models.student_tokenizer),
+        ("teacher", forms.teacher, models.teacher_tokenizer),
+    )
+    for name, form, tokenizer in sides:
+        if tokenizer is not None and form.writes_day(tokenizer):
+            say(f"the {name}'s chat template writes the date: {day} throughout (--date)")
 
 
 def _train_from(trainer: CrossTokenizerTrainer, checkpoint: Path | None) -> None:

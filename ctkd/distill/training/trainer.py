@@ -27,10 +27,11 @@ from transformers.training_args import ParallelMode
 
 from ctkd.batch import IGNORE_INDEX, Batch, Side
 from ctkd.distill.data.collator import KEPT
+from ctkd.distill.models.loading import below_wrappers, reads_padding
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.training.progress import StepClock
-from ctkd.errors import BatchError, SettingError, TrainingError
+from ctkd.errors import BatchError, ModelError, SettingError, TrainingError
 from ctkd.logits import RowLogits, TopKLogits
 from ctkd.loss import Loss, Weights
 
@@ -124,6 +125,12 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             raise SettingError("a loss needs a teacher and a teacher a loss; give both or neither")
         if teacher is not None and teacher_cache is not None:
             raise SettingError("a cache stands for the teacher; give one of them")
+        for side, given in (("model", model), ("teacher", teacher)):
+            if given is not None and not isinstance(given, nn.Module):
+                raise SettingError(
+                    f"{side} must be a model, got {type(given).__name__}; load it with "
+                    "ctkd.distill.models.load_model"
+                )
         _check_arguments(args)
         super().__init__(
             model=model,
@@ -148,6 +155,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         self.weights = weights
         self.student_vocab_size = student_vocab_size
         self.teacher_vocab_size = teacher_vocab_size
+        self._check_padding()
         refuse = self._why_whole_logits()
         self.student_logits = ModelLogits(self.model, refuse=refuse)
         self.teacher_logits = (
@@ -330,6 +338,19 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             "the logits of both sides are not; try other settings of it, and report it to its "
             "authors"
         )
+
+    def _check_padding(self) -> None:
+        """Refuse models whose rows would depend on the rows beside them."""
+        largest = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        if largest == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        for side, model in (("student", self.model), ("teacher", self.teacher)):
+            if model is not None and reads_padding(model):
+                raise ModelError(
+                    f"the {side} ({type(below_wrappers(model)).__name__}) reads the padding in "
+                    "front of a text in spite of its mask, so a row would depend on those beside "
+                    "it; give both batch sizes as 1, and accumulate gradients"
+                )
 
     def _why_whole_logits(self) -> str | None:
         """Why a model's head must not be taken apart, whatever it is."""

@@ -163,12 +163,8 @@ def row_loss(
     number_gradients = np.zeros(numbers.shape if differentiate else (0, 2), np.float32)
     values = np.zeros((count, loss.parts), np.float64)
     kernel, group = _KERNELS[loss.name]
-    everything = {
-        "student_width": student.width,
-        "student_columns": np.arange(student.width, dtype=np.uint32),
-        "teacher_columns": np.arange(teacher.width, dtype=np.uint32),
-    }
-    settings = _unboxed(group, {**everything, **loss.settings})
+    widths = {"student_columns": student.width, "teacher_columns": teacher.width}
+    settings = _unboxed(group, {"student_width": student.width, **widths, **loss.settings})
     args = array, _array(teacher)[0], settings, numbers, values, number_gradients, target
     share(which, student.width, kernel, *args)
     if out is not None and out.width > student.width:
@@ -213,12 +209,15 @@ def _bias(columns: Tensor) -> npt.NDArray[np.float32]:
 
 
 def _unboxed(group: Any, settings: Mapping[str, Any]) -> Any:
-    """Settings as a kernel takes them: columns as arrays, none as an empty one, floats as such."""
+    """Settings as a kernel takes them: columns as arrays, floats as such.
+
+    No columns are an empty array, and a number of columns is all of them.
+    """
     unboxed = {}
     for name in group._fields:
         value = settings[name]
-        if value is None:
-            value = np.empty(0, np.uint32)
+        if value is None or (name.endswith("_columns") and isinstance(value, int)):
+            value = np.arange(value or 0, dtype=np.uint32)
         elif isinstance(value, Tensor):
             value = value.numpy().astype(np.uint32)
         unboxed[name] = value

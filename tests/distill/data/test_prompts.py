@@ -61,6 +61,41 @@ def text(tokenizer, ids: list[int]) -> str:
     ).decode()
 
 
+@pytest.fixture
+def gemma_like():
+    """Its template ends a turn with a token that is not the end of sequence."""
+    tokenizer = trained.wrapped(trained.gemma_like().backend_tokenizer, eos_token="<eos>")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<turn>", "<end_of_turn>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+        "{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
+    )
+    return tokenizer
+
+
+def test_an_answer_in_a_chat_ends_as_the_template_ends_a_turn(student, teacher, gemma_like):
+    turn = gemma_like.convert_tokens_to_ids("<end_of_turn>")
+    assert turn != gemma_like.eos_token_id
+    assert CHAT.end_id(gemma_like) == turn
+    assert CHAT.ends(gemma_like) == {turn, gemma_like.eos_token_id}
+    assert PLAIN.end_id(gemma_like) == gemma_like.eos_token_id
+    assert CHAT.end_id(student) == student.eos_token_id
+    # This template writes nothing behind a turn.
+    assert CHAT.end_id(teacher) == teacher.eos_token_id
+    for form, end in ((CHAT, turn), (PLAIN, gemma_like.eos_token_id)):
+        (row,) = encode_examples(
+            [example("Oslo")], student, gemma_like, max_length=99, teacher_form=form
+        ).rows
+        assert row.teacher.eos_id == end
+    gemma_like.eos_token = None
+    assert CHAT.end_id(gemma_like) == turn
+    assert PLAIN.end_id(gemma_like) is None
+    chats = {"student_form": CHAT, "teacher_form": CHAT}
+    encode_examples([example("Oslo")], student, gemma_like, max_length=99, score_eos=True, **chats)
+    with pytest.raises(SettingError, match="score_eos needs an end of sequence on both sides"):
+        encode_examples([example("Oslo")], student, gemma_like, max_length=99, score_eos=True)
+
+
 def test_a_plain_prompt_is_what_it_always_was(student, teacher):
     for tokenizer in (student, teacher):
         asked = example("Oslo")

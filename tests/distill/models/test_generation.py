@@ -1,4 +1,5 @@
 import logging
+import sys
 
 import pytest
 import torch
@@ -181,6 +182,19 @@ def test_similar_lengths_share_a_batch_longest_first():
     assert shapes == [(2, 30), (2, 9), (2, 3), (1, 1)]
 
 
+def test_a_text_ends_at_further_tokens_that_are_named():
+    model, tokenizer = random_llama(), byte_tokenizer()
+    prompt, settings = ragged_prompts(3)[2], {"max_new_tokens": 6, "stop_at_newline": False}
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0].tolist()
+    written = ids[len(prompt) :]
+    (whole,) = generate(model, tokenizer, [prompt], **settings)
+    for end in sorted({*written}):
+        (cut,) = generate(model, tokenizer, [prompt], ends=[end], **settings)
+        kept = tokenizer.decode(written[: written.index(end)], skip_special_tokens=True)
+        assert cut == Generated(kept.strip(), True)
+    assert not whole.ended
+
+
 @pytest.mark.parametrize(
     ("stop_at_newline", "calls"),
     # Four tokens until the last row has ended; all of 40 otherwise.
@@ -276,10 +290,13 @@ def test_says_nothing(special, transformers_log, capfd):
 
 
 @pytest.mark.parametrize(("progress", "shown"), [(True, "generating"), ("student", "student")])
-def test_progress_goes_to_stderr(progress, shown, capfd):
-    texts_of(
-        random_llama(), byte_tokenizer(), ragged_prompts(3), max_new_tokens=1, progress=progress
-    )
+def test_progress_goes_to_a_terminal(progress, shown, capfd, monkeypatch):
+    given = random_llama(), byte_tokenizer(), ragged_prompts(3)
+    texts_of(*given, max_new_tokens=1, progress=progress)
+    # A file is not filled with bars.
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    texts_of(*given, max_new_tokens=1, progress=progress)
     out, err = capfd.readouterr()
     assert out == ""
     assert shown in err

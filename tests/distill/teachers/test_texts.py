@@ -151,6 +151,25 @@ def test_answers_of_another_length_are_others(tmp_path, model, answered):
     assert TeacherTexts(path, max_new_tokens=6).missing(PROMPTS[:2]) == 0
 
 
+def test_answers_of_one_line_and_of_several_are_kept_apart(tmp_path, model, monkeypatch):
+    rules = []
+
+    def several(model, tokenizer, prompts, *, stop_at_newline, **settings):
+        rules.append((stop_at_newline, settings["ends"]))
+        text = "first" if stop_at_newline else "first\nsecond"
+        return [Generated(text, True)] * len(prompts)
+
+    monkeypatch.setattr(teacher_texts, "generate", several)
+    path = tmp_path / "texts.jsonl"
+    for one_line, text in ((True, "first"), (False, "first\nsecond")):
+        texts = TeacherTexts(path, max_new_tokens=6, one_line=one_line)
+        assert texts.missing(PROMPTS[:2]) == 2
+        texts.complete(PROMPTS[:2], lambda: (model, TOKENIZER), ends={7})
+        again = TeacherTexts(path, max_new_tokens=6, one_line=one_line)
+        assert [again.text(prompt) for prompt in PROMPTS[:2]] == [text, text]
+    assert rules == [(True, {7}), (False, {7})]
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path, model):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write to .*texts.jsonl: .*; make room, or"):

@@ -358,4 +358,4 @@ def test_training_stops_at_a_cache_that_is_damaged(place, tmp_path):
     with pytest.raises(DataError, match="logits-00000.safetensors is missing or not as it was"):
         train(place.cached(cache, str(tmp_path / "run")), say=lambda line: None)
     assert not (tmp_path / "run").exists()
-    assert training.OutputFolder.settings_of(tmp_path / "run") == {}
+    assert training.OutputFolder.record_of(tmp_path / "run") == {"settings": {}}

@@ -1,6 +1,7 @@
 """What would spoil or lose a run is said before it, or stops it with what is good still there."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import ctkd
 from ctkd import registry
 from ctkd.distill.training import measuring
+from ctkd.distill.training import run as training
 from ctkd.distill.training.output_folder import alone
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.loss import LossOutput, Paper, Weights
@@ -192,3 +194,30 @@ def test_a_spoilt_teacher_is_not_cached(place, tmp_path):
     said = error_of(invoke(*words))
     assert f"logits of the teacher {teacher} are nan or infinite" in said
     assert not list(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("what", ["data", "eval_data"])
+def test_a_run_does_not_go_on_with_other_rows(place, tmp_path, what, monkeypatch):
+    files = {"data": tmp_path / "rows.jsonl", "eval_data": tmp_path / "held-out.jsonl"}
+    for path in files.values():
+        shutil.copy(place.rows, path)
+    folder = place.folder / f"changed-{what}"
+    words = place.train(folder.name, "--data", str(files["data"]), "--measure", "nothing")
+    words += ["--eval-data", str(files["eval_data"])]
+
+    def stopped(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_train_from", stopped)
+        error_of(invoke(*words))
+    text, times = files[what].read_text(), files[what].stat()
+    files[what].write_text(text.replace("the mat", "the hat", 1))
+    os.utime(files[what], ns=(times.st_atime_ns, times.st_mtime_ns))
+    said = error_of(invoke(*words, "--resume"))
+    split = {"data": "training", "eval_data": "held-out"}[what]
+    assert said.startswith(f"the {split} rows are others than those that {folder} was begun with")
+    files[what].write_text(text)
+    finish(*words, "--resume")
+    files[what].write_text(text.replace("the mat", "the hat", 1))
+    finish(*words, "--overwrite")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ctkd
 from ctkd.distill import preparing
 from ctkd.distill.config import TrainConfig
+from ctkd.distill.evaluation.metrics import Prediction
 from ctkd.distill.preparing import load_examples
 from ctkd.distill.training import measuring
 from ctkd.distill.training import run as training
@@ -307,6 +308,31 @@ def test_weights_in_bfloat16_are_warned_about(place, undrawn):
     warned = [line for line in shown.stderr.splitlines() if line.startswith("warning: ")]
     assert len(warned) == 1
     assert "--dtype bfloat16 keeps them in float32" in warned[0]
+
+
+def test_only_answers_to_questions_end_at_a_line_break(place, monkeypatch):
+    rules = {}
+
+    def answered(*arguments, one_line, progress, **settings):
+        rules[progress] = one_line
+        return [
+            Prediction(prediction="x", id=one.id, references=one.references, prompt=one.prompt)
+            for one in arguments[2]
+        ]
+
+    monkeypatch.setattr(measuring, "answer", answered)
+    finish(*place.train("lines"))
+    assert len(rules) == 3 and not any(rules.values())
+    rules.clear()
+    rows = place.folder / "questions.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"context": f"c{n}", "question": "q", "answers": [ANSWER]}) + "\n"
+            for n in range(20)
+        )
+    )
+    finish(*place.train("questions", "--task", "qa", "--data", str(rows)))
+    assert len(rules) == 3 and all(rules.values())
 
 
 def test_the_last_two_checkpoints_are_kept_if_asked(place, undrawn):
