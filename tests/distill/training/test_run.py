@@ -358,6 +358,50 @@ def test_a_held_out_part_shares_no_passage_with_the_rest(tmp_path):
     assert load_examples(other, said.append)[1] != held_out
 
 
+def test_several_files_are_one_data_set(place, tmp_path, undrawn):
+    lines = place.rows.read_text().splitlines(keepends=True)
+    for name, part in (("a", lines[:5]), ("b", lines[5:12]), ("c", lines[12:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    several = [word for name in "abc" for word in ("--data", str(tmp_path / f"{name}.jsonl"))]
+    ways = {
+        "one-file": [],
+        "several-files": several,
+        "by-pattern": ["--data", str(tmp_path / "*.jsonl")],
+    }
+    for output, words in ways.items():
+        finish(*place.train(output, "--measure", "nothing", *words))
+    found = [weights(place.folder / output) for output in ways]
+    assert same(found[0], found[1]) and same(found[0], found[2])
+    settings = record(place.folder / "several-files")["settings"]
+    assert settings["data"] == several[1::2]
+    # Equal settings are equal after their way through the file, whatever gave them.
+    yaml_file = tmp_path / "run.yaml"
+    yaml_file.write_text(yaml.safe_dump(settings))
+    shown = finish("train", "--config", str(yaml_file), "--resume")
+    assert "is finished already" in shown.stderr
+    words = place.train("several-files", "--measure", "nothing", *several[:4], "--resume")
+    assert "was started with other settings (data [" in error_of(invoke(*words))
+
+
+def test_training_rows_that_are_held_out_as_well_are_counted(place, tmp_path):
+    lines = place.rows.read_text().splitlines(keepends=True)
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(lines[:3]) + json.dumps({"prompt": "New?", "answer": " the mat"}))
+    said = []
+    config = TrainConfig(data=str(place.rows), eval_data=str(held_out), task="text", loss="sft")
+    load_examples(config, said.append)
+    warned = [line for line in said if line.startswith("warning")]
+    assert warned == [
+        "warning: 3 of the 20 training examples are held out as well, prompt and answer; what is "
+        "measured there may be remembered"
+    ]
+    # The same prompt with another answer is another row.
+    held_out.write_text(lines[0].replace(ANSWER, " the hat"))
+    said.clear()
+    load_examples(config, said.append)
+    assert not [line for line in said if line.startswith("warning")]
+
+
 def test_the_embedded_set_brings_its_own_test_part():
     said = []
     found, held_out = load_examples(TrainConfig(eval_limit=7), said.append)
