@@ -1,10 +1,12 @@
 """A whole training run: what it reads, what it leaves behind, and that it can be repeated."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ctkd
@@ -15,6 +17,7 @@ from ctkd.distill.training import measuring
 from ctkd.distill.training import run as training
 from ctkd.distill.training.measuring import summarize
 from ctkd.errors import DataError, SettingError
+from tests.distill.tiny import TEXTS
 from tests.distill.tiny_runs import (
     ANSWER,
     error_of,
@@ -381,6 +384,26 @@ def test_several_files_are_one_data_set(place, tmp_path, undrawn):
     assert "is finished already" in shown.stderr
     words = place.train("several-files", "--measure", "nothing", *several[:4], "--resume")
     assert "was started with other settings (data [" in error_of(invoke(*words))
+
+
+def test_texts_alone_are_trained_on_where_something_stands_in_front(place, tmp_path, undrawn):
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{TEXTS[n % 4]} {n}."}) + "\n" for n in range(20)))
+    words = place.train("texts", "--data", str(rows))
+    refused = error_of(invoke(*words))
+    assert "the prompt is empty and the student's tokenizer puts nothing in front of it" in refused
+    for name in ("student", "teacher"):
+        tokenizer = AutoTokenizer.from_pretrained(getattr(place, name))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+        )
+        shutil.copytree(getattr(place, name), tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    words = [*words, "--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
+    shown = finish(*words)
+    assert "its column 'text' is trained on as a whole, without a prompt" in shown.stderr
+    assert "18 training examples, 2 held out" in shown.stderr
+    assert all(loss > 0 for loss in logged(place.folder / "texts", "ce"))
 
 
 def test_training_rows_that_are_held_out_as_well_are_counted(place, tmp_path):
