@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import click
 
+from ctkd.distill.data.rows import names_of
 from ctkd.distill.evaluation.doctor import DoctorReport, LossAdvice
 from ctkd.distill.printable import printable, visible
 from ctkd.tokenization.answer_facts import AlignedRow, AnswerFacts, Piece
@@ -36,7 +37,7 @@ def doctor_page(report: DoctorReport) -> str:
     """Everything that was measured, on a page for the terminal."""
     examination, losses, verdict = report.examination, report.losses, report.verdict
     request = report.request
-    title = f"{request.student} learns from {request.teacher}, on {request.data}"
+    title = f"{request.student} learns from {request.teacher}, on {names_of(request.data)}"
     lines = [click.style(printable(title), bold=True)]
     lines += [_heading("VOCABULARIES", "student", "teacher"), *_vocabularies(examination)]
     lines += [_heading("SPECIAL TOKENS", "student", "teacher"), *_special(examination)]

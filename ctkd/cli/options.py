@@ -63,7 +63,7 @@ def given(options: Mapping[str, Any], settings: type) -> dict[str, Any]:
     Raises:
         SettingError: If one cannot be read.
     """
-    values = {}
+    values, hints = {}, typing.get_type_hints(settings)
     for name, field in _options(settings).items():
         value = options.get(name)
         if value is None or value == ():
@@ -72,6 +72,8 @@ def given(options: Mapping[str, Any], settings: type) -> dict[str, Any]:
         if field.metadata.get("repeated") and parse is not None:
             entries = [parse(one) for one in value]
             value = dict(entries) if isinstance(entries[0], tuple) else tuple(entries)
+        elif field.metadata.get("repeated") and len(value) == 1 and _may_be_text(hints[name]):
+            value = value[0]
         values[name] = value
     return values
 
@@ -127,6 +129,10 @@ def _option(field: Field[Any], hint: Any, help: str) -> Callable[[Any], Any]:
     elif field.metadata.get("parse") is float:
         arguments["type"] = float
     return click.option(flag, field.name, **arguments)
+
+
+def _may_be_text(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) and str in typing.get_args(hint)
 
 
 def _without_none(hint: Any) -> Any:

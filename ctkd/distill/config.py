@@ -78,8 +78,12 @@ class TrainConfig:
     answers: Literal["data", "teacher"] = option(
         "data", "Answers to train on: those of the data, or the teacher's own."
     )
-    data: str = option("pocketqa", "pocketqa, a file, a folder or a hub id.")
-    eval_data: str | None = option(None, "Held-out data. Default: a part of --data, by passage.")
+    data: str | list[str] = option(
+        "pocketqa", "pocketqa, a file, a pattern, a folder or a hub id. Repeatable.", repeated=True
+    )
+    eval_data: str | list[str] | None = option(
+        None, "Held-out data. Default: a part of --data, by passage. Repeatable.", repeated=True
+    )
     task: str = option("qa", "qa, summarization or text.")
     columns: dict[str, str] = option(
         {},
@@ -137,6 +141,7 @@ class TrainConfig:
     report_to: str = option("none", "Tracker, as transformers names it.")
 
     def __post_init__(self) -> None:
+        _simplify_sources(self, "data", "eval_data")
         check_types(self)
         for name in (
             "epochs",
@@ -293,7 +298,7 @@ class EvaluateRequest:
     """
 
     model: str | None = None
-    data: str | None = same_as(TrainConfig, "data", default=None)
+    data: str | list[str] | None = same_as(TrainConfig, "data", default=None)
     task: str | None = same_as(TrainConfig, "task", default=None)
     columns: dict[str, str] = same_as(TrainConfig, "columns")
     limit: int | None = option(None, "Use the first N examples.")
@@ -316,6 +321,7 @@ class EvaluateRequest:
     device: str = same_as(TrainConfig, "device")
 
     def __post_init__(self) -> None:
+        _simplify_sources(self, "data")
         for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -338,12 +344,21 @@ class DoctorRequest:
 
     student: str = same_as(TrainConfig, "student")
     teacher: str = same_as(TrainConfig, "teacher")
-    data: str = same_as(TrainConfig, "data")
+    data: str | list[str] = same_as(TrainConfig, "data")
     task: str = same_as(TrainConfig, "task")
     columns: dict[str, str] = same_as(TrainConfig, "columns")
     limit: int = option(200, "Use the first N rows.")
     thresholds: Thresholds = field(default_factory=Thresholds)
 
     def __post_init__(self) -> None:
+        _simplify_sources(self, "data")
         if self.limit < 1:
             raise SettingError(f"limit must be at least 1, got {self.limit}")
+
+
+def _simplify_sources(settings: Any, *names: str) -> None:
+    """Keep one way to write each source: text where it is one, else a list, as JSON has them."""
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, tuple | list) and value:
+            object.__setattr__(settings, name, value[0] if len(value) == 1 else list(value))

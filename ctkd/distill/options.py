@@ -237,6 +237,7 @@ _KINDS = {
     dict[str, str]: "a mapping of names to names",
     float: "a number",
     int: "a whole number",
+    list[str]: "a list of texts",
     str: "text",
     type(None): "nothing",
 }
@@ -250,6 +251,10 @@ def _is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(
             isinstance(name, of_names) and (of_values is Any or isinstance(entry, of_values))
             for name, entry in value.items()
+        )
+    if kind == list[str]:
+        return (
+            isinstance(value, list) and value != [] and all(isinstance(one, str) for one in value)
         )
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)

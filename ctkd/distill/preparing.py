@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.data.encoding import EncodedExamples, EncodedSide, encode_examples
+from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PromptForm, choose_shots
-from ctkd.distill.data.rows import is_embedded, load_rows
+from ctkd.distill.data.rows import Source, is_embedded
 from ctkd.distill.data.tasks import Example, examples, split_off
 from ctkd.distill.models.loading import (
     check_token_ids,
@@ -77,19 +78,30 @@ def load_examples(
     config: TrainConfig, say: Callable[[str], None]
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples, the latter cut off by group where none were given."""
-    training = examples(load_rows(config.data), config.task, config.columns)
+
+    def read(source: Source, held_out: bool) -> list[Example]:
+        rows = read_rows(source, config.task, config.columns, say=say, held_out=held_out)
+        return examples(rows, config.task, config.columns)
+
+    training = read(config.data, False)
     held_out_data = config.eval_data
     if held_out_data is None and is_embedded(config.data):
         held_out_data = config.data
     if held_out_data is not None:
-        split = "test" if is_embedded(held_out_data) else None
-        held_out = examples(load_rows(held_out_data, split=split), config.task, config.columns)
+        held_out = read(held_out_data, True)
     else:
         training, held_out = split_off(training, HELD_OUT_FRACTION, config.seed)
         say(f"no evaluation data given: cut off {len(held_out)} of the training examples")
     if len(held_out) > config.eval_limit:
         say(f"held-out examples: the first {config.eval_limit} of {len(held_out)} (--eval-limit)")
         held_out = held_out[: config.eval_limit]
+    asked = {(one.prompt, one.answer) for one in held_out}
+    copies = sum((one.prompt, one.answer) in asked for one in training)
+    if copies:
+        say(
+            f"warning: {copies} of the {len(training)} training examples are held out as well, "
+            "prompt and answer; what is measured there may be remembered"
+        )
     say(f"{len(training)} training examples, {len(held_out)} held out")
     return training, held_out
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ctkd.distill.config import TrainConfig
+from ctkd.distill.config import DoctorRequest, EvaluateRequest, TrainConfig
 from ctkd.distill.options import parse_loss_option, read_config_file
 from ctkd.errors import CtkdError, SettingError
 from ctkd.loss import Weights
@@ -46,7 +46,9 @@ from ctkd.loss import Weights
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, bfloat16-pure"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got 'tpu'"),
         ({"score_eos": "perhaps"}, "score_eos must be true or false, got 'perhaps'"),
-        ({"eval_data": 5}, "eval_data must be text or nothing, got 5"),
+        ({"data": []}, "data must be text or a list of texts, got []"),
+        ({"data": ["a.jsonl", 5]}, "data must be text or a list of texts, got ['a.jsonl', 5]"),
+        ({"eval_data": 5}, "eval_data must be text or a list of texts or nothing, got 5"),
     ],
 )
 def test_what_is_wrong_is_named(settings, message):
@@ -66,6 +68,7 @@ def test_what_is_wrong_is_named(settings, message):
         {"seed": 2**32 - 1, "score_eos": True, "dtype": "bfloat16-pure", "device": "cpu"},
         {"loss": "uld", "loss_options": {"top_k": None, "student_temperature": 2}},
         {"columns": {"context": "passage"}, "eval_data": None, "output": "~/runs"},
+        {"data": ["b.jsonl", "a.jsonl"], "eval_data": "part-*.jsonl"},
     ],
 )
 def test_settings_survive_being_written(settings):
@@ -74,6 +77,15 @@ def test_settings_survive_being_written(settings):
     assert TrainConfig.from_mapping(yaml.safe_load(yaml.safe_dump(config.as_dict()))) == config
     for name, value in settings.items():
         assert config.as_dict()[name] == value
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, EvaluateRequest, DoctorRequest])
+def test_equal_sources_are_equal_settings_however_they_are_given(kind):
+    for one in ("a.jsonl", ["a.jsonl"], ("a.jsonl",)):
+        assert kind(data=one) == kind(data="a.jsonl")
+        assert kind(data=one).data == "a.jsonl"
+    assert kind(data=("a.jsonl", "b.jsonl")).data == ["a.jsonl", "b.jsonl"]
+    assert kind(data=["b.jsonl", "a.jsonl"]) != kind(data=["a.jsonl", "b.jsonl"])
 
 
 def test_all_settings_are_described():

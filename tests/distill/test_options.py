@@ -31,6 +31,8 @@ class Settings:
     warmths: tuple[float, ...] = option(
         (1.0, 2.0), "Warmth.", flag="--warmth", repeated=True, parse=float
     )
+    sources: str | list[str] = option("here", "A place.", flag="--source", repeated=True)
+    files: tuple[str, ...] = option((), "A file.", flag="--file", repeated=True)
     hidden: int = 3
 
 
@@ -70,6 +72,9 @@ def test_what_is_given_is_read_by_its_field():
         "warmths": (3.0, 0.5),
     }
     assert run("--no-eager") == {"eager": False}
+    # One is text where the setting may be text.
+    assert run("--source", "a", "--file", "b") == {"sources": "a", "files": ("b",)}
+    assert run("--source", "a", "--source", "b") == {"sources": ("a", "b")}
 
 
 def test_help_shows_defaults():

@@ -58,8 +58,8 @@ class CachePlace(Workplace):
         """The words of a command on these models and rows."""
         return [
             *(command, "--student", str(self.student), "--teacher", str(self.teacher)),
-            *("--data", str(self.rows), "--task", "text", "--max-new-tokens", "3"),
-            *("--device", "cpu"),
+            *(() if "--data" in options else ("--data", str(self.rows))),
+            *("--task", "text", "--max-new-tokens", "3", "--device", "cpu"),
             *options,
         ]
 

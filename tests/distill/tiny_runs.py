@@ -34,7 +34,8 @@ class Workplace:
         """The words of a short training run; later options go before earlier ones."""
         return [
             *("train", "--student", str(self.student), "--teacher", str(self.teacher)),
-            *("--data", str(self.rows), "--task", "text", "--output", str(self.folder / output)),
+            *(() if "--data" in options else ("--data", str(self.rows))),
+            *("--task", "text", "--output", str(self.folder / output)),
             *("--max-steps", "2", "--logging-steps", "1", "--max-new-tokens", "3"),
             *("--device", "cpu"),
             *options,
@@ -43,8 +44,9 @@ class Workplace:
     def evaluate(self, *options: str) -> list[str]:
         """The words of an evaluation on the same rows."""
         return [
-            *("evaluate", "--data", str(self.rows), "--task", "text", "--max-new-tokens", "3"),
-            *("--device", "cpu"),
+            "evaluate",
+            *(() if "--data" in options else ("--data", str(self.rows))),
+            *("--task", "text", "--max-new-tokens", "3", "--device", "cpu"),
             *options,
         ]
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from ctkd.compare.plan.config import CompareConfig
 from ctkd.distill.config import TrainConfig
-from ctkd.distill.data.rows import is_embedded, load_rows
+from ctkd.distill.data.layouts import read_rows
+from ctkd.distill.data.rows import Source, is_embedded, load_rows
 from ctkd.distill.data.tasks import Example, examples, get_task, split_off
 from ctkd.distill.preparing import HELD_OUT_FRACTION, Forms, Models, encode
 from ctkd.errors import DataError, OutputError
@@ -123,16 +124,16 @@ def _cut(
     Last comes what the latter two were cut to, where not all of their rows were taken.
     """
     base = config.base
-    train = _load(base.data, None, base)
+    train = _load(base.data, base, say)
     held_out = base.eval_data or (base.data if is_embedded(base.data) else None)
     if held_out is None:
         train, test = _split_off(train, HELD_OUT_FRACTION, base.seed)
         say(f"no evaluation data given: cut off {len(test)} of the training examples as test split")
     else:
-        test = _load(held_out, "test" if is_embedded(held_out) else None, base)
+        test = _load(held_out, base, say, held_out=True)
     dev = None
     if config.dev_data is not None:
-        dev = _load(config.dev_data, None, base)
+        dev = _load(config.dev_data, base, say)
     elif config.sweep:
         train, dev = _split_off(train, config.dev_fraction, base.seed)
         say(f"cut off {len(dev)} of the training examples to choose settings on")
@@ -145,8 +146,8 @@ def _cut(
     return train, None if dev is None else dev[:limit], test[:limit], cuts
 
 
-def _load(source: str, split: str | None, base: TrainConfig) -> list[_Row]:
-    rows = load_rows(source, split=split)
+def _load(source: Source, base: TrainConfig, say: Say, *, held_out: bool = False) -> list[_Row]:
+    rows = read_rows(source, base.task, base.columns, say=say, held_out=held_out)
     parsed = examples(rows, base.task, base.columns)
     return [
         _Row(example, _fields(base, row, example))

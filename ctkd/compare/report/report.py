@@ -24,6 +24,7 @@ from ctkd.compare.report.document import (
     markdown,
 )
 from ctkd.compare.report.tables import NOTHING, Column, Table, decimal
+from ctkd.distill.data.rows import names_of
 from ctkd.distill.evaluation.metrics import METRICS
 from ctkd.distill.printable import printable
 from ctkd.errors import OutputError
@@ -146,7 +147,7 @@ def _plain(value: Any) -> Any:
 def _title(comparison: Comparison) -> str:
     names = comparison.methods
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    data = comparison.settings.get("data")
+    data = names_of(comparison.settings.get("data") or "")
     return f"{listed} on {data}" if data else listed
 
 
@@ -206,7 +207,7 @@ def _blocks(
 ) -> Iterator[Block]:
     yield Text(analysis.heading, kind="loud" if analysis.is_demonstration else "lead")
     models = [
-        f"{name} {comparison.settings[name]}"
+        f"{name} {names_of(comparison.settings[name])}"
         for name in ("student", "teacher", "data")
         if comparison.settings.get(name)
     ]

@@ -1,32 +1,55 @@
 """Rows from files, folders, the Hub or the embedded set.
 
 A row is a mapping from column name to whatever the file holds; what the columns mean is the
-business of `ctkd.distill.data.tasks`. JSON, JSON Lines and CSV are read here rather than by
+business of `ctkd.distill.data.tasks`. JSON, JSON Lines, CSV and TSV are read here rather than by
 `datasets`, which turns text into other things where it can: "1999-12-31" becomes a date, a CSV
 answer "None" becomes nothing, and "1945" becomes 1945.0 where a cell of that column is empty.
-Parquet files, folders written by `save_to_disk` and the Hub are read by `datasets`.
+Folders written by `save_to_disk` and the Hub are read by `datasets`.
 """
 
 import csv
 import difflib
+import glob
+import gzip
 import json
 import re
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ctkd.errors import DataError
 
-__all__ = ["EMBEDDED", "Rows", "is_embedded", "load_rows"]
+__all__ = [
+    "EMBEDDED",
+    "Rows",
+    "Source",
+    "is_embedded",
+    "joined",
+    "kind_of",
+    "load_parts",
+    "load_rows",
+    "names_of",
+    "paths_of",
+]
+
+Source = str | Sequence[str]
+"""What to read rows from: one place, or several in their order."""
 
 EMBEDDED: Mapping[str, tuple[str, ...]] = {"pocketqa": ("train", "test")}
 """The data sets that ship with ctkd, and their splits."""
 
-_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_TEXTS = (".json", ".jsonl", ".csv", ".tsv")
+_SUFFIXES = (*_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS), ".parquet")
+_HELD_OUT = ("test", "validation", "dev", "eval")
+_WITH_SPLIT = re.compile(r"(.+):([^:\[\]]+(?:\[[^\]]*\])?)", re.DOTALL)
+_HUB_ID = re.compile(
+    r"(?P<path>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w./-]+))?(:(?P<name>[\w.-]+))?"
+)
+# A C long is no longer than this on some systems.
+_LONGEST_CELL = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,15 +59,19 @@ class Rows:
     Args:
         name: A file name, a folder name or a Hub id.
         rows: A list of mappings, or a `datasets.Dataset`.
+        places: What error messages call each row, where name and number do not say it.
+        all_text: Whether every value is text because the file knows nothing else.
 
     Example:
         >>> rows = Rows("colors", [{"name": "red"}, {"name": "blue", "cold": "yes"}])
-        >>> len(rows), rows.columns
-        (2, ['name', 'cold'])
+        >>> len(rows), rows.columns, rows.place(2)
+        (2, ['name', 'cold'], 'colors row 2')
     """
 
     name: str
     rows: Sequence[Mapping[str, Any]]
+    places: Sequence[str] = ()
+    all_text: bool = False
 
     @property
     def columns(self) -> list[str]:
@@ -54,6 +81,10 @@ class Rows:
             return list(names)
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
+    def place(self, number: int) -> str:
+        """The name of a row in error messages, counted from 1."""
+        return self.places[number - 1] if self.places else f"{self.name} row {number}"
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -61,29 +92,60 @@ class Rows:
         return iter(self.rows)
 
 
-def is_embedded(source: str) -> bool:
+def is_embedded(source: Source) -> bool:
     """True if the name, which says no split, is that of an embedded set and of no file."""
-    return source in EMBEDDED and not Path(source).exists()
+    return isinstance(source, str) and source in EMBEDDED and not Path(source).exists()
 
 
-def load_rows(source: str, *, split: str | None = None) -> Rows:
+def names_of(source: Source) -> str:
+    """The places of a source as one text.
+
+    Example:
+        >>> names_of("rows.jsonl"), names_of(["a.jsonl", "b.jsonl"])
+        ('rows.jsonl', 'a.jsonl, b.jsonl')
+    """
+    return source if isinstance(source, str) else ", ".join(source)
+
+
+def paths_of(source: Source | None) -> list[Path]:
+    """The files and folders on disk that a source names."""
+    if source is None:
+        return []
+    if not isinstance(source, str):
+        return [path for one in source for path in paths_of(one)]
+    with_split = _WITH_SPLIT.fullmatch(source)
+    for one in (source, with_split[1]) if with_split else (source,):
+        path = Path(one).expanduser()
+        found = [path] if path.exists() else [Path(name) for name in glob.glob(str(path))]
+        if found:
+            return found
+    return []
+
+
+def load_rows(source: Source, *, split: str | None = None, held_out: bool = False) -> Rows:
     """Read rows by path, by the name of an embedded set, or by Hub id.
 
     The forms of `source`:
 
     - a file: ``.json`` (a list of objects, or such a list under the key "data"), ``.jsonl``,
-      ``.csv`` (with a header; every cell is text) or ``.parquet``;
+      ``.csv`` or ``.tsv`` (with a header; every cell is text), each also as ``.gz``, or
+      ``.parquet``;
+    - a pattern such as ``part-*.jsonl``: all files that match, sorted by name;
+    - a stream such as ``/dev/stdin``, of JSON or JSON Lines, which is read once;
     - a folder written by `datasets`' `save_to_disk`;
     - ``pocketqa``, the set that ships with ctkd, with the splits "train" and "test";
-    - a Hub id such as ``squad`` or ``org/name``.
+    - a Hub id such as ``squad`` or ``org/name``, with ``@REVISION`` behind where one is meant;
+    - several of these, whose rows follow each other.
 
     What is on disk goes before what is embedded, and that before the Hub. ``SOURCE:SPLIT`` names
-    the split as well, for sources that have splits.
+    the split as well, for sources that have splits; ``HUB-ID:CONFIGURATION:SPLIT`` the
+    configuration, too.
 
     Args:
         source: What to read.
-        split: The split, where the source has splits: "train" if neither this nor ``:SPLIT`` says
-            otherwise.
+        split: The split, where the source has splits and says none itself. By default "train".
+        held_out: Whether the default split is instead the first of "test", "validation", "dev" and
+            "eval" that the source has.
 
     Raises:
         DataError: If nothing is there, it cannot be read, it has no such split, or it has no rows.
@@ -96,30 +158,62 @@ def load_rows(source: str, *, split: str | None = None) -> Rows:
         ...     list(load_rows(str(path)))
         [{'prompt': '1 + 1 =', 'answer': ' 2'}]
     """
+    return joined(load_parts(source, split=split, held_out=held_out))
+
+
+def load_parts(source: Source, *, split: str | None = None, held_out: bool = False) -> list[Rows]:
+    """As `load_rows`, with the rows of each file by themselves."""
+    if not isinstance(source, str):
+        return [part for one in source for part in load_parts(one, split=split, held_out=held_out)]
     path = Path(source).expanduser()
-    if split is None and ":" in source and not path.exists():
-        source, _, split = source.rpartition(":")
+    with_split = _WITH_SPLIT.fullmatch(source)
+    if split is None and with_split and not path.exists():
+        source, split = with_split.groups()
         path = Path(source).expanduser()
-    if path.is_file():
+    if path.is_dir():
+        rows = _read_folder(path, split, held_out)
+    elif path.exists():
         if split is not None:
             raise DataError(f"{source} is one file and has no splits; leave out {split!r}")
         rows = _read_file(path)
-    elif path.is_dir():
-        rows = _read_folder(path, split)
     elif source in EMBEDDED:
-        rows = _read_embedded(source, split or "train")
+        rows = _read_embedded(source, split or ("test" if held_out else "train"))
+    elif glob.has_magic(source):
+        found = sorted(glob.glob(str(path)))
+        if not found:
+            raise DataError(f"no file matches the pattern {source}; expected at least one")
+        return [part for one in found for part in load_parts(one, split=split, held_out=held_out)]
     elif _looks_like_path(source):
         raise DataError(f"{source} does not exist{_near(path)}")
     else:
-        rows = _read_hub(source, split or "train")
+        rows = _read_hub(source, split, held_out)
     if not len(rows):
         raise DataError(f"{rows.name} has no rows; expected at least one")
-    return rows
+    return [rows]
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several files as one, each still called by its own file and number.
+
+    Example:
+        >>> parts = [Rows("a", [{"name": "red"}]), Rows("b", [{"name": "blue"}])]
+        >>> rows = joined(parts)
+        >>> rows.name, rows.place(2)
+        ('a, b', 'b row 1')
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return Rows(
+        _some([part.name for part in parts]),
+        [row for part in parts for row in part],
+        [part.place(number) for part in parts for number in range(1, len(part) + 1)],
+    )
 
 
 def _read_file(path: Path) -> Rows:
-    suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
+    suffix = _suffix(path)
+    is_stream = not path.is_file() or path.parts[:2] == ("/", "dev")
+    if suffix not in _SUFFIXES and not is_stream:
         raise DataError(
             f"{path} does not say what it holds; expected a file that ends in one of "
             f"{', '.join(_SUFFIXES)}"
@@ -127,19 +221,34 @@ def _read_file(path: Path) -> Rows:
     if suffix == ".parquet":
         return _read_parquet(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if suffix == ".csv":
-                return Rows(path.name, _csv_rows(path, file))
+        with _opened(path) as file:
+            if suffix.startswith((".csv", ".tsv")):
+                delimiter = "," if suffix.startswith(".csv") else "\t"
+                return Rows(path.name, _csv_rows(path, file, delimiter), all_text=True)
             text = file.read()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    return Rows(path.name, _json_rows(path, text))
+    except (OSError, EOFError, zlib.error) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read: {cause}") from error
+    return Rows(path.name, _json_rows(path, text, in_lines=suffix.startswith(".jsonl")))
 
 
-def _csv_rows(path: Path, lines: Iterator[str]) -> list[dict[str, str]]:
-    reader = csv.reader(lines, strict=True)
+def _opened(path: Path) -> IO[str]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _suffix(path: Path) -> str:
+    """The end of a name that says what a file holds, in lower case."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + suffix if suffix == ".gz" else suffix
+
+
+def _csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> list[dict[str, str]]:
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    limit = csv.field_size_limit(_LONGEST_CELL)
     try:
         header = next(reader, [])
         twice = sorted(name for name, count in Counter(header).items() if count > 1)
@@ -150,20 +259,24 @@ def _csv_rows(path: Path, lines: Iterator[str]) -> list[dict[str, str]]:
             if not cells:  # an empty line
                 continue
             if len(cells) != len(header):
+                between = "tabs" if delimiter == "\t" else "commas"
                 raise DataError(
                     f"{path.name} row {len(rows) + 1} (line {reader.line_num}) has {len(cells)} "
-                    f"cells, but the header has {len(header)}; quote cells that hold commas"
+                    f"cells, but the header has {len(header)}; quote cells that hold {between}"
                 )
             rows.append(dict(zip(header, cells, strict=True)))
     except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num} is not CSV: {error}") from error
+        kind = "TSV" if delimiter == "\t" else "CSV"
+        raise DataError(f"{path} line {reader.line_num} is not {kind}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
     return rows
 
 
-def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
-    if path.suffix.lower() == ".json":
+def _json_rows(path: Path, text: str, *, in_lines: bool) -> list[dict[str, Any]]:
+    if not in_lines:
         try:
-            content = json.loads(text)
+            content = _parsed(str(path), text)
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":  # one object a line is common under this ending, too
                 raise DataError(
@@ -176,7 +289,7 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
                 content = [content]
             if not isinstance(content, list):
                 raise DataError(
-                    f"{path} holds {_kind(content)}; expected a list of objects, or an object "
+                    f"{path} holds {kind_of(content)}; expected a list of objects, or an object "
                     'with such a list under "data"'
                 )
             return [_object(path, row, number) for number, row in enumerate(content, 1)]
@@ -185,7 +298,7 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parsed(f"{path} line {number}", line)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path} line {number} is not JSON: {error.msg} (column {error.colno}); expected "
@@ -195,33 +308,50 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _parsed(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise DataError(f"{where} is nested too deep; expected objects of plain values") from None
+    except ValueError as error:
+        raise DataError(f"{where} holds a number that is too long; write it as text") from error
+
+
 def _object(path: Path, row: Any, number: int) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{path.name} row {number} is {_kind(row)}; expected an object")
+        raise DataError(f"{path.name} row {number} is {kind_of(row)}; expected an object")
     return row
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """The JSON name of a value's kind.
+
+    Example:
+        >>> kind_of([1]), kind_of(None)
+        ('a list', 'empty')
+    """
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
     return names.get(type(value), "empty" if value is None else "a number")
 
 
 def _read_parquet(path: Path) -> Rows:
-    import datasets
+    # What `datasets` reads Parquet with; `datasets` itself would first copy the file to its cache.
+    import pyarrow.parquet
 
     try:
-        with _quiet():
-            table = datasets.Dataset.from_parquet(str(path))
-    except Exception as error:  # pyarrow and datasets raise many kinds
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return Rows(path.name, file.read().to_pylist())
+    except Exception as error:  # pyarrow raises many kinds
         raise DataError(f"{path} cannot be read as Parquet: {_cause(error)}") from error
-    return Rows(path.name, table)
 
 
-def _read_folder(path: Path, split: str | None) -> Rows:
+def _read_folder(path: Path, split: str | None, held_out: bool) -> Rows:
     import datasets
 
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+        files = sorted(file.name for file in path.iterdir() if _suffix(file) in _SUFFIXES)
         way_out = f"name one of its files: {_some(files)}" if files else "name a data file"
         raise DataError(f"{path} is a folder that save_to_disk did not write; {way_out}")
     try:
@@ -229,13 +359,26 @@ def _read_folder(path: Path, split: str | None) -> Rows:
     except Exception as error:  # pyarrow and datasets raise many kinds
         raise DataError(f"{path} cannot be read as a saved data set: {_cause(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
-        split = split or "train"
-        if split not in loaded:
-            raise DataError(f"{path} has no split {split!r}; it has {', '.join(loaded)}")
-        return Rows(f"{path.name}:{split}", loaded[split])
+        chosen = _choose(str(path), loaded, split, held_out)
+        return Rows(f"{path.name}:{chosen}", loaded[chosen])
     if split is not None:
         raise DataError(f"{path} has no splits; leave out {split!r}")
     return Rows(path.name, loaded)
+
+
+def _choose(source: str, splits: Iterable[str], split: str | None, held_out: bool) -> str:
+    """The split that is meant: the one named, the only one, or the usual one for this use."""
+    there = list(splits)
+    if split is None and len(there) == 1:
+        return there[0]
+    wanted = (split,) if split is not None else _HELD_OUT if held_out else ("train",)
+    chosen = next((name for name in wanted if name in there), None)
+    if chosen is None:
+        raise DataError(
+            f"{source} has no split {' or '.join(map(repr, wanted))}; it has {', '.join(there)}; "
+            f"name one of them as {source}:SPLIT"
+        )
+    return chosen
 
 
 def _read_embedded(name: str, split: str) -> Rows:
@@ -245,31 +388,39 @@ def _read_embedded(name: str, split: str) -> Rows:
     return Rows(f"{name}:{split}", _read_file(path).rows)
 
 
-def _read_hub(source: str, split: str) -> Rows:
+def _read_hub(source: str, split: str | None, held_out: bool) -> Rows:
     near = difflib.get_close_matches(source, EMBEDDED, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    if not _HUB_ID.fullmatch(source):
+    parts = _HUB_ID.fullmatch(source)
+    if parts is None:
         raise DataError(
             f"{source!r} is neither a file, nor a folder, nor an embedded set "
             f"({', '.join(EMBEDDED)}), nor a Hub id (NAME or ORG/NAME){hint}"
         )
     import datasets
 
+    if split is None and not held_out:
+        split = "train"
+    options = {name: value for name, value in parts.groupdict().items() if value is not None}
     try:
-        table = datasets.load_dataset(source, split=split)
+        loaded = datasets.load_dataset(**options, split=split)
     except Exception as error:  # the Hub's client and datasets raise many kinds
+        what = "its splits" if split is None else f"split {split!r}"
         raise DataError(
             f"{source} is no file or folder here, nor an embedded set ({', '.join(EMBEDDED)}), and "
-            f"split {split!r} could not be loaded from the Hub: {_cause(error)}{hint}"
+            f"{what} could not be loaded from the Hub: {_cause(error)}{hint}"
         ) from error
-    return Rows(f"{source}:{split}", table)
+    if split is None:
+        split = _choose(source, loaded, None, held_out)
+        loaded = loaded[split]
+    return Rows(f"{source}:{split}", loaded)
 
 
 def _looks_like_path(source: str) -> bool:
     return (
-        Path(source).suffix.lower() in _SUFFIXES
+        _suffix(Path(source)) in _SUFFIXES
         or source.startswith((".", "/", "~"))
-        or source.count("/") > 1
+        or source.partition("@")[0].count("/") > 1
     )
 
 
@@ -282,7 +433,7 @@ def _near(path: Path) -> str:
     near = difflib.get_close_matches(path.name, names, n=1)
     if near:
         return f"; did you mean {folder / near[0]}?"
-    data = [name for name in names if Path(name).suffix.lower() in _SUFFIXES]
+    data = [name for name in names if _suffix(Path(name)) in _SUFFIXES]
     return f"; data files there: {_some(data)}" if data else f"; {folder} holds no data files"
 
 
@@ -291,20 +442,7 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _cause(error: Exception) -> str:
-    """The first line of an error, with its kind, without its full stop."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the progress bars of `datasets` for a while."""
-    import datasets
-
-    were_on = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were_on:
-            datasets.enable_progress_bars()
+    """An error in one line, with its kind, without its full stop."""
+    text = " ".join(str(error).split()).rstrip(".")
+    text = text if len(text) <= 300 else f"{text[:297]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -131,7 +131,8 @@ def examples(
         task: The task or its name.
         columns: Where the data calls a field by another name: field to column. The optional fields
             are "id", "group" (rows of equal value stay on one side of a split; by default those
-            with the same context, dialogue, document or prompt do) and "title".
+            with the same context, dialogue, document or prompt do; where that is blank, those with
+            the same question or answer) and "title".
         use_title: Put ``Title: ...`` in front of each prompt. Without it titles are not read.
 
     Raises:
@@ -152,7 +153,7 @@ def examples(
     if isinstance(task, str):
         task = get_task(task)
     reader = _Reader.prepare(rows, task, columns or {}, use_title)
-    read = [reader.read(row, number) for number, row in enumerate(rows, 1)]
+    read = [reader.read(row, number, rows.place(number)) for number, row in enumerate(rows, 1)]
     return reader.with_ids(read, rows)
 
 
@@ -206,7 +207,6 @@ def split_off(
 class _Reader:
     """The columns of one task in one data set."""
 
-    name: str
     task: Task
     fields: tuple[str, ...]  # of the body in use
     body: str
@@ -249,7 +249,6 @@ class _Reader:
         if missing:
             raise cls.missing(rows, task, missing, " and ")
         return cls(
-            name=rows.name,
             task=task,
             fields=fields,
             body=bodies[fields],
@@ -268,8 +267,7 @@ class _Reader:
             f"{fields[0]}={near[0] if near else 'COLUMN'}"
         )
 
-    def read(self, row: Mapping[str, Any], number: int) -> Example:
-        where = f"{self.name} row {number}"
+    def read(self, row: Mapping[str, Any], number: int, where: str) -> Example:
         texts = {field: self.text(row, field, where) for field in self.fields}
         prompt = self.body.format_map(texts)
         if self.use_title:
@@ -278,7 +276,9 @@ class _Reader:
         if self.grouped:
             group = self.label(row, "group", where)
         else:
-            group = hashlib.sha256(texts[self.fields[0]].encode()).hexdigest()[:16]
+            # Rows whose first field is blank are not about one passage.
+            about = next(text for text in (*texts.values(), references[0]) if text.strip())
+            group = hashlib.sha256(about.encode()).hexdigest()[:16]
         return Example(
             id=str(number),
             prompt=prompt,

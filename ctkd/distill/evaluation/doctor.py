@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ctkd.distill.config import DoctorRequest
 from ctkd.distill.data.encoding import EncodedExample, encode_examples
-from ctkd.distill.data.rows import load_rows
+from ctkd.distill.data.layouts import read_rows
+from ctkd.distill.data.rows import names_of
 from ctkd.distill.data.tasks import Example, examples
 from ctkd.distill.models.checks import check_causal, one_line, quiet
 from ctkd.distill.models.loading import load_tokenizer, resolve
@@ -90,8 +91,9 @@ def run_doctor(request: DoctorRequest, *, say: Callable[[str], None] = print) ->
     Raises:
         CtkdError: If what was given cannot be loaded or read.
     """
-    say(f"data: {request.data}, the first {request.limit} rows")
-    chosen = examples(load_rows(request.data), request.task, request.columns)[: request.limit]
+    say(f"data: {names_of(request.data)}, the first {request.limit} rows")
+    data = read_rows(request.data, request.task, request.columns, say=say)
+    chosen = examples(data, request.task, request.columns)[: request.limit]
     say(f"student: the tokenizer of {request.student}")
     student = load_tokenizer(request.student)
     student_head = read_head_width(request.student)

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from ctkd.distill.config import EvaluateRequest, TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExample, encode_examples
+from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PLAIN, PromptForm
-from ctkd.distill.data.rows import is_embedded, load_rows
+from ctkd.distill.data.rows import paths_of
 from ctkd.distill.data.tasks import Example, examples, get_task
 from ctkd.distill.devices import choose_device, is_cpu
 from ctkd.distill.evaluation.metrics import (
@@ -167,7 +168,7 @@ def run_evaluation(
         CtkdError: If what was given cannot be used.
     """
     if request.model is None:
-        return _score_file(request)
+        return _score_file(request, say)
     if request.predictions is not None:
         raise SettingError(
             "--predictions is a file of answers to score, without MODEL; MODEL's own answers are "
@@ -180,7 +181,7 @@ def run_evaluation(
     device = choose_device(request.device)
     if request.output is not None:
         _check_can_be_written(Path(request.output), request, overwrite)
-    chosen = _examples(request)
+    chosen = _examples(request, say)
     say(f"model: {request.model}, {len(chosen)} examples")
     tokenizer = load_tokenizer(request.model)
     model = load_model(request.model, device=device)
@@ -258,7 +259,7 @@ def _check_can_be_written(path: Path, request: EvaluateRequest, overwrite: bool)
     """Find out before the model answers, which takes long."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file for the answers")
-    if request.data is not None and path.resolve() == Path(request.data).expanduser().resolve():
+    if any(path.resolve() == one.resolve() for one in paths_of(request.data)):
         raise OutputError(f"{path} holds the data; name another file for the answers")
     if path.exists() and not overwrite:
         raise OutputError(
@@ -274,7 +275,7 @@ def _check_can_be_written(path: Path, request: EvaluateRequest, overwrite: bool)
         ) from error
 
 
-def _score_file(request: EvaluateRequest) -> dict[str, float]:
+def _score_file(request: EvaluateRequest, say: Callable[[str], None]) -> dict[str, float]:
     if request.predictions is None:
         raise SettingError("name a MODEL to evaluate, or a file of answers with --predictions")
     for name in ("loss", "output"):
@@ -282,7 +283,7 @@ def _score_file(request: EvaluateRequest) -> dict[str, float]:
             raise SettingError(f"--{name} belongs to a model; name a MODEL")
     predictions = read_predictions(request.predictions)
     if request.data is not None or any(not one.references for one in predictions):
-        chosen = _examples(request)
+        chosen = _examples(request, say)
         if request.limit is not None:
             known = {one.id for one in chosen}
             predictions = [one for one in predictions if one.id is None or one.id in known]
@@ -290,8 +291,8 @@ def _score_file(request: EvaluateRequest) -> dict[str, float]:
     return score_predictions(predictions[: request.limit]).summary()
 
 
-def _examples(request: EvaluateRequest) -> list[Example]:
+def _examples(request: EvaluateRequest, say: Callable[[str], None]) -> list[Example]:
     source = request.data or default_of(TrainConfig, "data")
     task = request.task or default_of(TrainConfig, "task")
-    rows = load_rows(source, split="test" if is_embedded(source) else None)
+    rows = read_rows(source, task, request.columns, say=say, held_out=True)
     return examples(rows, task, request.columns)[: request.limit]

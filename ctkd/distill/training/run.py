@@ -31,6 +31,7 @@ from ctkd.cache_folder import cache_dir
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExamples
+from ctkd.distill.data.rows import Source, paths_of
 from ctkd.distill.data.tasks import Example, get_task
 from ctkd.distill.devices import PeakMemory, choose_device, is_cpu
 from ctkd.distill.models.fingerprint import model_fingerprint
@@ -418,18 +419,22 @@ def _check_tracker(name: str) -> None:
 
 
 def _check_nothing_needed_is_deleted(config: TrainConfig) -> None:
-    needed = {"student": config.student, "data": config.data, "eval_data": config.eval_data}
+    needed: dict[str, Source | None] = {
+        "student": config.student,
+        "data": config.data,
+        "eval_data": config.eval_data,
+    }
     if config.needs_teacher:
         needed["teacher"] = config.teacher
         needed["teacher_cache"] = config.teacher_cache
     folder = config.folder.resolve()
-    for what, name in needed.items():
-        path = None if name is None else Path(name).expanduser()
-        if path is not None and path.exists() and path.resolve().is_relative_to(folder):
-            raise OutputError(
-                f"{what} {name} lies in the output folder {config.folder}, which --overwrite "
-                "empties; choose another --output"
-            )
+    for what, source in needed.items():
+        for path in paths_of(source):
+            if path.resolve().is_relative_to(folder):
+                raise OutputError(
+                    f"{what} {path} lies in the output folder {config.folder}, which --overwrite "
+                    "empties; choose another --output"
+                )
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

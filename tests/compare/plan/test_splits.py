@@ -8,6 +8,7 @@ import pytest
 
 from ctkd.compare.plan.config import CompareConfig
 from ctkd.compare.plan.splits import COLUMNS, Splits, prepare_splits
+from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.rows import load_rows
 from ctkd.distill.data.tasks import examples
 from ctkd.distill.preparing import Models
@@ -87,6 +88,31 @@ def test_every_task_is_written_as_it_is_read(models, tmp_path, task, row):
     found = {one.prompt: (one.answer, one.references, one.group)
              for one in (*splits.train.examples, *splits.test.examples)}  # fmt: skip
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("text", {"instruction": "The cat {n}", "input": "", "output": "sat on"}),
+        ("text", {"prompt": "The cat {n}", "completion": " sat on"}),
+        ("qa", {"paragraphs": [{"context": "The cat.", "qas": [
+            {"id": "a{n}", "question": "Who?", "answers": [{"text": "cat", "answer_start": 4}]},
+            {"id": "b{n}", "question": "Why?", "answers": [], "is_impossible": True},
+        ]}]}),
+    ],
+)  # fmt: skip
+def test_published_layouts_are_written_as_the_task_has_them(models, tmp_path, task, row):
+    text = json.dumps(row)
+    paths = [tmp_path / f"{name}.jsonl" for name in ("a", "b")]
+    for name, path in enumerate(paths):
+        path.write_text("".join(text.replace("{n}", f"{name}{n}") + "\n" for n in range(5)))
+    common = {"task": task, "columns": {}, "data": [str(paths[0])], "eval_data": str(paths[1])}
+    splits, _ = prepared(models, tmp_path, None, common=common)
+    for split, path in ((splits.train, paths[0]), (splits.test, paths[1])):
+        rows = read_rows(str(path), task, say=lambda line: None)
+        expected = [(one.prompt, one.answer, one.group) for one in examples(rows, task)]
+        found = [(one.prompt, one.answer, one.group) for one in split.examples]
+        assert found == expected and len(found) == 5
 
 
 def test_curves_are_drawn_on_the_development_split_where_there_is_one(models, tmp_path, qa):

@@ -1,14 +1,17 @@
 import csv
+import gzip
 import json
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctkd.distill.data.rows import EMBEDDED, Rows, load_rows
+from ctkd.distill.data.rows import EMBEDDED, Rows, load_rows, paths_of
 from ctkd.distill.data.tasks import Example, split_off
 from ctkd.errors import DataError, SettingError
 
@@ -36,6 +39,12 @@ def refused(source, **options) -> str:
     return str(caught.value)
 
 
+def refused_of(sources) -> str:
+    with pytest.raises(DataError) as caught:
+        load_rows([str(source) for source in sources])
+    return str(caught.value)
+
+
 def json_list(path):
     write(path, json.dumps(ROWS))
 
@@ -49,11 +58,23 @@ def json_lines(path):
     write(path, "\ufeff" + "\r\n".join([*lines, "", ""]))
 
 
-def csv_file(path):
+def csv_file(path, **options):
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["prompt", "answer"])
+        writer = csv.DictWriter(file, ["prompt", "answer"], **options)
         writer.writeheader()
         writer.writerows(ROWS)
+
+
+def tsv_file(path):
+    csv_file(path, delimiter="\t")
+
+
+def zipped(fill):
+    def fill_and_zip(path):
+        fill(path)
+        path.write_bytes(gzip.compress(path.read_bytes()))
+
+    return fill_and_zip
 
 
 def parquet(path):
@@ -71,6 +92,11 @@ def parquet(path):
         ("d.json", json_lines),
         ("e.csv", csv_file),
         ("f.parquet", parquet),
+        ("g.tsv", tsv_file),
+        ("h.json.gz", zipped(json_list)),
+        ("i.v2.jsonl.gz", zipped(json_lines)),
+        ("j.CSV.GZ", zipped(csv_file)),
+        ("k.tsv.gz", zipped(tsv_file)),
     ],
 )
 def test_every_file_format_keeps_text_as_text(name, fill, tmp_path, capfd):
@@ -82,6 +108,98 @@ def test_every_file_format_keeps_text_as_text(name, fill, tmp_path, capfd):
     assert rows.name == name
     assert len(rows) == len(ROWS)
     assert capfd.readouterr().err == ""
+
+
+def test_files_are_read_in_the_order_given_and_rows_are_called_by_their_own(tmp_path):
+    paths = [
+        write(tmp_path / f"part-{name}.jsonl", f'{{"n": "{name}1"}}\n{{"n": "{name}2"}}\n')
+        for name in "bca"
+    ]
+    rows = load_rows(paths)
+    assert [row["n"] for row in rows] == ["b1", "b2", "c1", "c2", "a1", "a2"]
+    assert rows.name == "part-b.jsonl, part-c.jsonl, part-a.jsonl"
+    assert [rows.place(n) for n in (1, 4)] == ["part-b.jsonl row 1", "part-c.jsonl row 2"]
+    (alone,) = {load_rows(one).name for one in (paths[0], paths[:1])}
+    assert alone == "part-b.jsonl"
+    assert f"{tmp_path / 'gone.csv'} does not exist" in refused_of([*paths, tmp_path / "gone.csv"])
+
+
+def test_a_pattern_is_all_files_that_match_sorted(tmp_path, monkeypatch):
+    for name in ("part-2", "part-10", "part-1", "other"):
+        write(tmp_path / f"{name}.jsonl", json.dumps({"n": name}))
+    assert [row["n"] for row in load_rows(str(tmp_path / "part-*.jsonl"))] == [
+        "part-1",
+        "part-10",
+        "part-2",
+    ]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_rows("~/part-?.jsonl")) == 2
+    message = refused(tmp_path / "prat-*.jsonl")
+    assert message == f"no file matches the pattern {tmp_path}/prat-*.jsonl; expected at least one"
+    # A file that is called so is meant itself.
+    write(tmp_path / "part-[1].jsonl", json.dumps({"n": "itself"}))
+    assert [row["n"] for row in load_rows(str(tmp_path / "part-[1].jsonl"))] == ["itself"]
+
+
+def test_paths_of_a_source_are_what_lies_on_disk(tmp_path):
+    files = [Path(write(tmp_path / f"{name}.jsonl", "{}")) for name in "ab"]
+    assert sorted(paths_of(str(tmp_path / "*.jsonl"))) == files
+    assert paths_of([str(files[1]), "pocketqa", str(files[0])]) == files[::-1]
+    assert paths_of(f"{tmp_path}:train") == [tmp_path]
+    assert paths_of("org/name:train") == paths_of(None) == []
+
+
+def test_a_cell_may_be_longer_than_csv_readers_allow(tmp_path):
+    limit = csv.field_size_limit()
+    cell = "x" * (limit + 1)
+    for name, between in (("a.csv", ","), ("a.tsv", "\t")):
+        path = write(tmp_path / name, f"prompt{between}answer\np{between}{cell}\n")
+        assert list(load_rows(path)) == [{"prompt": "p", "answer": cell}]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ("".join(json.dumps(row) + "\n" for row in ROWS), ROWS),
+        (json.dumps(ROWS, indent=1), ROWS),
+        (json.dumps(ROWS[0]), ROWS[:1]),
+    ],
+)
+def test_a_pipe_is_read_once(tmp_path, content, rows):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(content,))
+    writer.start()
+    assert list(load_rows(str(pipe))) == rows
+    writer.join()
+
+
+def test_standard_input_is_a_source_whether_piped_or_redirected(tmp_path):
+    code = "from ctkd.distill.data.rows import load_rows\nprint(len(load_rows('/dev/stdin')))\n"
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    command = [sys.executable, "-c", code]
+    piped = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    with open(write(tmp_path / "rows", text)) as file:
+        redirected = subprocess.run(command, stdin=file, capture_output=True, text=True, check=True)
+    assert piped.stdout == redirected.stdout == f"{len(ROWS)}\n"
+
+
+def test_a_parquet_file_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    import datasets
+
+    parquet(tmp_path / "a.parquet")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    assert list(load_rows(str(tmp_path / "a.parquet"))) == ROWS
+
+
+def test_a_parquet_file_without_rows_is_refused(tmp_path):
+    import pyarrow.parquet
+
+    table = pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert refused(tmp_path / "a.parquet") == "a.parquet has no rows; expected at least one"
 
 
 def test_a_home_folder_and_a_relative_path_are_understood(tmp_path, monkeypatch):
@@ -103,8 +221,38 @@ def test_folders_of_save_to_disk(tmp_path):
     assert list(load_rows(f"{tmp_path / 'two'}:dev")) == ROWS[1:2]
     assert "has no split 'test'; it has train, dev" in refused(tmp_path / "two", split="test")
     assert "has no splits; leave out 'dev'" in refused(tmp_path / "one", split="dev")
+    assert list(load_rows(str(tmp_path / "two"), held_out=True)) == ROWS[1:2]
+    assert list(load_rows(f"{tmp_path / 'two'}:train", held_out=True)) == ROWS
     (tmp_path / "one" / "state.json").write_text("{")
     assert "cannot be read as a saved data set" in refused(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("splits", "training", "held_out"),
+    [
+        (["train", "validation", "test"], "train", "test"),
+        (["train", "validation"], "train", "validation"),
+        (["only"], "only", "only"),
+        (["train", "extra"], "train", None),
+        (["validation", "test"], None, "test"),
+        (["a", "b"], None, None),
+    ],
+)
+def test_a_folder_of_splits_is_trained_on_one_and_measured_on_another(
+    splits, training, held_out, tmp_path
+):
+    import datasets
+
+    tables = {name: datasets.Dataset.from_list([{"split": name}]) for name in splits}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "all")
+    for expected, options in ((training, {}), (held_out, {"held_out": True})):
+        if expected is not None:
+            assert list(load_rows(str(tmp_path / "all"), **options)) == [{"split": expected}]
+            continue
+        message = refused(tmp_path / "all", **options)
+        wanted = "'test' or 'validation' or 'dev' or 'eval'" if options else "'train'"
+        assert f"has no split {wanted}; it has {', '.join(splits)}; name one of them" in message
+        assert message.endswith(f"{tmp_path / 'all'}:SPLIT")
 
 
 def test_the_embedded_set():
@@ -158,6 +306,12 @@ def test_a_missing_file_names_what_there_is(tmp_path):
         ("a.csv", 'a,b\n1,"2', r"line 2 is not CSV: unexpected end of data"),
         ("a.csv", "a,b,a\n1,2,3\n", r"two columns named 'a'"),
         ("a.parquet", "no parquet", r"cannot be read as Parquet: "),
+        ("a.tsv", "a\tb\n1\t2\t3\n", r"a.tsv row 1 \(line 2\) has 3 cells, .* that hold tabs"),
+        ("a.tsv", 'a\tb\n1\t"2', r"line 2 is not TSV: unexpected end of data"),
+        ("a.csv.gz", "a,b\n1,2\n", r"a.csv.gz cannot be read: Not a gzipped file"),
+        ("a.json", "[" * 10**5, r"a.json is nested too deep; expected objects of plain values"),
+        ("a.jsonl", '{"a":' * 10**5, r"a.jsonl line 1 is nested too deep"),
+        ("a.jsonl", '{"a": ' + "1" * 5000 + "}", r"line 1 holds a number that is too long"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(name, text, message, tmp_path):
@@ -165,6 +319,13 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(name, text, message, 
     with pytest.raises(DataError, match=message) as caught:
         load_rows(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+def test_a_zipped_file_that_was_cut_short_is_refused(tmp_path):
+    zipped(json_lines)(tmp_path / "a.jsonl.gz")
+    whole = (tmp_path / "a.jsonl.gz").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:-9])
+    assert "a.jsonl.gz cannot be read: Compressed file ended" in refused(tmp_path / "a.jsonl.gz")
 
 
 def test_text_in_another_encoding_is_refused(tmp_path):
@@ -186,6 +347,30 @@ def test_a_hub_id_goes_to_datasets(monkeypatch):
     assert load_rows("squad:validation").name == "squad:validation"
     assert load_rows("squad", split="train[:5]").columns == ["prompt", "answer"]
     assert asked == [("org/name", "train"), ("squad", "validation"), ("squad", "train[:5]")]
+
+
+def test_a_hub_id_may_name_configuration_and_revision(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, *, split, **options):
+        asked.append((path, options, split))
+        table = datasets.Dataset.from_list(ROWS)
+        splits = datasets.DatasetDict({"train": table, "validation": table.select([1])})
+        return splits if split is None else splits["train"]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_rows("cnn_dailymail:3.0.0:train")
+    load_rows("org/name@refs/pr/1")
+    load_rows("org/name@v1:en:train[:5]")
+    assert asked == [
+        ("cnn_dailymail", {"name": "3.0.0"}, "train"),
+        ("org/name", {"revision": "refs/pr/1"}, "train"),
+        ("org/name", {"revision": "v1", "name": "en"}, "train[:5]"),
+    ]
+    measured = load_rows("org/name", held_out=True)
+    assert (measured.name, list(measured)) == ("org/name:validation", ROWS[1:2])
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):

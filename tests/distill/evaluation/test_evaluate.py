@@ -146,16 +146,16 @@ def test_the_table_shows_counts_in_full(place, monkeypatch):
 def test_the_embedded_sets_test_part_is_the_default(monkeypatch):
     asked = []
 
-    def rows(source, *, split):
-        asked.append((source, split))
+    def rows(source, task, columns, *, say, held_out):
+        asked.append((source, held_out))
         return SimpleNamespace()
 
-    monkeypatch.setattr(evaluate_command, "load_rows", rows)
+    monkeypatch.setattr(evaluate_command, "read_rows", rows)
     monkeypatch.setattr(evaluate_command, "examples", lambda *arguments: [1, 2, 3])
     request = EvaluateRequest(limit=2)
-    assert evaluate_command._examples(request) == [1, 2]
-    evaluate_command._examples(EvaluateRequest(data="rows.jsonl"))
-    assert asked == [("pocketqa", "test"), ("rows.jsonl", None)]
+    assert evaluate_command._examples(request, print) == [1, 2]
+    evaluate_command._examples(EvaluateRequest(data="rows.jsonl"), print)
+    assert asked == [("pocketqa", True), ("rows.jsonl", True)]
 
 
 @pytest.mark.parametrize(

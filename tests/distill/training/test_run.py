@@ -1,10 +1,12 @@
 """A whole training run: what it reads, what it leaves behind, and that it can be repeated."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ctkd
@@ -16,6 +18,7 @@ from ctkd.distill.training import measuring
 from ctkd.distill.training import run as training
 from ctkd.distill.training.measuring import summarize
 from ctkd.errors import DataError, SettingError
+from tests.distill.tiny import TEXTS
 from tests.distill.tiny_runs import (
     ANSWER,
     error_of,
@@ -382,6 +385,70 @@ def test_a_held_out_part_shares_no_passage_with_the_rest(tmp_path):
     assert said[0] == f"no evaluation data given: cut off {len(held_out)} of the training examples"
     other = TrainConfig(data=config.data, loss="sft", seed=1)
     assert load_examples(other, said.append)[1] != held_out
+
+
+def test_several_files_are_one_data_set(place, tmp_path, undrawn):
+    lines = place.rows.read_text().splitlines(keepends=True)
+    for name, part in (("a", lines[:5]), ("b", lines[5:12]), ("c", lines[12:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    several = [word for name in "abc" for word in ("--data", str(tmp_path / f"{name}.jsonl"))]
+    ways = {
+        "one-file": [],
+        "several-files": several,
+        "by-pattern": ["--data", str(tmp_path / "*.jsonl")],
+    }
+    for output, words in ways.items():
+        finish(*place.train(output, "--measure", "nothing", *words))
+    found = [weights(place.folder / output) for output in ways]
+    assert same(found[0], found[1]) and same(found[0], found[2])
+    settings = record(place.folder / "several-files")["settings"]
+    assert settings["data"] == several[1::2]
+    # Equal settings are equal after their way through the file, whatever gave them.
+    yaml_file = tmp_path / "run.yaml"
+    yaml_file.write_text(yaml.safe_dump(settings))
+    shown = finish("train", "--config", str(yaml_file), "--resume")
+    assert "is finished already" in shown.stderr
+    words = place.train("several-files", "--measure", "nothing", *several[:4], "--resume")
+    assert "was started with other settings (data [" in error_of(invoke(*words))
+
+
+def test_texts_alone_are_trained_on_where_something_stands_in_front(place, tmp_path, undrawn):
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{TEXTS[n % 4]} {n}."}) + "\n" for n in range(20)))
+    words = place.train("texts", "--data", str(rows))
+    refused = error_of(invoke(*words))
+    assert "the prompt is empty and the student's tokenizer puts nothing in front of it" in refused
+    for name in ("student", "teacher"):
+        tokenizer = AutoTokenizer.from_pretrained(getattr(place, name))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+        )
+        shutil.copytree(getattr(place, name), tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    words = [*words, "--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
+    shown = finish(*words)
+    assert "its column 'text' is trained on as a whole, without a prompt" in shown.stderr
+    assert "18 training examples, 2 held out" in shown.stderr
+    assert all(loss > 0 for loss in logged(place.folder / "texts", "ce"))
+
+
+def test_training_rows_that_are_held_out_as_well_are_counted(place, tmp_path):
+    lines = place.rows.read_text().splitlines(keepends=True)
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(lines[:3]) + json.dumps({"prompt": "New?", "answer": " the mat"}))
+    said = []
+    config = TrainConfig(data=str(place.rows), eval_data=str(held_out), task="text", loss="sft")
+    load_examples(config, said.append)
+    warned = [line for line in said if line.startswith("warning")]
+    assert warned == [
+        "warning: 3 of the 20 training examples are held out as well, prompt and answer; what is "
+        "measured there may be remembered"
+    ]
+    # The same prompt with another answer is another row.
+    held_out.write_text(lines[0].replace(ANSWER, " the hat"))
+    said.clear()
+    load_examples(config, said.append)
+    assert not [line for line in said if line.startswith("warning")]
 
 
 def test_the_embedded_set_brings_its_own_test_part():
