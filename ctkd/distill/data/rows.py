@@ -274,7 +274,7 @@ def _csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> list[dict[str
 
 
 def _json_rows(path: Path, text: str, *, in_lines: bool) -> list[dict[str, Any]]:
-    if not in_lines:
+    if not in_lines and text.strip():
         try:
             content = _parsed(str(path), text)
         except json.JSONDecodeError as error:
@@ -419,6 +419,7 @@ def _read_hub(source: str, split: str | None, held_out: bool) -> Rows:
 def _looks_like_path(source: str) -> bool:
     return (
         _suffix(Path(source)) in _SUFFIXES
+        or source.endswith(".gz")
         or source.startswith((".", "/", "~"))
         or source.partition("@")[0].count("/") > 1
     )

@@ -278,6 +278,7 @@ def test_a_missing_file_names_what_there_is(tmp_path):
         write(tmp_path / name, "{}")
     assert f"did you mean {tmp_path / 'train.jsonl'}?" in refused(tmp_path / "trian.jsonl")
     assert "data files there: test.jsonl, train.jsonl" in refused(tmp_path / "zzz.csv")
+    assert "a.tar.gz does not exist; data files" in refused(tmp_path / "a.tar.gz")
     assert f"nor does the folder {tmp_path / 'gone'}" in refused(tmp_path / "gone" / "a.json")
     (tmp_path / "empty").mkdir()
     assert "holds no data files" in refused(tmp_path / "empty" / "a.json")
@@ -300,6 +301,8 @@ def test_a_missing_file_names_what_there_is(tmp_path):
         ("a.jsonl", '{"a": 1}\n\n{"a"', r"a.jsonl line 3 is not JSON"),
         ("a.jsonl", "\n \n", r"a.jsonl has no rows"),
         ("a.json", "[]", r"a.json has no rows"),
+        ("a.json", " \n", r"a.json has no rows"),
+        ("a.parquet.gz", "", r"does not say what it holds; expected a file that ends in"),
         ("a.csv", "a,b\n", r"a.csv has no rows"),
         ("a.csv", "", r"a.csv has no rows"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", r"a.csv row 2 \(line 3\) has 3 cells, but .* 2"),
