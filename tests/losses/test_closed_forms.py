@@ -147,7 +147,9 @@ def test_logits_far_from_zero_and_from_each_other(form):
     single, _ = both(form, student.float(), teacher.float())
     _, expected = both(form, student.float().double(), teacher.float().double())
     torch.testing.assert_close(single[0].double(), expected[0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(single[1].double(), expected[1], rtol=1e-4, atol=1e-6)
+    # A log-probability is a difference of logits of up to 600: so much of it is lost by rounding.
+    lost = 600 * torch.finfo(torch.float32).eps / 2
+    torch.testing.assert_close(single[1].double(), expected[1], rtol=1e-4, atol=lost)
 
 
 @by_form

@@ -1,8 +1,11 @@
 """Which backend serves which rows, and how a user overrides the choice."""
 
+import os
+import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,3 +139,21 @@ def test_without_numba_everything_goes_to_the_reference_and_that_is_told_once(mo
         torch.testing.assert_close(answer, logits.log_softmax(-1)[..., :1])
     finally:
         ops._cpu.cache_clear()
+
+
+@pytest.mark.slow
+def test_without_numba_its_tests_are_left_out(tmp_path):
+    (tmp_path / "numba.py").write_text("raise ImportError('left out')")
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(tmp_path), str(root)])
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "tests/ops"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "tests/ops/test_reference.py" in done.stdout
+    assert "tests/ops/cpu/" not in done.stdout and "test_cpu.py" not in done.stdout

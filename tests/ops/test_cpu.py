@@ -9,11 +9,11 @@ from ctkd import ops
 from ctkd.batch import Batch
 from ctkd.errors import BatchError
 from ctkd.logits import TopK, TopKLogits
-from ctkd.ops import RowLoss, Rows, SoftmaxTerm, backend_for, cpu, use_backend
+from ctkd.ops import RowLoss, Rows, SoftmaxTerm, backend_for, use_backend
 from ctkd.testing import make_inputs, make_pair
 from tests.rounding import rounding
 
-pytest.importorskip("numba", exc_type=ImportError)
+cpu = pytest.importorskip("ctkd.ops.cpu", exc_type=ImportError)
 
 N, V, W = 6, 70, 55
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
