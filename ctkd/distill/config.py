@@ -41,14 +41,6 @@ SFT = "sft"
 Template = Literal["plain", "chat"]
 
 
-def check_day(text: str) -> None:
-    """Refuse what is no day in the form YYYY-MM-DD."""
-    try:
-        datetime.strptime(text, "%Y-%m-%d")
-    except ValueError:
-        raise SettingError(f"date must be a day as YYYY-MM-DD, got {text!r}") from None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """Everything that is needed to repeat a training run.
@@ -171,7 +163,7 @@ class TrainConfig:
                 f"min_coverage is a share of the bytes, from 0 to 1, got {self.min_coverage}"
             )
         if self.date is not None:
-            check_day(self.date)
+            _check_day(self.date)
         if self.teacher_shots < 0:
             raise SettingError(f"teacher_shots must be at least 0, got {self.teacher_shots}")
         if not 0 <= self.seed < 2**32:
@@ -362,3 +354,11 @@ def _simplify_sources(settings: Any, *names: str) -> None:
         value = getattr(settings, name)
         if isinstance(value, tuple | list) and value:
             object.__setattr__(settings, name, value[0] if len(value) == 1 else list(value))
+
+
+def _check_day(text: str) -> None:
+    """Refuse what is no day in the form YYYY-MM-DD."""
+    try:
+        datetime.strptime(text, "%Y-%m-%d")
+    except ValueError:
+        raise SettingError(f"date must be a day as YYYY-MM-DD, got {text!r}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,12 +62,11 @@ class Forms:
     @classmethod
     def of(cls, config: TrainConfig, training: Sequence[Example]) -> Forms:
         """The forms that the settings ask for, with shots from the training examples."""
-        day = None if config.date is None else datetime.fromisoformat(config.date)
         return cls(
-            student=PromptForm(template=config.student_template, day=day),
+            student=PromptForm(template=config.student_template, day=config.date),
             teacher=PromptForm(
                 template=config.teacher_template,
-                day=day,
+                day=config.date,
                 shots=choose_shots(training, config.teacher_shots, config.seed),
             ),
         )

@@ -135,7 +135,8 @@ def _dispatched(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments,
         name = first.name if isinstance(first, RowLoss) else function.__name__
         rows: Iterator[Any] = filter(Rows.__instancecheck__, args)
         backend = backend_for(name, *rows)
-        return getattr(backend, function.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
+        answer: _Answer = getattr(backend, function.__name__)(*args, **kwargs)
+        return answer
 
     return operation
 

@@ -13,10 +13,10 @@ from tests.faults.table import Table
 FAULTS = read_faults()
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault.id for fault in FAULTS])
-def test_a_fault_can_be_planted(fault):
-    assert not check([fault])
-    assert fault.first and fault.wrong.endswith(".")
+def test_every_fault_can_be_planted():
+    assert check(FAULTS) == []
+    for fault in FAULTS:
+        assert fault.first and fault.wrong.endswith("."), fault.id
 
 
 def test_ids_are_distinct():

@@ -3,15 +3,17 @@
 import json
 import pickle
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
 
 from ctkd.distill.data.prompts import PromptForm
+from ctkd.distill.data.rows import load_rows
 from ctkd.distill.models.loading import load_model, load_tokenizer
 from ctkd.errors import ModelError
 from tests.distill import tiny
-from tests.distill.tiny_runs import Workplace, error_of, invoke
+from tests.distill.tiny_runs import Workplace, error_of, finish, invoke
 
 
 class Payload:
@@ -76,10 +78,10 @@ def test_no_code_that_ships_with_a_tokenizer_is_run(model, trap):
     path = model / "tokenizer_config.json"
     own = {"auto_map": {"AutoTokenizer": ["custom.Own", "custom.Own"]}}
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
-    try:
+    # Whether it is taken for what it otherwise is, or refused.
+    with suppress(ModelError):
         load_tokenizer(str(model))
-    except ModelError:
-        pass
+    assert not trap.exists()
 
 
 @pytest.mark.parametrize(
@@ -111,4 +113,7 @@ def test_a_cell_is_text(place, tmp_path, trap):
     call = f"[open({str(trap)!r}, 'w')]"
     rows = [f'"What is {n}?","{call}"' for n in range(20)]
     path.write_text("\n".join(["prompt,answer", *rows]) + "\n")
-    invoke(*place.train("cells", "--data", str(path), "--measure", "nothing"))
+    finish(*place.train("cells", "--data", str(path), "--measure", "nothing"))
+    assert not trap.exists()
+    (row, *_) = load_rows(str(path))
+    assert row["answer"] == call

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,8 +37,7 @@ class Evaluator:
 
     def __init__(self, base: TrainConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
         self.base, self.tokenizer, self.say = base, tokenizer, say
-        day = None if base.date is None else datetime.fromisoformat(base.date)
-        self.form = PromptForm(template=base.student_template, day=day)
+        self.form = PromptForm(template=base.student_template, day=base.date)
         self.device = choose_device(base.device)
         self._rows: dict[str, list[EncodedExample]] = {}
 

@@ -29,7 +29,7 @@ from ctkd.distill.devices import give_back_freed_memory
 from ctkd.distill.training.checkpoints import Checkpoints
 from ctkd.distill.training.output_folder import RECORD, OutputFolder
 from ctkd.distill.training.run import Interrupted, train
-from ctkd.errors import DataError
+from ctkd.errors import DataError, TrainingError
 
 __all__ = ["Outcome", "RunProgress", "compare", "duration"]
 
@@ -103,9 +103,10 @@ class _Comparing:
         # Which settings win decides which runs follow, but not how many.
         self.progress.expect([*trials, *self.plan.finals(self._first_points())])
         for job in trials:
-            self._do(job)
+            self._try(job)
             self._tidy(trials)
         if trials:
+            trials = [job for job in trials if job.key in self.records]
             chosen = self._choose(trials)
         finals = self.plan.finals(chosen)
         self._tidy([*trials, *finals])
@@ -162,6 +163,18 @@ class _Comparing:
             references.append(self.records[key])
         return references
 
+    def _try(self, job: Job) -> None:
+        """As `_do`, for a trial: that it diverges is an answer, too."""
+        diverged = self.folder.record.get("diverged trials", {})
+        if job.title in diverged:
+            return
+        try:
+            self._do(job)
+        except TrainingError as error:
+            self.say(f"{error}; this trial is passed over")
+            self.folder.keep("diverged trials", {**diverged, job.title: str(error)})
+            Checkpoints(job.training.folder, self.say).remove()
+
     def _do(self, job: Job) -> None:
         """Train what is not trained, measure it, and keep the record."""
         if job.key in self.records:
@@ -172,7 +185,10 @@ class _Comparing:
         if rows is None:
             raise DataError("there is no development split to try settings on")
         with self.progress.at(job):
-            trained = self._trained(job.training)
+            try:
+                trained = self._trained(job.training)
+            except TrainingError as error:
+                raise TrainingError(f"{job.title}: {error}") from error
             results = trained.results
             self._note(trained.record.get("environment", {}))
             answers, losses = self.evaluator.measure(
@@ -242,12 +258,15 @@ class _Comparing:
     def _choose(self, trials: Sequence[Job]) -> dict[str, dict[str, Any]]:
         """The settings of each method that did best on the development split."""
         metric = self.config.metric_name
-        best = {
-            method.name: best_trial(
-                [self.records[job.key] for job in trials if job.method.name == method.name], metric
-            )
-            for method in self.config.methods
-        }
+        best = {}
+        for method in self.config.methods:
+            done = [self.records[job.key] for job in trials if job.method.name == method.name]
+            if not done:
+                raise TrainingError(
+                    f"all trials of {method.name} have diverged; give it others with --sweep, in "
+                    "another --output"
+                )
+            best[method.name] = best_trial(done, metric)
         before = self.folder.record.get("choices", {})
         choices = {
             name: {"varied": trial.varied, metric: trial.metrics[metric], "trial": trial.key}
@@ -292,6 +311,7 @@ class _Comparing:
         left_out = own | {"seed", "max_steps", "epochs", "loss_options", "ce_weight"}
         recorded = self.folder.record["settings"]
         environment = self.folder.record.get("environment", {})
+        diverged = self.folder.record.get("diverged trials", {})
         cuts = {"development split": splits.dev, "test split": splits.test}
         return {
             **{
@@ -308,6 +328,7 @@ class _Comparing:
             "curve rows": len(splits.curve.examples),
             "teacher logits": self.prepared.teacher_logits,
             **({} if config.published_task is None else {"published task": config.published_task}),
+            **({"diverged trials": ", ".join(diverged)} if diverged else {}),
             "ctkd": self.folder.record["ctkd"],
             **{name: ", ".join(values) for name, values in environment.items()},
         }

@@ -38,7 +38,7 @@ class PromptForm:
         template: "plain": the text as it is, behind what the tokenizer puts in front of a text.
             "chat": one turn of a user in the tokenizer's own chat template, up to where the
             model's turn begins; all special tokens are the template's.
-        day: The day that a template takes for today; by default it is today.
+        day: What a template takes for today, as YYYY-MM-DD; by default it is today.
         shots: Answered examples in front of the prompt: as text, each with its answer and an empty
             line, or in a chat as earlier turns, where an answer stands without the space in front.
             A shot of the same group as the example asked is left out, so that no answer is given
@@ -55,7 +55,7 @@ class PromptForm:
     """
 
     template: Literal["plain", "chat"] = "plain"
-    day: datetime | None = None
+    day: str | None = None
     shots: tuple[Example, ...] = ()
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class PromptForm:
         template: str = tokenizer.get_chat_template()
         if self.day is None:
             return template
-        day = self.day
+        day = datetime.fromisoformat(self.day)
         return _TODAY.sub(lambda found: repr(day.strftime(found["form"])), template)
 
     def writes_day(self, tokenizer: PreTrainedTokenizerBase) -> bool:

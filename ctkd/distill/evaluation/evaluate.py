@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -251,8 +250,7 @@ def _form(model: str, template: Literal["plain", "chat"] | None) -> PromptForm:
     record = OutputFolder.record_of(Path(model).expanduser())
     if template is None:
         template = "chat" if record["settings"].get("student_template") == "chat" else "plain"
-    day = record.get("date")
-    return PromptForm(template=template, day=None if day is None else datetime.fromisoformat(day))
+    return PromptForm(template=template, day=record.get("date"))
 
 
 def _check_can_be_written(path: Path, request: EvaluateRequest, overwrite: bool) -> None:

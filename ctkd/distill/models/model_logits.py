@@ -52,7 +52,7 @@ class ModelLogits:
     def __init__(self, model: PreTrainedModel, *, refuse: str | None = None) -> None:
         self.model = cast(PreTrainedModel, below_wrappers(model))
         self._head: _Head | None = None
-        if self.model is not model and hasattr(model, "_orig_mod"):
+        if any("_orig_mod" in module._modules for module in model.modules()):
             refuse = refuse or "the model is compiled"
         self.why_whole = refuse or _obstacle(self.model)
         if self.why_whole is None:

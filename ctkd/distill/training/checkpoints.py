@@ -47,7 +47,7 @@ class Checkpoints:
             OutputError: If it cannot be written; the earlier ones are still there.
         """
         target = self._folder / f"checkpoint-{step}"
-        with self._partial(target) as partial:
+        with self.trying(target) as partial:
             yield partial
             written = partial / target.name
             files = {
@@ -72,7 +72,7 @@ class Checkpoints:
         Raises:
             OutputError: If they cannot be written; the checkpoints are still there.
         """
-        with self._partial(self._folder) as partial:
+        with self.trying(self._folder) as partial:
             yield partial
             for file in [one for one in partial.rglob("*") if one.is_file()]:
                 target = self._folder / file.relative_to(partial)
@@ -80,7 +80,15 @@ class Checkpoints:
                 file.replace(target)
 
     @contextmanager
-    def _partial(self, target: Path) -> Iterator[Path]:
+    def trying(self, target: Path) -> Iterator[Path]:
+        """A folder to write into, which is deleted in the end.
+
+        Args:
+            target: What an error says could not be written.
+
+        Raises:
+            OutputError: If nothing can be written into it.
+        """
         partial = self._folder / _PARTIAL
         shutil.rmtree(partial, ignore_errors=True)
         try:

@@ -6,7 +6,6 @@ import hashlib
 import math
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -232,7 +231,7 @@ def _check_can_be_saved(
             f"the student takes {needed / 1e9:.1f} GB, but there are only {free / 1e9:.1f} GB left "
             f"for {folder.path}; make room, or choose another --output"
         )
-    with tempfile.TemporaryDirectory(dir=folder.path, prefix=".") as place:
+    with trainer.checkpoints.trying(folder.path) as place:
         student.config.save_pretrained(place)
         if student.can_generate():
             student.generation_config.save_pretrained(place)

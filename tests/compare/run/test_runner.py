@@ -15,7 +15,7 @@ from ctkd.compare.run.folder import read_records
 from ctkd.distill.models import loading as models
 from ctkd.distill.training import measuring
 from ctkd.distill.training import run as training
-from ctkd.errors import DataError, OutputError, SettingError
+from ctkd.errors import DataError, OutputError, SettingError, TrainingError
 from ctkd.registry import describe
 from tests.distill.tiny_runs import Workplace, record
 
@@ -137,6 +137,32 @@ def test_all_methods_begin_with_one_student_and_read_the_same_rows_in_one_order(
         assert first["sft"] == first["uld"]
         # It trains on other answers.
         assert first["seqkd"] != first["sft"]
+
+
+def test_a_trial_that_diverges_is_passed_over(place):
+    settings = {"losses": ("sft",), "sweep": {"learning_rate": (1e30, 1e-3)}}
+    said = []
+    outcome = runner.compare(config(place, "diverging", **settings), say=said.append)
+    title = "sft learning_rate=1e+30, seed 0"
+    (line,) = [line for line in said if line.endswith("this trial is passed over")]
+    assert line.startswith(f"{title}: ") and "training has diverged" in line
+    assert [trial.varied for trial in outcome.comparison.trials] == [{"learning_rate": 1e-3}]
+    assert outcome.comparison.settings["diverged trials"] == title
+    assert not list((place.folder / "diverging").glob("runs/*/checkpoint-*"))
+    # It is not tried again.
+    said.clear()
+    again = runner.compare(config(place, "diverging", **settings), say=said.append)
+    assert again.comparison.trials == outcome.comparison.trials
+    assert not [line for line in said if "passed over" in line or line.startswith("run ")]
+
+
+def test_a_method_all_of_whose_trials_diverge_ends_a_comparison(place):
+    settings = {"losses": ("sft",), "sweep": {"learning_rate": (1e30, 1e31)}}
+    with pytest.raises(TrainingError, match="all trials of sft have diverged; give it others"):
+        runner.compare(config(place, "hopeless", **settings), say=lambda line: None)
+    single = {"losses": ("sft",), "common": {"learning_rate": 1e30}}
+    with pytest.raises(TrainingError, match=r"^sft, seed 0: .* training has diverged"):
+        runner.compare(config(place, "lone", **single), say=lambda line: None)
 
 
 def test_one_run_serves_the_trial_and_the_report(done):

@@ -97,7 +97,9 @@ def test_what_is_compiled_is_looked_through():
     assert below_wrappers(compiled) is model
     assert accepts_position_ids(compiled)
     assert ModelLogits(compiled).why_whole == "the model is compiled"
-    assert below_wrappers(torch.compile(adapted("gpt2"), backend="eager")).lm_head is not None
+    outside = torch.compile(adapted("gpt2"), backend="eager")
+    assert below_wrappers(outside).lm_head is not None
+    assert ModelLogits(outside).why_whole == "the model is compiled"
 
 
 @pytest.mark.parametrize(

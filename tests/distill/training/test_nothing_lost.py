@@ -65,7 +65,8 @@ def test_what_cannot_be_saved_is_found_before_the_first_step(place, monkeypatch)
     monkeypatch.setattr("transformers.PretrainedConfig.save_pretrained", refuse)
     monkeypatch.setattr(CrossTokenizerTrainer, "train", lambda *_, **__: pytest.fail("trained"))
     said = error_of(invoke(*place.train("unsaved", "--measure", "nothing")))
-    assert "No space left on device" in said
+    assert said.startswith(f"cannot write {place.folder / 'unsaved'}: ")
+    assert "No space left on device; make room" in said
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_first_step(place, monkeypatch):
