@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ctkd.cli.options import config_option, options_of, quieten, read_settings, say
-from ctkd.compare.plan.config import NOT_SHARED, SAVE_STEPS, CompareConfig
+from ctkd.compare.plan.config import DEMONSTRATION, NOT_SHARED, SAVE_STEPS, CompareConfig
 from ctkd.distill.config import TrainConfig
 
 __all__ = ["compare"]
@@ -37,7 +37,7 @@ _HELP = {
 
 @click.command(epilog=_EXAMPLES)
 @options_of(CompareConfig)
-@options_of(TrainConfig, _SHARED, help=_HELP, defaults={"save_steps": SAVE_STEPS})
+@options_of(TrainConfig, _SHARED, help=_HELP, defaults={"save_steps": SAVE_STEPS, **DEMONSTRATION})
 @config_option
 @click.option(
     "--format",

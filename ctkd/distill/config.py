@@ -29,14 +29,18 @@ from ctkd.tokenizers import Pair, PlaceholderPair
 __all__ = [
     "DTYPES",
     "SFT",
+    "UNTRAINED",
     "CacheSettings",
     "DoctorRequest",
     "EvaluateRequest",
     "TrainConfig",
+    "usual_task",
 ]
 
 DTYPES = ("float32", "bfloat16", "bfloat16-pure")
 SFT = "sft"
+UNTRAINED = "pocket-llama"
+"""The packaged student that begins from random weights."""
 
 Template = Literal["plain", "chat"]
 
@@ -53,7 +57,7 @@ class TrainConfig:
         SettingError: If a setting is of the wrong kind or out of range.
     """
 
-    loss: str = option("multilevelot", "A loss of `ctkd losses`, or sft: cross-entropy alone.")
+    loss: str = option("shared_kl", "A loss of `ctkd losses`, or sft: cross-entropy alone.")
     loss_options: dict[str, Any] = option(
         {},
         "A setting of the loss; see `ctkd losses NAME`. Repeatable.",
@@ -62,8 +66,8 @@ class TrainConfig:
         repeated=True,
         parse=parse_loss_option,
     )
-    student: str = option("smollm2-135m-instruct", "Packaged name, folder, GGUF file or hub id.")
-    teacher: str = option("gemma-3-270m", "The same for the teacher.")
+    student: str = option(UNTRAINED, "Packaged name, folder, GGUF file or hub id.")
+    teacher: str = option("smollm2-135m-instruct", "The same for the teacher.")
     teacher_cache: str | None = option(
         None, "Folder of `ctkd cache`, asked in the teacher's place."
     )
@@ -71,12 +75,16 @@ class TrainConfig:
         "data", "Answers to train on: those of the data, or the teacher's own."
     )
     data: str | list[str] = option(
-        "pocketqa", "pocketqa, a file, a pattern, a folder or a hub id. Repeatable.", repeated=True
+        "pydocs",
+        "pydocs, pocketqa, a file, a pattern, a folder or a hub id. Repeatable.",
+        repeated=True,
     )
     eval_data: str | list[str] | None = option(
         None, "Held-out data. Default: a part of --data, by passage. Repeatable.", repeated=True
     )
-    task: str = option("qa", "qa, summarization or text.")
+    task: str = option(
+        None, "qa, summarization, text or lm: documents.", unset="lm for pydocs, else qa"
+    )
     columns: dict[str, str] = option(
         {},
         "Name of a field's column in the data, such as context=passage. Repeatable.",
@@ -86,12 +94,14 @@ class TrainConfig:
         parse=parse_column,
     )
     output: str | None = option(None, "Folder of the run.", unset="runs/LOSS-seedN")
-    epochs: float = option(1.0, "Passes over the data.")
+    epochs: float = option(None, "Passes over the data.", unset="1, or 4 from random weights")
     max_steps: int | None = option(None, "Optimizer steps, in place of --epochs.")
     batch_size: int = option(4, "Sequences per micro-batch.")
     grad_accumulation: int = option(1, "Micro-batches per optimizer step.")
     learning_rate: float = option(
-        5e-5, "Peak of a linear schedule; the paper's is 1e-6, for longer runs."
+        None,
+        "Peak of a linear schedule; the paper's is 1e-6, for longer runs.",
+        unset="5e-5, or 2e-3 from random weights",
     )
     warmup: float = option(0.1, "Share of the steps with a rising rate.")
     weight_decay: float = option(0.0, "Of AdamW.")
@@ -119,6 +129,14 @@ class TrainConfig:
     )
     device: Device = option("auto", "auto, cpu or cuda.")
     seed: int = option(0, "Seed of all random choices.")
+    control: bool = option(
+        None,
+        "Train once more without the loss, to tell what it contributed.",
+        unset="from random weights yes, else no",
+    )
+    teacher_memory: float = option(
+        1.0, "Gigabytes to remember a teacher in, where it would read rows in several epochs."
+    )
     measure: Literal["all", "nothing"] = option(
         "all", "all, before and after training; nothing, to only train."
     )
@@ -134,6 +152,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _simplify_sources(self, "data", "eval_data")
+        from_nothing = self.student == UNTRAINED
+        for name, value in (
+            ("task", usual_task(self.data)),
+            ("epochs", 4.0 if from_nothing else 1.0),
+            ("learning_rate", 2e-3 if from_nothing else 5e-5),
+            ("control", from_nothing and self.loss != SFT),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         check_types(self)
         for name in (
             "epochs",
@@ -150,7 +177,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise SettingError(f"{name} must be a finite number above 0, got {value}")
-        for name in ("learning_rate", "weight_decay", "kd_weight", "ce_weight"):
+        for name in ("learning_rate", "weight_decay", "kd_weight", "ce_weight", "teacher_memory"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise SettingError(f"{name} must be a finite number of at least 0, got {value}")
@@ -168,6 +195,10 @@ class TrainConfig:
             raise SettingError(f"teacher_shots must be at least 0, got {self.teacher_shots}")
         if not 0 <= self.seed < 2**32:
             raise SettingError(f"seed must lie between 0 and {2**32 - 1}, got {self.seed}")
+        if self.task == "lm" and self.answers == "teacher":
+            raise SettingError(
+                "task lm has no prompts that a teacher could answer; take the answers of the data"
+            )
         if self.teacher_cache is not None and not self.needs_teacher:
             raise SettingError(
                 "a teacher cache was given, but loss 'sft' on the data's own answers learns from "
@@ -344,8 +375,20 @@ class DoctorRequest:
 
     def __post_init__(self) -> None:
         _simplify_sources(self, "data")
+        if self.task is None:
+            object.__setattr__(self, "task", usual_task(self.data))
         if self.limit < 1:
             raise SettingError(f"limit must be at least 1, got {self.limit}")
+
+
+def usual_task(data: str | Sequence[str]) -> str:
+    """The task of data for which none is named.
+
+    Example:
+        >>> usual_task("pydocs"), usual_task("rows.jsonl")
+        ('lm', 'qa')
+    """
+    return "lm" if data == "pydocs" else "qa"
 
 
 def _simplify_sources(settings: Any, *names: str) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from ctkd.cli import main
 from ctkd.distill.config import CacheSettings, TrainConfig
+from ctkd.distill.options import default_text
 from ctkd.distill.teachers import cache_writing
 from ctkd.distill.teachers.cache import TeacherCache
 from tests.distill.tiny_caches import CachePlace
@@ -164,4 +165,5 @@ def test_help_has_examples_and_defaults():
     assert "[1 and 2]" in options["temperatures"].help
     for name, value in TrainConfig().as_dict().items():
         if name in options and value not in (None, {}):
-            assert f"[{value}]" in options[name].help, name
+            shown = default_text(TrainConfig, name)
+            assert f"[{shown}]" in options[name].help, name

@@ -235,14 +235,37 @@ def test_help_has_examples(words, lines):
 
 
 def test_help_names_the_defaults():
-    words = {"learning_rate": "5e-5", "epochs": "1", "weight_decay": "0", "score_eos": "no"}
-    words["keep_checkpoints"] = "no"
+    words = {
+        "weight_decay": "0",
+        "score_eos": "no",
+        "keep_checkpoints": "no",
+        "teacher_memory": "1",
+    }
+    words["task"] = "lm for pydocs, else qa"
+    words |= {
+        "epochs": "1, or 4 from random weights",
+        "control": "from random weights yes, else no",
+    }
+    words["learning_rate"] = "5e-5, or 2e-3 from random weights"
     options = {option.name: option.help for option in main.commands["train"].params}
     for name, value in TrainConfig().as_dict().items():
         if value is not None and value != {}:
             assert f"[{words.get(name, value)}]" in options[name], name
-    assert (TrainConfig().learning_rate, TrainConfig().epochs) == (5e-5, 1.0)
     assert not (TrainConfig().score_eos or TrainConfig().keep_checkpoints)
+
+
+def test_a_student_from_random_weights_is_trained_longer_and_beside_a_control():
+    settings = ("task", "epochs", "learning_rate", "control")
+    for config, expected in (
+        (TrainConfig(), ("lm", 4.0, 2e-3, True)),
+        (TrainConfig(loss="sft"), ("lm", 4.0, 2e-3, False)),
+        (TrainConfig(student="mine", data="rows.jsonl"), ("qa", 1.0, 5e-5, False)),
+        (TrainConfig(student="mine", control=True, epochs=2.0), ("lm", 2.0, 5e-5, True)),
+        (TrainConfig(learning_rate=1e-3, task="text"), ("text", 4.0, 1e-3, True)),
+    ):
+        assert tuple(getattr(config, name) for name in settings) == expected
+        # As a file of settings keeps them.
+        assert TrainConfig.from_mapping(config.as_dict()) == config
 
 
 def test_losses_are_listed_with_what_they_match():

@@ -21,9 +21,15 @@ from ctkd.loss import Weights
         ({5: 1}, "unknown setting 5."),
         ({"loss": "multilevelott"}, "Did you mean 'multilevelot'?"),
         ({"loss": "seqkd"}, "generate the answers first"),
-        ({"loss_options": {"kk": 3}}, "no setting 'kk'. Did you mean 'k'?"),
-        ({"loss_options": {"k": -1}}, "k must be a whole number of at least 1, got -1"),
-        ({"loss_options": {"k": "many"}}, "k must be a whole number of at least 1, got 'many'"),
+        ({"loss": "multilevelot", "loss_options": {"kk": 3}}, "no setting 'kk'. Did you mean 'k'?"),
+        (
+            {"loss": "multilevelot", "loss_options": {"k": -1}},
+            "k must be a whole number of at least 1, got -1",
+        ),
+        (
+            {"loss": "multilevelot", "loss_options": {"k": "many"}},
+            "k must be a whole number of at least 1, got 'many'",
+        ),
         ({"loss_options": {5: 5}}, "loss_options must be a mapping of names to values"),
         ({"loss_options": [1]}, "loss_options must be a mapping of names to values"),
         ({"loss": "sft", "loss_options": {"k": 3}}, "'sft' is cross-entropy alone"),
@@ -94,7 +100,7 @@ def test_all_settings_are_described():
 
 
 def test_weights_are_the_losss_own_unless_given():
-    assert TrainConfig().weights() == Weights(1.0, 0.15)
+    assert TrainConfig(loss="multilevelot").weights() == Weights(1.0, 0.15)
     assert TrainConfig(loss="uld").weights() == Weights(1.0, 1.5)
     assert TrainConfig(loss="sft").weights() == Weights(1.0, 0.0)
     assert TrainConfig(loss="uld", ce_weight=0.0).weights() == Weights(0.0, 1.5)
@@ -102,7 +108,7 @@ def test_weights_are_the_losss_own_unless_given():
 
 
 def test_the_loss_gets_its_options():
-    loss = TrainConfig(loss_options={"k": 7, "matching": "greedy"}).make_loss()
+    loss = TrainConfig(loss="multilevelot", loss_options={"k": 7, "matching": "greedy"}).make_loss()
     assert (loss.k, loss.matching) == (7, "greedy")
     assert TrainConfig(loss="sft").make_loss() is None
     assert not TrainConfig(loss="sft").distils

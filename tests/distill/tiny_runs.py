@@ -35,6 +35,7 @@ class Workplace:
         return [
             *("train", "--student", str(self.student), "--teacher", str(self.teacher)),
             *(() if "--data" in options else ("--data", str(self.rows))),
+            *(() if "--loss" in options else ("--loss", "multilevelot")),
             *("--task", "text", "--output", str(self.folder / output)),
             *("--max-steps", "2", "--logging-steps", "1", "--max-new-tokens", "3"),
             *("--device", "cpu"),

@@ -17,12 +17,20 @@ from ctkd.compare.plan.methods import (
     with_grids,
 )
 from ctkd.distill.config import SFT, TrainConfig
+from ctkd.distill.data.tasks import get_task
 from ctkd.distill.evaluation.metrics import METRICS
 from ctkd.distill.options import option
 from ctkd.errors import CtkdError, SettingError
 from ctkd.settings import check_count
 
-__all__ = ["DEFAULT_LOSSES", "DEMONSTRATION_STEPS", "NOT_SHARED", "SAVE_STEPS", "CompareConfig"]
+__all__ = [
+    "DEFAULT_LOSSES",
+    "DEMONSTRATION",
+    "DEMONSTRATION_STEPS",
+    "NOT_SHARED",
+    "SAVE_STEPS",
+    "CompareConfig",
+]
 
 DEFAULT_LOSSES = ("sft", "uld", "mined", "multilevelot")
 
@@ -32,6 +40,13 @@ SAVE_STEPS = 20
 DEMONSTRATION_STEPS = 40
 """Most steps on the embedded data, unless a length is given: two cores are done in 20 minutes."""
 
+DEMONSTRATION = {
+    "student": "smollm2-135m-instruct",
+    "teacher": "gemma-3-270m",
+    "data": "pocketqa",
+}
+"""Models and data of a comparison that is given none."""
+
 NOT_SHARED = {
     "loss": "name the losses in losses",
     "loss_options": "give them to a method, as in uld:top_k=64",
@@ -40,6 +55,7 @@ NOT_SHARED = {
     "teacher_cache": "name the folder in cache",
     "output": "it is a setting of the comparison",
     "measure": "the comparison measures by itself",
+    "control": "compare the method sft",
     "eval_steps": "set curve_points",
 }
 """Settings of a run that its comparison sets, and the way to set them there."""
@@ -245,7 +261,7 @@ class CompareConfig:
 
     @property
     def _shared(self) -> dict[str, Any]:
-        return {"save_steps": SAVE_STEPS, **self.common}
+        return {"save_steps": SAVE_STEPS, "control": False, **DEMONSTRATION, **self.common}
 
     def _check_types(self) -> None:
         for name in ("losses", "published"):
@@ -289,6 +305,11 @@ class CompareConfig:
                     f"known: {', '.join(one for one in names if one not in NOT_SHARED)}"
                 )
         base = self.base
+        if not get_task(base.task).answered:
+            raise SettingError(
+                f"a comparison measures answers, and task {base.task} asks no questions; train "
+                "with `ctkd train` on it, or compare on another task"
+            )
         if base.on_long == "cut":
             raise SettingError(
                 "on_long cut would cut rows at other places for sft than for a loss with a "

@@ -8,21 +8,49 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ctkd.batch import IGNORE_INDEX
+from ctkd.batch import IGNORE_INDEX, Side
 from ctkd.distill.data.encoding import EncodedExample, EncodedSide
 from ctkd.errors import BatchError
+from ctkd.logits import Logits
 
-__all__ = ["KEPT", "Collator", "StoredTeacher", "padded_sides", "padding_id"]
+__all__ = ["KEPT", "Collator", "StoredTeacher", "padded_sides", "padding_id", "stored_side"]
 
 KEPT = "teacher_kept_"
 """In front of the names of what a cached teacher said."""
 
 
 class StoredTeacher(Protocol):
-    """A teacher whose answers about rows are kept, such as `ctkd.distill.teachers.cache`'s."""
+    """A teacher whose answers about rows are kept, on disk or in memory."""
 
     def batch(self, sides: Sequence[EncodedSide], positions: int) -> dict[str, Tensor]:
         """Read the answers about a batch of rows, padded to so many positions."""
+
+    def logits(self, kept: dict[str, Tensor], mask: Tensor) -> Logits:
+        """Make logits of what `batch` read, on whatever device it lies now."""
+
+
+def stored_side(
+    teacher: StoredTeacher,
+    kept: dict[str, Tensor],
+    labels: Tensor,
+    chunk_ids: Tensor | None = None,
+) -> Side:
+    """The side of a stored teacher.
+
+    Args:
+        teacher: Whose `batch` returned `kept`, for all positions of `labels` but the first.
+        kept: What it returned, on the device of the labels.
+        labels: The batch's labels of that side.
+        chunk_ids: Laid out as the labels.
+    """
+    targets = labels[:, 1:]
+    mask = targets != IGNORE_INDEX
+    return Side(
+        logits=teacher.logits(kept, mask),
+        token_ids=targets.masked_fill(~mask, 0),
+        mask=mask,
+        chunk_ids=None if chunk_ids is None else chunk_ids[:, 1:],
+    )
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

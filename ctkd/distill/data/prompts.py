@@ -172,7 +172,14 @@ class PromptForm:
             return tokenized(tokenizer, texts)
         leading = leading_ids(tokenizer)
         texts = [self.plain_text(example) for example in examples]
-        return [[*leading, *ids] for ids in tokenized(tokenizer, texts)]
+        prompts = [[*leading, *ids] for ids in tokenized(tokenizer, texts)]
+        return [prompt or self._start(tokenizer) for prompt in prompts]
+
+    @staticmethod
+    def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """What stands before a text without a prompt: models learn texts one behind the other."""
+        starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return [index for index in starts if index is not None][:1]
 
 
 PLAIN = PromptForm()

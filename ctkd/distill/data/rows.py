@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ctkd.distill.data.pydocs import PYDOCS, read_pydocs
 from ctkd.errors import DataError
 
 __all__ = [
@@ -38,8 +39,8 @@ __all__ = [
 Source = str | Sequence[str]
 """What to read rows from: one place, or several in their order."""
 
-EMBEDDED: Mapping[str, tuple[str, ...]] = {"pocketqa": ("train", "test")}
-"""The data sets that ship with ctkd, and their splits."""
+EMBEDDED: Mapping[str, tuple[str, ...]] = {"pocketqa": ("train", "test"), "pydocs": tuple(PYDOCS)}
+"""The data sets that ship with ctkd or with Python, and their splits."""
 
 _TEXTS = (".json", ".jsonl", ".csv", ".tsv")
 _SUFFIXES = (*_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS), ".parquet")
@@ -133,7 +134,8 @@ def load_rows(source: Source, *, split: str | None = None, held_out: bool = Fals
     - a pattern such as ``part-*.jsonl``: all files that match, sorted by name;
     - a stream such as ``/dev/stdin``, of JSON or JSON Lines, which is read once;
     - a folder written by `datasets`' `save_to_disk`;
-    - ``pocketqa``, the set that ships with ctkd, with the splits "train" and "test";
+    - ``pocketqa``, questions on short passages, which ship with ctkd, and ``pydocs``, chapters of
+      the reference that ships with Python, each with the splits "train" and "test";
     - a Hub id such as ``squad`` or ``org/name``, with ``@REVISION`` behind where one is meant;
     - several of these, whose rows follow each other.
 
@@ -384,6 +386,8 @@ def _choose(source: str, splits: Iterable[str], split: str | None, held_out: boo
 def _read_embedded(name: str, split: str) -> Rows:
     if split not in EMBEDDED[name]:
         raise DataError(f"{name} has no split {split!r}; it has {', '.join(EMBEDDED[name])}")
+    if name == "pydocs":
+        return Rows(f"{name}:{split}", read_pydocs(split))
     path = Path(__file__).with_name(name) / f"{split}.jsonl"
     return Rows(f"{name}:{split}", _read_file(path).rows)
 

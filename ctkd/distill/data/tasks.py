@@ -55,6 +55,7 @@ class Task:
         answer_prefix: What stands in front of the answer; where it is empty, answers are taken as
             they are, else without white space at their ends.
         one_line: Whether what a model writes ends at its first line break.
+        window: If above 0, rows are documents, which are cut into examples of up to so many bytes.
     """
 
     name: str
@@ -62,6 +63,12 @@ class Task:
     target: str
     answer_prefix: str
     one_line: bool = False
+    window: int = 0
+
+    @property
+    def answered(self) -> bool:
+        """Whether models are measured by what they answer, or else by the bits of given text."""
+        return not self.window
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -92,6 +99,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "text": Task(
             name="text", bodies={("prompt",): "{prompt}"}, target="answer", answer_prefix=""
         ),
+        "lm": Task(name="lm", bodies={(): ""}, target="text", answer_prefix="", window=400),
     }
 )
 """The tasks by name."""
@@ -154,7 +162,40 @@ def examples(
         task = get_task(task)
     reader = _Reader.prepare(rows, task, columns or {}, use_title)
     read = [reader.read(row, number, rows.place(number)) for number, row in enumerate(rows, 1)]
-    return reader.with_ids(read, rows)
+    read = reader.with_ids(read, rows)
+    if task.window:
+        return [window for document in read for window in _windows(document, task.window)]
+    return read
+
+
+def _windows(document: Example, size: int) -> list[Example]:
+    """The text of a document in pieces of up to so many bytes, which end at a space if they can.
+
+    Nothing is left out: one after the other they are the document. Only the last one ends.
+    """
+    text = document.answer.encode()
+    pieces: list[str] = []
+    start = 0
+    while start < len(text):
+        stop = min(start + size, len(text))
+        if stop < len(text):
+            spaces = [text.rfind(space, start + size // 2, stop) + 1 for space in (b"\n", b" ")]
+            stop = next((end for end in spaces if end), stop)
+            while text[stop] & 0xC0 == 0x80:  # within a character
+                stop -= 1
+        pieces.append(text[start:stop].decode())
+        start = stop
+    return [
+        replace(
+            document,
+            id=f"{document.id}.{number}",
+            answer=piece,
+            references=(piece,),
+            where=f"{document.where}, part {number}",
+            ends=number == len(pieces),
+        )
+        for number, piece in enumerate(pieces, 1)
+    ]
 
 
 def split_off(

@@ -9,14 +9,15 @@ from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ctkd.distill.config import EvaluateRequest, TrainConfig
+from ctkd.distill.config import EvaluateRequest, TrainConfig, usual_task
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExample, encode_examples
 from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PLAIN, PromptForm
-from ctkd.distill.data.rows import paths_of
-from ctkd.distill.data.tasks import Example, examples, get_task
+from ctkd.distill.data.rows import Source, paths_of
+from ctkd.distill.data.tasks import Example, Task, examples, get_task
 from ctkd.distill.devices import choose_device, is_cpu
+from ctkd.distill.evaluation.bits import TextBits, text_bits
 from ctkd.distill.evaluation.metrics import (
     Prediction,
     Scores,
@@ -27,6 +28,7 @@ from ctkd.distill.evaluation.metrics import (
 )
 from ctkd.distill.models.generation import generate
 from ctkd.distill.models.loading import check_token_ids, head_width, load_model, load_tokenizer
+from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.options import default_of
 from ctkd.distill.training.output_folder import OutputFolder, try_to_write
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
@@ -160,8 +162,8 @@ def run_evaluation(
         say: Prints one line of progress.
 
     Returns:
-        ``exact_match``, ``f1``, ``rouge_lsum`` in percent and ``n``; with a loss also ``ce``,
-        ``kd`` and its parts.
+        ``exact_match``, ``f1``, ``rouge_lsum`` in percent and ``n``, or for task lm
+        ``bits_per_byte``, ``n`` and ``bytes``; with a loss also ``ce``, ``kd`` and its parts.
 
     Raises:
         CtkdError: If what was given cannot be used.
@@ -180,6 +182,7 @@ def run_evaluation(
     device = choose_device(request.device)
     if request.output is not None:
         _check_can_be_written(Path(request.output), request, overwrite)
+    task = _task(request)
     chosen = _examples(request, say)
     say(f"model: {request.model}, {len(chosen)} examples")
     tokenizer = load_tokenizer(request.model)
@@ -188,6 +191,12 @@ def run_evaluation(
     losses: dict[str, float] = {}
     if request.loss is not None:
         losses = _losses(request, request.loss, chosen, model, tokenizer, form, say)
+    if not task.answered:
+        bits = _bits(request, chosen, model, tokenizer)
+        if request.output is not None:
+            bits.write(Path(request.output))
+            say(f"bits of each text: {request.output}")
+        return {**bits.summary(), **losses}
     predictions = answer(
         model,
         tokenizer,
@@ -195,13 +204,31 @@ def run_evaluation(
         max_new_tokens=request.max_new_tokens,
         batch_size=request.batch_size,
         form=form,
-        one_line=get_task(request.task or default_of(TrainConfig, "task")).one_line,
+        one_line=task.one_line,
         progress="answering",
     )
     if request.output is not None:
         write_predictions(request.output, predictions)
         say(f"answers: {request.output}")
     return {**score_predictions(predictions).summary(), **losses}
+
+
+def _bits(
+    request: EvaluateRequest,
+    chosen: Sequence[Example],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> TextBits:
+    encoded = encode_examples(chosen, tokenizer, max_length=request.max_length, on_long="refuse")
+    return text_bits(
+        ModelLogits(model),
+        chosen,
+        [row.student for row in encoded.rows],
+        pad_id=padding_id(tokenizer),
+        vocab_size=min(len(tokenizer), head_width(model)),
+        batch_size=request.batch_size,
+        progress="reading",
+    )
 
 
 def _losses(
@@ -289,8 +316,16 @@ def _score_file(request: EvaluateRequest, say: Callable[[str], None]) -> dict[st
     return score_predictions(predictions[: request.limit]).summary()
 
 
+def _source(request: EvaluateRequest) -> Source:
+    source: Source = request.data or default_of(TrainConfig, "data")
+    return source
+
+
+def _task(request: EvaluateRequest) -> Task:
+    return get_task(request.task or usual_task(_source(request)))
+
+
 def _examples(request: EvaluateRequest, say: Callable[[str], None]) -> list[Example]:
-    source = request.data or default_of(TrainConfig, "data")
-    task = request.task or default_of(TrainConfig, "task")
+    source, task = _source(request), _task(request)
     rows = read_rows(source, task, request.columns, say=say, held_out=True)
     return examples(rows, task, request.columns)[: request.limit]

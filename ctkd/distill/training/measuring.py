@@ -10,10 +10,15 @@ from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctkd.distill.config import TrainConfig
+from ctkd.distill.data.collator import StoredTeacher, padding_id
+from ctkd.distill.data.encoding import EncodedSide
 from ctkd.distill.data.prompts import PromptForm
 from ctkd.distill.data.tasks import Example, get_task
+from ctkd.distill.evaluation.bits import BITS_PER_BYTE, text_bits
 from ctkd.distill.evaluation.evaluate import answer, score_predictions
 from ctkd.distill.evaluation.metrics import METRICS, Prediction, write_predictions
+from ctkd.distill.models.loading import head_width
+from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.distill.training.curves import plot_curves
 from ctkd.distill.training.output_folder import OutputFolder
@@ -23,6 +28,7 @@ from ctkd.distill.training.trainer import CrossTokenizerTrainer
 __all__ = ["CURVES", "Measure", "keep_history", "summarize"]
 
 CURVES = "curves.png"
+_TITLES = {**METRICS, BITS_PER_BYTE: "bits per byte"}
 
 
 def keep_history(folder: OutputFolder, trainer: CrossTokenizerTrainer) -> None:
@@ -108,6 +114,29 @@ class Measure:
             self._keep(name, predictions)
         self._say(name)
 
+    def bits(
+        self,
+        name: str,
+        logits: ModelLogits,
+        sides: Sequence[EncodedSide],
+        tokenizer: PreTrainedTokenizerBase,
+        stored: StoredTeacher | None = None,
+    ) -> None:
+        """Measure the bits of the held-out texts, in a model's ids or as it was remembered."""
+        if name not in self.folder.results:
+            bits = text_bits(
+                logits,
+                self.held_out,
+                sides,
+                pad_id=padding_id(tokenizer),
+                vocab_size=min(len(tokenizer), head_width(logits.model)),
+                stored=stored,
+                progress=f"{name}: reading",
+            )
+            bits.write(self.folder.path / f"bits-{name.replace(' ', '-')}.jsonl")
+            self.folder.keep(name, bits.summary())
+        self.say(f"{name}: {self.folder.results[name][BITS_PER_BYTE]:.4f} bits per byte")
+
     def _keep(self, name: str, predictions: Sequence[Prediction]) -> None:
         file = f"predictions-{name.replace(' ', '-')}.jsonl"
         write_predictions(self.folder.path / file, predictions)
@@ -133,7 +162,7 @@ class Measure:
         self.say(f"{name}, held-out: {loss_line(self.folder.results[name])}")
 
 
-_MAIN_METRIC = {"qa": "f1", "summarization": "rouge_lsum", "text": "rouge_lsum"}
+_MAIN_METRIC = {"qa": "f1", "lm": BITS_PER_BYTE}
 
 
 def summarize(folder: OutputFolder) -> str:
@@ -147,8 +176,7 @@ def summarize(folder: OutputFolder) -> str:
     if "losses before" in results and "losses after" in results:
         lines += [_losses(results, config.loss), ""]
     if "teacher" in results and "student after" in results:
-        before, after = results["student before"], results["student after"]
-        lines += _teacher_note(results["teacher"], before, after, _MAIN_METRIC[config.task])
+        lines += _gap(results, _MAIN_METRIC.get(config.task, "rouge_lsum"), config)
     if "seconds per step" in results:
         lines.append(f"{results['seconds per step']:.2f} s per step, {results['steps']} steps")
     lines.append(f"model, settings (ctkd.json) and curves (curves.png): {folder.path}")
@@ -158,15 +186,17 @@ def summarize(folder: OutputFolder) -> str:
 def _metrics(results: dict[str, Any]) -> str:
     before = results["student before"]
     columns = {"before": before, "after": results["student after"]}
-    if "teacher" in results:
-        columns["teacher"] = results["teacher"]
+    for name in ("control", "teacher"):
+        if name in results:
+            columns[name] = results[name]
     return tabulate(
         [
             [title, *(scores[name] for scores in columns.values())]
-            for name, title in METRICS.items()
+            for name, title in _TITLES.items()
+            if name in before
         ],
         headers=[f"held-out, {before['n']} examples", *columns],
-        floatfmt=".1f",
+        floatfmt=".3f" if BITS_PER_BYTE in before else ".1f",
     )
 
 
@@ -192,15 +222,30 @@ def _loss_title(name: str, loss: str) -> str:
     return f"- {name.removeprefix('kd/')}"
 
 
-def _teacher_note(
-    teacher: dict[str, float], before: dict[str, float], after: dict[str, float], metric: str
-) -> list[str]:
-    title = METRICS[metric]
+def _gap(results: dict[str, Any], metric: str, config: TrainConfig) -> list[str]:
+    """Say what share of the way from the student to the teacher was gone, and through what."""
+    teacher, before, after = (
+        results[name][metric] for name in ("teacher", "student before", "student after")
+    )
+    # Of answers more is better, of bits less.
+    sign = -1 if metric == BITS_PER_BYTE else 1
     for student, when in ((before, "before"), (after, "after")):
-        if teacher[metric] < student[metric]:
+        if sign * (teacher - student) < 0:
             return [
-                f"note: the teacher's {title} ({teacher[metric]:.1f}) is below the student's "
-                f"{when} training ({student[metric]:.1f}): on this task it has little to teach. "
+                f"note: the teacher's {_TITLES[metric]} ({teacher:.4g}) is worse than the "
+                f"student's {when} training ({student:.4g}): on this task it has little to teach. "
                 "Fine-tune it first (ctkd train --loss sft --student TEACHER), or take another."
             ]
-    return []
+    gap = sign * (teacher - before)
+    if gap == 0:
+        return []
+    closed = f"{sign * (after - before) / gap:.1%} of the gap to the teacher was closed"
+    if "control" in results:
+        control = results["control"][metric]
+        return [
+            f"{closed}, {sign * (control - before) / gap:.1%} without {config.loss}: "
+            f"it contributed {sign * (after - control) / gap:+.1%}"
+        ]
+    return [
+        f"{closed}; --control tells what {config.loss} contributed" if config.distils else closed
+    ]

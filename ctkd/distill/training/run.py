@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -27,7 +27,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ctkd import __version__
 from ctkd.cache_folder import cache_dir
-from ctkd.distill.config import TrainConfig
+from ctkd.distill.config import SFT, TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExamples
 from ctkd.distill.data.rows import Source, paths_of
@@ -35,6 +35,7 @@ from ctkd.distill.data.tasks import Example, get_task
 from ctkd.distill.devices import PeakMemory, choose_device, is_cpu
 from ctkd.distill.models.fingerprint import model_fingerprint
 from ctkd.distill.models.loading import head_width, make_savable
+from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.preparing import (
     Forms,
     Models,
@@ -46,6 +47,7 @@ from ctkd.distill.preparing import (
     teacher_dtype,
 )
 from ctkd.distill.teachers.cache import TeacherCache
+from ctkd.distill.teachers.memory import TeacherMemory, memory_bytes
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.distill.training.checkpoints import Checkpoints, RunTrainer
 from ctkd.distill.training.measuring import Measure, keep_history
@@ -142,9 +144,8 @@ def _load(config: TrainConfig, begun: str | None, say: Callable[[str], None]) ->
     if config.answers == "teacher":
         training = _as_the_teacher_answers(config, models, training, forms, cache, say)
     encoded = encode(config, models, training, forms, "training", say)
-    encoded_held_out = encode(
-        config, models, held_out, forms, "held-out", say, reserved=config.max_new_tokens
-    )
+    reserved = config.max_new_tokens if get_task(config.task).answered else 0
+    encoded_held_out = encode(config, models, held_out, forms, "held-out", say, reserved=reserved)
     kept = {row.id for row in encoded_held_out.rows}
     held_out = [one for one in held_out if one.id in kept]
     pair = _narrowed(config, models, student)
@@ -169,9 +170,10 @@ def _run(
     say: Callable[[str], None],
 ) -> None:
     """Measure, train, save and measure again, as far as that was not done before."""
-    models, student, forms = inputs.models, inputs.student, inputs.forms
+    student = inputs.student
     stop = StopOnSignal(say)
-    trainer = _make_trainer(config, inputs, folder, device)
+    memory = _remembered(config, inputs, device)
+    trainer = _make_trainer(config, inputs, memory, folder, device)
     trainer.checkpoints = Checkpoints(folder.path, say)
     report = StepReport(say, trainer.clock)
     for callback in (StepsAsAsked(), report, stop):
@@ -181,11 +183,11 @@ def _run(
 
     measure = Measure(config, folder, inputs.held_out, say)
     if config.measure == "all":
-        measure.metrics("student before", student, models.student_tokenizer, forms.student)
-        _measure_teacher(measure, models, forms, inputs.cache)
+        _measure_student("student before", measure, inputs, trainer)
+        _measure_teacher(measure, inputs, memory, device)
         measure.losses("losses before", trainer)
 
-    _tell_how_logits_are_read(trainer, say)
+    _tell_how_logits_are_read(trainer, memory, say)
     _warn_about_precision(config, say)
     if checkpoint is not None:
         say(f"going on from {checkpoint.name}")
@@ -214,7 +216,9 @@ def _run(
     if config.measure == "all":
         measure.losses("losses after", trainer)
         keep_history(folder, trainer)
-        measure.metrics("student after", student, models.student_tokenizer, forms.student)
+        _measure_student("student after", measure, inputs, trainer)
+    if config.control and config.distils:
+        _train_control(config, folder, say)
     folder.keep("finished", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     if not config.keep_checkpoints:
         trainer.checkpoints.remove()
@@ -286,24 +290,87 @@ def _narrowed(
     return models.pair.narrowed(head_width(student), models.teacher_width)
 
 
+def _measure_student(name: str, measure: Measure, inputs: _Inputs, trainer: RunTrainer) -> None:
+    tokenizer = inputs.models.student_tokenizer
+    if get_task(measure.config.task).answered:
+        measure.metrics(name, inputs.student, tokenizer, inputs.forms.student)
+    else:
+        sides = [row.student for row in inputs.encoded_held_out.rows]
+        measure.bits(name, trainer.student_logits, sides, tokenizer)
+
+
 def _measure_teacher(
-    measure: Measure, models: Models, forms: Forms, cache: TeacherCache | None
+    measure: Measure, inputs: _Inputs, memory: TeacherMemory | None, device: torch.device
 ) -> None:
-    """Measure the teacher, live or by what it wrote when the cache was made."""
-    tokenizer = models.teacher_tokenizer
+    """Measure the teacher: live, as it is remembered, or by what it wrote for a cache."""
+    teacher, tokenizer = inputs.models.teacher, inputs.models.teacher_tokenizer
     if tokenizer is None:
         return
-    if cache is not None:
-        measure.written("teacher", cache.texts, tokenizer, forms.teacher)
-    elif models.teacher is not None:
-        measure.metrics("teacher", models.teacher, tokenizer, forms.teacher)
+    answered = get_task(measure.config.task).answered
+    if answered and inputs.cache is not None:
+        measure.written("teacher", inputs.cache.texts, tokenizer, inputs.forms.teacher)
+    elif answered and teacher is not None:
+        measure.metrics("teacher", teacher, tokenizer, inputs.forms.teacher)
+    elif teacher is not None:
+        sides = [row.teacher for row in inputs.encoded_held_out.rows if row.teacher is not None]
+        logits = ModelLogits(cast(PreTrainedModel, teacher.to(device)))
+        measure.bits("teacher", logits, sides, tokenizer, memory)
+    else:
+        measure.say("teacher: not measured, a cache does not hold all of its probabilities")
+
+
+def _remembered(config: TrainConfig, inputs: _Inputs, device: torch.device) -> TeacherMemory | None:
+    """The teacher's hidden states, if rows are read more than once and there is room for them."""
+    teacher, tokenizer = inputs.models.teacher, inputs.models.teacher_tokenizer
+    if teacher is None or tokenizer is None or inputs.pair is None:
+        return None
+    rows = inputs.encoded.rows
+    passes = config.epochs
+    if config.max_steps is not None:
+        passes = config.max_steps * config.batch_size * config.grad_accumulation / len(rows)
+    sides = [row.teacher for row in (*rows, *inputs.encoded_held_out.rows) if row.teacher]
+    logits = ModelLogits(cast(PreTrainedModel, teacher.to(device)))
+    needed = memory_bytes(teacher, sides, score_eos=config.score_eos)
+    if passes <= 1 or logits.why_whole is not None or needed > config.teacher_memory * 1e9:
+        return None
+    return TeacherMemory(
+        logits,
+        sides,
+        pad_id=padding_id(tokenizer),
+        score_eos=config.score_eos,
+        vocab_size=inputs.pair.teacher_size,
+        batch_size=config.batch_size,
+    )
+
+
+def _train_control(config: TrainConfig, folder: OutputFolder, say: Callable[[str], None]) -> None:
+    """Train the same student on the same rows without the loss, in a folder of the run's."""
+    control = replace(
+        config,
+        loss=SFT,
+        loss_options={},
+        teacher_cache=config.teacher_cache if config.answers == "teacher" else None,
+        kd_weight=None,
+        ce_weight=config.ce_weight or None,
+        control=False,
+        output=str(folder.path / "control"),
+    )
+    say("control: training once more, without the loss")
+    begun = "settings" in OutputFolder.record_of(control.folder) and control.folder.exists()
+    trained = train(control, resume=begun, say=lambda line: say(f"control: {line}"))
+    if "student after" in trained.results:
+        folder.keep("control", trained.results["student after"])
 
 
 def _make_trainer(
-    config: TrainConfig, inputs: _Inputs, folder: OutputFolder, device: torch.device
+    config: TrainConfig,
+    inputs: _Inputs,
+    memory: TeacherMemory | None,
+    folder: OutputFolder,
+    device: torch.device,
 ) -> RunTrainer:
     models, pair = inputs.models, inputs.pair
-    cache = inputs.cache if config.distils else None
+    cache = (memory or inputs.cache) if config.distils else None
     batches = math.ceil(len(inputs.encoded) / config.batch_size)
     steps = math.ceil(math.ceil(batches / config.grad_accumulation) * config.epochs)
     steps = config.max_steps or steps
@@ -338,7 +405,7 @@ def _make_trainer(
         inputs.student,
         arguments,
         loss=inputs.loss,
-        teacher=models.teacher if config.distils else None,
+        teacher=models.teacher if config.distils and cache is None else None,
         teacher_cache=cache,
         weights=config.weights(),
         student_vocab_size=None if pair is None else pair.student_size,
@@ -357,7 +424,11 @@ def _make_trainer(
     return trainer
 
 
-def _tell_how_logits_are_read(trainer: CrossTokenizerTrainer, say: Callable[[str], None]) -> None:
+def _tell_how_logits_are_read(
+    trainer: CrossTokenizerTrainer, memory: TeacherMemory | None, say: Callable[[str], None]
+) -> None:
+    if memory is not None:
+        say("teacher: read once, its hidden states are remembered")
     for name, logits in (("student", trainer.student_logits), ("teacher", trainer.teacher_logits)):
         if logits is not None:
             how = "a block at a time, from the head"

@@ -26,13 +26,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import ParallelMode
 
 from ctkd.batch import IGNORE_INDEX, Batch, Side
-from ctkd.distill.data.collator import KEPT
+from ctkd.distill.data.collator import KEPT, StoredTeacher, stored_side
 from ctkd.distill.models.loading import below_wrappers, reads_padding
 from ctkd.distill.models.model_logits import ModelLogits
-from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.training.progress import StepClock
 from ctkd.errors import BatchError, ModelError, SettingError, TrainingError
-from ctkd.logits import RowLogits, TopKLogits
+from ctkd.logits import RowLogits
 from ctkd.loss import Loss, Weights
 
 __all__ = ["CrossTokenizerTrainer"]
@@ -110,7 +109,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         *,
         loss: Loss | None = None,
         teacher: PreTrainedModel | None = None,
-        teacher_cache: TeacherCache | None = None,
+        teacher_cache: StoredTeacher | None = None,
         weights: Weights | None = None,
         student_vocab_size: int | None = None,
         teacher_vocab_size: int | None = None,
@@ -374,14 +373,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
                 for name, value in inputs.items()
                 if name.startswith(KEPT)
             }
-            targets = labels[:, 1:]
-            mask = targets != IGNORE_INDEX
-            return Side(
-                logits=TopKLogits(self.teacher_cache.as_top_k(kept), mask=mask),
-                token_ids=targets.masked_fill(~mask, 0),
-                mask=mask,
-                chunk_ids=None if chunk_ids is None else chunk_ids[:, 1:],
-            )
+            return stored_side(self.teacher_cache, kept, labels, chunk_ids)
         teacher_inputs = {
             name.removeprefix("teacher_"): value
             for name, value in inputs.items()

@@ -262,7 +262,7 @@ def test_the_embedded_set():
     assert not {row["passage"] for row in train} & {row["passage"] for row in test}
     assert [row["id"] for row in load_rows("pocketqa:test")] == [row["id"] for row in test]
     assert "pocketqa has no split 'dev'; it has train, test" in refused("pocketqa:dev")
-    assert set(EMBEDDED) == {"pocketqa"}
+    assert set(EMBEDDED) == {"pocketqa", "pydocs"}
 
 
 def test_what_is_on_disk_goes_before_what_is_embedded(tmp_path, monkeypatch):
@@ -388,7 +388,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     (line,) = done.stdout.strip().split("\n")
-    assert line.startswith("pocket-qa is no file or folder here, nor an embedded set (pocketqa)")
+    assert line.startswith(
+        "pocket-qa is no file or folder here, nor an embedded set (pocketqa, pydocs)"
+    )
     assert line.endswith("; did you mean pocketqa?")
 
 

@@ -165,9 +165,9 @@ def test_groups_are_passages_or_what_the_mapping_says():
 def test_an_unknown_task_is_refused_with_a_suggestion():
     with pytest.raises(SettingError, match="'summarisation', did you mean 'summarization'"):
         get_task("summarisation")
-    with pytest.raises(SettingError, match="tasks: qa, summarization, text"):
+    with pytest.raises(SettingError, match="tasks: qa, summarization, text, lm"):
         examples(Rows("f", [QA]), "translation")
-    assert set(TASKS) == {"qa", "summarization", "text"}
+    assert set(TASKS) == {"qa", "summarization", "text", "lm"}
 
 
 def test_the_embedded_set_is_a_qa_task():
@@ -176,3 +176,39 @@ def test_the_embedded_set_is_a_qa_task():
     assert len({example.id for example in found}) == len(found)
     passages = {row["passage"] for row in load_rows("pocketqa")}
     assert len({example.group for example in found}) == len(passages)
+
+
+def test_documents_are_cut_into_windows_that_add_up_to_them():
+    documents = [
+        "A line of text.\n" * 60,
+        "no-break" * 120,
+        "Größe ändert sich\u2009täglich, 時間とともに。" * 25,
+        "short",
+    ]
+    rows = Rows("texts.jsonl", [{"text": text, "id": f"d{n}"} for n, text in enumerate(documents)])
+    windows = examples(rows, "lm")
+    size = get_task("lm").window
+    by_document = {}
+    for window in windows:
+        by_document.setdefault(window.group, []).append(window)
+    assert len(by_document) == len(documents)
+    for number, (text, found) in enumerate(zip(documents, by_document.values(), strict=True)):
+        assert "".join(window.answer for window in found) == text
+        assert [window.id for window in found] == [f"d{number}.{k + 1}" for k in range(len(found))]
+        # Only the last one shows where a text stops.
+        assert [window.ends for window in found] == [False] * (len(found) - 1) + [True]
+        sizes = [len(window.answer.encode()) for window in found]
+        assert max(sizes) <= size and all(one > size // 2 - 4 for one in sizes[:-1])
+        assert {window.prompt for window in found} == {""}
+    assert by_document[windows[0].group][0].answer.endswith(".\n")
+    assert windows[0].where == "texts.jsonl row 1, part 1"
+    assert "no column 'text'" in refused("lm", [{"content": "x"}])
+
+
+def test_chapters_of_pythons_reference_are_documents_of_two_splits():
+    train, test = load_rows("pydocs"), load_rows("pydocs", held_out=True)
+    assert (train.name, test.name) == ("pydocs:train", "pydocs:test")
+    lines = {line for row in train for line in row["text"].splitlines() if len(line) > 30}
+    held = [line for row in test for line in row["text"].splitlines() if len(line) > 30]
+    assert sum(line in lines for line in held) <= 0.02 * len(held)
+    assert 250 < len(examples(train, "lm")) < 420 and 35 < len(examples(test, "lm")) < 65

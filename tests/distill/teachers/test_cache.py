@@ -105,7 +105,8 @@ def test_rows_of_a_batch_are_cut_and_padded_to_what_is_asked(caches, sides):
             end = min(len(side.answer_ids) + 1, longest)
             assert torch.equal(value[row, :end], alone[:end]), name
             assert not value[row, end:].any(), name
-    assert caches[5].as_top_k(stored).temperatures == TEMPERATURES
+    logits = caches[5].logits(stored, torch.ones(3, longest, dtype=torch.bool))
+    assert logits.shape == (3, longest, caches[5].vocab_size)
 
 
 def test_files_take_four_bytes_an_entry(caches):

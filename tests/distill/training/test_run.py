@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 import yaml
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ctkd
@@ -163,18 +162,38 @@ def test_answers_to_held_out_prompts_are_kept(place, run):
 
 
 def test_a_teacher_below_the_student_is_pointed_out(place, run, monkeypatch):
-    assert "note: the teacher's Rouge-LSum (0.0) is below the student's after training" in (
+    assert "note: the teacher's Rouge-LSum (0) is worse than the student's after training" in (
         run.stdout
     )
     folder = training.OutputFolder(place.folder / "run", record(place.folder / "run"))
     folder.results["student before"]["rouge_lsum"] = 0.5
-    assert "is below the student's before training (0.5)" in summarize(folder)
+    assert "is worse than the student's before training (0.5)" in summarize(folder)
     folder.results["teacher"]["rouge_lsum"] = 100.0
     assert "note:" not in summarize(folder)
     assert "Traceback" not in summarize(folder)
     folder.results["teacher"]["f1"] = 0.0
     folder.record["settings"]["task"] = "qa"
-    assert "note: the teacher's F1 (0.0) is below" in summarize(folder)
+    assert "note: the teacher's F1 (0) is worse than" in summarize(folder)
+
+
+def test_the_summary_says_what_share_of_the_gap_was_closed_and_through_what(place, run):
+    folder = training.OutputFolder(place.folder / "run", record(place.folder / "run"))
+    scores = folder.results
+    scores["teacher"] = {"rouge_lsum": 90.0}
+    scores["student before"]["rouge_lsum"], scores["student after"]["rouge_lsum"] = 10.0, 50.0
+    del scores["student before"]["f1"], scores["student before"]["exact_match"]
+    assert "50.0% of the gap to the teacher was closed; --control tells what" in summarize(folder)
+    scores["control"] = {"rouge_lsum": 42.0}
+    assert "closed, 40.0% without multilevelot: it contributed +10.0%" in summarize(folder)
+    bits = {"student before": 2.5, "student after": 1.7, "control": 1.6, "teacher": 0.5}
+    folder.results.update({name: {"bits_per_byte": one, "n": 9} for name, one in bits.items()})
+    folder.record["settings"]["task"] = "lm"
+    shown = summarize(folder)
+    assert "40.0% of the gap to the teacher was closed, 45.0% without" in shown
+    assert "it contributed -5.0%" in shown
+    assert ["bits", "per", "byte", "2.500", "1.700", "1.600", "0.500"] in [
+        line.split() for line in shown.splitlines()
+    ]
 
 
 def test_a_run_is_repeated_from_its_record(place, run, undrawn):
@@ -416,20 +435,43 @@ def test_texts_alone_are_trained_on_where_something_stands_in_front(place, tmp_p
     rows = tmp_path / "texts.jsonl"
     rows.write_text("".join(json.dumps({"text": f"{TEXTS[n % 4]} {n}."}) + "\n" for n in range(20)))
     words = place.train("texts", "--data", str(rows))
-    refused = error_of(invoke(*words))
+    tokenizer = AutoTokenizer.from_pretrained(place.student)
+    tokenizer.eos_token = None
+    shutil.copytree(place.student, tmp_path / "endless")
+    tokenizer.save_pretrained(tmp_path / "endless")
+    refused = error_of(invoke(*words, "--student", str(tmp_path / "endless")))
     assert "the prompt is empty and the student's tokenizer puts nothing in front of it" in refused
-    for name in ("student", "teacher"):
-        tokenizer = AutoTokenizer.from_pretrained(getattr(place, name))
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)]
-        )
-        shutil.copytree(getattr(place, name), tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    words = [*words, "--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
+    # A tokenizer that puts nothing in front has an end of sequence, behind which texts begin.
     shown = finish(*words)
     assert "its column 'text' is trained on as a whole, without a prompt" in shown.stderr
     assert "18 training examples, 2 held out" in shown.stderr
     assert all(loss > 0 for loss in logged(place.folder / "texts", "ce"))
+
+
+def test_documents_are_measured_in_bits_beside_a_control_without_the_loss(place, tmp_path, undrawn):
+    rows = tmp_path / "documents.jsonl"
+    texts = [" ".join(TEXTS[(n + k) % 4] for k in range(1 + n % 3)) for n in range(24)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = [
+        *place.train("documents", "--data", str(rows), "--task", "lm", "--loss", "uld"),
+        *("--max-steps", "12", "--epochs", "1", "--learning-rate", "0.03", "--control"),
+    ]
+    shown = finish(*words)
+    results = record(place.folder / "documents")["results"]
+    bits = {
+        name: results[name]["bits_per_byte"]
+        for name in ("student before", "student after", "control", "teacher")
+    }
+    assert bits["student before"] > 0.3 + max(bits["student after"], bits["control"])
+    assert bits["student after"] != bits["control"]
+    control = record(place.folder / "documents" / "control")
+    assert control["settings"]["loss"] == "sft" and "teacher" not in control["results"]
+    assert control["results"]["student before"] == results["student before"]
+    assert control["results"]["student after"] == results["control"]
+    assert "bits per byte" in shown.stdout and "is worse than the student's after" in shown.stdout
+    assert (place.folder / "documents" / "bits-student-after.jsonl").is_file()
+    again = finish("evaluate", str(place.folder / "documents"), *words[words.index("--data") :][:4])
+    assert f"{bits['student after']:.4g}" in again.stdout
 
 
 def test_training_rows_that_are_held_out_as_well_are_counted(place, tmp_path):
@@ -458,7 +500,7 @@ def test_the_embedded_set_brings_its_own_test_part():
     assert not any("cut off" in line for line in said)
     assert said[0].startswith("held-out examples: the first 7 of ")
     assert not {one.group for one in found} & {one.group for one in held_out}
-    named = TrainConfig(eval_limit=7, eval_data="pocketqa")
+    named = TrainConfig(eval_limit=7, eval_data="pydocs")
     assert load_examples(named, said.append)[1] == held_out
 
 

@@ -1,0 +1,118 @@
+"""Bits of text under a model, which compare models whatever their tokenizers are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ctkd.batch import Side
+from ctkd.distill.data.collator import StoredTeacher, padded_sides, stored_side
+from ctkd.distill.data.encoding import EncodedSide
+from ctkd.distill.data.tasks import Example
+from ctkd.distill.models.loading import evaluating
+from ctkd.distill.models.model_logits import ModelLogits
+
+__all__ = ["BITS_PER_BYTE", "TextBits", "text_bits"]
+
+BITS_PER_BYTE = "bits_per_byte"
+
+
+@dataclass(frozen=True, slots=True)
+class TextBits:
+    r"""Bits of texts under a model.
+
+    .. math:: \frac{-\sum_i \log_2 p(x_i \mid x_{<i})}{\sum_i |x_i|}
+
+    with tokens :math:`x_i` of :math:`|x_i|` bytes of UTF-8, the end of sequence not among them: all
+    bits over all bytes, so that long texts count as much as they are long.
+
+    Attributes:
+        ids: The texts' names.
+        bits: Of each text.
+        bytes: Of each text.
+
+    Example:
+        >>> TextBits(("1", "2"), (12.0, 4.0), (4, 4)).summary()
+        {'bits_per_byte': 2.0, 'n': 2, 'bytes': 8}
+    """
+
+    ids: tuple[str, ...]
+    bits: tuple[float, ...]
+    bytes: tuple[int, ...]
+
+    def summary(self) -> dict[str, float]:
+        """Bits per byte, and the numbers of texts and bytes."""
+        total = sum(self.bytes)
+        return {BITS_PER_BYTE: math.fsum(self.bits) / total, "n": len(self.ids), "bytes": total}
+
+    def write(self, path: Path) -> None:
+        """Write a line of JSON per text."""
+        lines = (
+            json.dumps({"id": one, "bits": bits, "bytes": size}, ensure_ascii=False)
+            for one, bits, size in zip(self.ids, self.bits, self.bytes, strict=True)
+        )
+        path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def text_bits(
+    logits: ModelLogits,
+    examples: Sequence[Example],
+    sides: Sequence[EncodedSide],
+    *,
+    pad_id: int,
+    vocab_size: int | None = None,
+    stored: StoredTeacher | None = None,
+    batch_size: int = 8,
+    progress: str | None = None,
+) -> TextBits:
+    """Measure the bits of the examples' answers, each after its prompt.
+
+    Args:
+        logits: Of the model.
+        examples: The texts.
+        sides: The same in the model's ids.
+        pad_id: What to pad with.
+        vocab_size: Columns that count; default all.
+        stored: Asked in the model's place, if given.
+        batch_size: Texts read together.
+        progress: The text of a bar, if one is to be shown.
+    """
+    bits: list[float] = []
+    starts = range(0, len(sides), batch_size)
+    silent = True if progress is None else None
+    for start in tqdm(starts, desc=progress, leave=False, disable=silent):
+        rows = sides[start : start + batch_size]
+        inputs, labels = padded_sides(rows, pad_id, with_eos=False)
+        bits += _bits(logits, rows, inputs, labels, vocab_size, stored).tolist()
+    sizes = [len(example.answer.encode()) for example in examples]
+    return TextBits(tuple(example.id for example in examples), tuple(bits), tuple(sizes))
+
+
+@torch.no_grad()
+def _bits(
+    logits: ModelLogits,
+    rows: Sequence[EncodedSide],
+    inputs: dict[str, Tensor],
+    labels: Tensor,
+    vocab_size: int | None,
+    stored: StoredTeacher | None,
+) -> Tensor:
+    device = logits.model.device
+    labels = labels.to(device)
+    if stored is None:
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        with evaluating(logits.model):
+            read = logits.read(logits.model, inputs, labels.shape[1])
+        side = Side.from_causal_lm(read, labels, vocab_size=vocab_size)
+    else:
+        kept = stored.batch(rows, labels.shape[1] - 1)
+        side = stored_side(stored, {name: one.to(device) for name, one in kept.items()}, labels)
+    nats = side.logits.log_probs(side.token_ids.unsqueeze(-1)).squeeze(-1).double()
+    return -nats.masked_fill(~side.mask, 0.0).sum(-1) / math.log(2)

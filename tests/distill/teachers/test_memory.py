@@ -1,0 +1,39 @@
+"""A remembered teacher says what the live one says, and is asked once."""
+
+import pytest
+import torch
+
+from ctkd.batch import Side
+from ctkd.distill.data.collator import padded_sides, padding_id, stored_side
+from ctkd.distill.models.model_logits import ModelLogits
+from ctkd.distill.teachers.memory import TeacherMemory, memory_bytes
+from tests.distill.tiny import Setup
+
+
+@pytest.mark.parametrize("score_eos", [False, True])
+def test_its_log_probabilities_are_the_live_teachers(score_eos):
+    setup = Setup(5, score_eos=score_eos)
+    # The student's head is wider than its tokenizer, which makes it the harder teacher.
+    model, sides = setup.student, [row.student for row in setup.rows]
+    pad, width = padding_id(setup.student_tokenizer), len(setup.student_tokenizer)
+    logits = ModelLogits(model)
+    memory = TeacherMemory(
+        logits, sides, pad_id=pad, score_eos=score_eos, vocab_size=width, batch_size=2
+    )
+    # In another order and beside other rows than they were read.
+    chosen = [sides[4], sides[0], sides[3]]
+    inputs, labels = padded_sides(chosen, pad, with_eos=score_eos)
+    with torch.no_grad():
+        whole = model(**inputs).logits[:, -labels.shape[1] :]
+        live = Side.from_causal_lm(whole, labels, vocab_size=width)
+        kept = memory.batch(chosen, labels.shape[1] - 1)
+        stored = stored_side(memory, kept, labels)
+        every = torch.arange(width).expand(*live.mask.shape, width)
+        expected = live.logits.log_probs(every)[live.mask]
+        found = stored.logits.log_probs(every)[stored.mask]
+    assert torch.equal(live.mask, stored.mask)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    positions = sum(
+        len(side.answer_ids) + (score_eos and side.eos_id is not None) for side in sides
+    )
+    assert memory_bytes(model, sides, score_eos=score_eos) == positions * 16 * 8
