@@ -114,7 +114,7 @@ def default_text(settings: type, name: str) -> str | None:
 
 
 def check_types(config: Any) -> None:
-    """Check that every field of a dataclass holds what its annotation says.
+    """Check that every field of a dataclass holds what its annotation says, and no text is blank.
 
     Raises:
         SettingError: If one does not.
@@ -222,6 +222,10 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         kinds = typing.get_args(hint)
     else:
         kinds = (hint,)
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        raise SettingError(
+            f"{name} must be a name or a word, got {value!r}; leave it out, or give one"
+        )
     if any(_is_a(value, kind) for kind in kinds):
         return
     choices = [choice for kind in kinds for choice in typing.get_args(kind) if kind is not dict]

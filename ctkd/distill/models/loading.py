@@ -72,6 +72,8 @@ def resolve(name: str) -> str:
     """
     if name in PACKAGED:
         return str(prepare(PACKAGED[name]))
+    if not name.strip():
+        raise ModelError(f"the name of a model is empty; give one. {_packaged_names(name)}")
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
