@@ -208,7 +208,7 @@ def _taken_up(path: Path, now: dict[str, Any]) -> dict[str, Any]:
     try:
         before = json.loads((path / STATE).read_text(encoding="utf-8"))
         kept = {name: dict(before[name]) for name in ("settings", "methods", "preparation")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
             f"{path / STATE} cannot be read ({error}); choose another --output"
         ) from error
@@ -286,10 +286,10 @@ def read_records(folder: Path) -> dict[str, Record]:
         except (json.JSONDecodeError, UnicodeDecodeError):
             # Cut short, or empty: what it was about is measured again.
             continue
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
-                f"{path} line {number} is not a record of a comparison; remove the line, its run "
-                "is then repeated"
+                f"{path} line {number} is not a record of a comparison as it was written; remove "
+                "the line, its run is then repeated"
             ) from error
         records[record.key] = record
     return records

@@ -115,6 +115,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         with quiet(show_downloads=sys.stderr.isatty()):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            # Some of its settings are read only here.
+            tokenizer("a")
     except Exception as error:
         raise ModelError(
             f"cannot load the tokenizer of {name}: {_cause(error)}; its tokenizer files may be "
