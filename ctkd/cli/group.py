@@ -20,6 +20,7 @@ from ctkd.errors import CtkdError
 __all__ = ["main"]
 
 TRACEBACK_VARIABLE = "CTKD_TRACEBACK"
+_LONGEST = 1_000
 _START = """
 \b
 Start here:
@@ -62,7 +63,9 @@ class _Group(click.Group):
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    # What was given may be quoted in it, and be of any length.
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 @click.group(cls=_Group, epilog=_START, context_settings={"help_option_names": ["-h", "--help"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,7 @@ __all__ = [
 
 UNTRAINED = "untrained student"
 TEACHER = "teacher"
+_CHECK = "check"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +84,20 @@ class Record:
     peak_memory: int | None = None
 
     def as_json(self) -> str:
-        """One line."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        """One line, with a checksum."""
+        fields = dataclasses.asdict(self)
+        return json.dumps({**fields, _CHECK: _checksum(fields)}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> Record:
-        """Read a line that `as_json` made."""
+        """Read a line that `as_json` made.
+
+        Raises:
+            ValueError, LookupError, TypeError, AttributeError: If it did not, or the line changed.
+        """
         fields = json.loads(line)
+        if fields.pop(_CHECK) != _checksum(fields):
+            raise ValueError("the line is not as it was written")
         fields["answers"] = tuple(
             Answer(**{**one, "references": tuple(one["references"])}) for one in fields["answers"]
         )
@@ -139,3 +148,7 @@ class Comparison:
         """The reported runs of one method, by seed."""
         runs = [record for record in self.finals if record.method == method]
         return sorted(runs, key=lambda record: -1 if record.seed is None else record.seed)
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

@@ -44,6 +44,9 @@ UNTRAINED = "pocket-llama"
 
 Template = Literal["plain", "chat"]
 
+# Products of two such numbers are still finite, and 8 bytes hold one.
+_MOST = 10**18
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -177,6 +180,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise SettingError(f"{name} must be a finite number above 0, got {value}")
+            if value is not None and value > _MOST:
+                raise SettingError(f"{name} must be at most {_MOST}, got {value}")
         for name in ("learning_rate", "weight_decay", "kd_weight", "ce_weight", "teacher_memory"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:

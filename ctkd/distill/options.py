@@ -114,7 +114,7 @@ def default_text(settings: type, name: str) -> str | None:
 
 
 def check_types(config: Any) -> None:
-    """Check that every field of a dataclass holds what its annotation says.
+    """Check that every field of a dataclass holds what its annotation says, and no text is blank.
 
     Raises:
         SettingError: If one does not.
@@ -171,7 +171,7 @@ def parse_loss_option(text: str) -> tuple[str, Any]:
         raise SettingError(f"a loss option is KEY=VALUE, such as k=20, got {text!r}")
     try:
         return key.strip(), yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingError(
             f"cannot read the value of loss option {text!r}; write a number, a word, true or null"
         ) from error
@@ -199,6 +199,10 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise SettingError(
             f"{path} is not YAML: {what}{where}; write settings as 'name: value' lines"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise SettingError(
+            f"{path} holds a value that cannot be read ({error}); write it in quotes"
+        ) from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
@@ -207,7 +211,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML takes 1e-6 for text; everybody who writes it means a number."""
+    """YAML takes 1e-6 for text and 2026-03-01 for a date; here they are a number and text."""
 
 
 _Loader.add_implicit_resolver(
@@ -215,6 +219,10 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:timestamp"]
+    for first, forms in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -222,6 +230,10 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         kinds = typing.get_args(hint)
     else:
         kinds = (hint,)
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        raise SettingError(
+            f"{name} must be a name or a word, got {value!r}; leave it out, or give one"
+        )
     if any(_is_a(value, kind) for kind in kinds):
         return
     choices = [choice for kind in kinds for choice in typing.get_args(kind) if kind is not dict]

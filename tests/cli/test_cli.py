@@ -240,13 +240,11 @@ def test_help_names_the_defaults():
         "score_eos": "no",
         "keep_checkpoints": "no",
         "teacher_memory": "1",
-    }
-    words["task"] = "lm for pydocs, else qa"
-    words |= {
+        "task": "lm for pydocs, else qa",
         "epochs": "1, or 4 from random weights",
+        "learning_rate": "5e-5, or 2e-3 from random weights",
         "control": "from random weights yes, else no",
     }
-    words["learning_rate"] = "5e-5, or 2e-3 from random weights"
     options = {option.name: option.help for option in main.commands["train"].params}
     for name, value in TrainConfig().as_dict().items():
         if value is not None and value != {}:

@@ -160,6 +160,7 @@ def test_numbers_of_a_file_are_numbers_and_texts_are_texts(tmp_path):
     file.write_text(
         "loss: uld\n"
         "learning_rate: 1e-6\n"
+        "date: 2026-03-01\n"
         "loss_options:\n"
         "  student_temperature: 2e0\n"
         "output: '1e5'\n"
@@ -170,6 +171,7 @@ def test_numbers_of_a_file_are_numbers_and_texts_are_texts(tmp_path):
     assert settings["loss_options"] == {"student_temperature": 2.0}
     config = TrainConfig.from_mapping(settings)
     assert (config.learning_rate, config.output, config.report_to) == (1e-6, "1e5", "none")
+    assert config.date == "2026-03-01"
     assert config.make_loss().student_temperature == 2.0
 
 

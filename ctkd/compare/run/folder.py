@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -16,12 +17,13 @@ from ctkd.compare.plan.config import NOT_SHARED, CompareConfig
 from ctkd.compare.records import Record
 from ctkd.distill.teachers.cache import read_record
 from ctkd.distill.training.output_folder import LOCK, alone, try_to_write
-from ctkd.errors import DataError, OutputError
+from ctkd.errors import CtkdError, DataError, OutputError
 
-__all__ = ["STATE", "ComparisonFolder", "append_record", "read_records"]
+__all__ = ["ROWS_FOLDER", "STATE", "ComparisonFolder", "append_record", "read_records"]
 
 STATE = "comparison.json"
 RESULTS = "results.jsonl"
+ROWS_FOLDER = "data"
 
 # They say how much is kept or shown, or where something lies, not what comes out.
 _FREE = {"device", "save_steps", "logging_steps", "keep_checkpoints", "report_to"}
@@ -48,6 +50,7 @@ class ComparisonFolder:
                 another process works in it, or it cannot be written.
         """
         path = config.folder
+        present = path.exists()
         record = _planned(config)
         try:
             _check_free(path)
@@ -56,18 +59,30 @@ class ComparisonFolder:
         except OutputError:
             raise
         except OSError as error:
+            # It may name a file that was only tried.
+            error.filename = path
             raise _cannot_write(path, error) from error
-        with alone(path):
-            begun = (path / STATE).is_file()
-            folder = cls(path, _taken_up(path, record) if begun else record)
-            folder.write()
-            try:
-                yield folder
-            except OSError as error:
-                # A full device can be met wherever runs write; anything else says more as it is.
-                if error.errno not in _FULL:
+        try:
+            with alone(path):
+                begun = (path / STATE).is_file()
+                folder = cls(path, _taken_up(path, record) if begun else record)
+                folder.write()
+                try:
+                    yield folder
+                except CtkdError:
+                    if not begun:
+                        folder._forget()
                     raise
-                raise _cannot_write(path, error) from error
+                except OSError as error:
+                    # A full device can be met wherever runs write; anything else says more as it
+                    # is.
+                    if error.errno not in _FULL:
+                        raise
+                    raise _cannot_write(path, error) from error
+        finally:
+            if not present:
+                with suppress(OSError):
+                    path.rmdir()
 
     def dated(self, config: CompareConfig) -> CompareConfig:
         """The settings with the day that chat templates write: one for all runs."""
@@ -137,6 +152,13 @@ class ComparisonFolder:
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 
+    def _forget(self) -> None:
+        """Delete what was begun, if nothing was made: settings may be corrected then."""
+        made_again = (STATE, LOCK, ROWS_FOLDER)
+        if all(entry.name in made_again for entry in self.path.iterdir()):
+            shutil.rmtree(self.path / ROWS_FOLDER, ignore_errors=True)
+            (self.path / STATE).unlink()
+
 
 def _check_free(path: Path) -> None:
     """Refuse a folder of something else, before anything in it is touched."""
@@ -186,7 +208,7 @@ def _taken_up(path: Path, now: dict[str, Any]) -> dict[str, Any]:
     try:
         before = json.loads((path / STATE).read_text(encoding="utf-8"))
         kept = {name: dict(before[name]) for name in ("settings", "methods", "preparation")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
             f"{path / STATE} cannot be read ({error}); choose another --output"
         ) from error
@@ -264,10 +286,10 @@ def read_records(folder: Path) -> dict[str, Record]:
         except (json.JSONDecodeError, UnicodeDecodeError):
             # Cut short, or empty: what it was about is measured again.
             continue
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
-                f"{path} line {number} is not a record of a comparison; remove the line, its run "
-                "is then repeated"
+                f"{path} line {number} is not a record of a comparison as it was written; remove "
+                "the line, its run is then repeated"
             ) from error
         records[record.key] = record
     return records

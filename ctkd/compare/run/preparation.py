@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ctkd.compare.plan.config import CompareConfig
 from ctkd.compare.plan.methods import SEQKD, Method
 from ctkd.compare.plan.splits import COLUMNS, Splits, prepare_splits
-from ctkd.compare.run.folder import ComparisonFolder
+from ctkd.compare.run.folder import ROWS_FOLDER, ComparisonFolder
 from ctkd.distill.config import CacheSettings, TrainConfig
 from ctkd.distill.models.fingerprint import model_fingerprint
 from ctkd.distill.models.loading import (
@@ -80,7 +80,7 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
             resolve(name)
     models = _models(base)
     _check_needs(config, models)
-    splits = prepare_splits(config, models, folder.path / "data", say)
+    splits = prepare_splits(config, models, folder.path / ROWS_FOLDER, say)
     folder.check_same("data", splits.fingerprints())
     with _timed("teacher cache", folder):
         cache = _cache(config, splits, folder, say)

@@ -167,6 +167,8 @@ def load_parts(source: Source, *, split: str | None = None, held_out: bool = Fal
     """As `load_rows`, with the rows of each file by themselves."""
     if not isinstance(source, str):
         return [part for one in source for part in load_parts(one, split=split, held_out=held_out)]
+    if not source.strip():
+        raise DataError("the name of the data is empty; name a file, a folder or a hub id")
     path = Path(source).expanduser()
     with_split = _WITH_SPLIT.fullmatch(source)
     if split is None and with_split and not path.exists():

@@ -77,6 +77,8 @@ def resolve(name: str) -> str:
         return str(prepare(PACKAGED[name]))
     if name == UNTRAINED:
         return str(prepare_untrained())
+    if not name.strip():
+        raise ModelError(f"the name of a model is empty; give one. {_packaged_names(name)}")
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -118,6 +120,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         with quiet(show_downloads=sys.stderr.isatty()):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            # Some of its settings are read only here.
+            tokenizer("a")
     except Exception as error:
         raise ModelError(
             f"cannot load the tokenizer of {name}: {_cause(error)}; its tokenizer files may be "

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,13 @@ __all__ = [
     "is_whole",
     "read_record",
     "row_key",
+    "write_record",
 ]
 
 CACHE_FILE = "cache.json"
 TEXTS_FILE = "texts.jsonl"
-FORMAT = 2
+FORMAT = 3
+_CHECK = "check"
 
 
 def row_key(side: EncodedSide) -> str:
@@ -307,17 +310,36 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """Read ``cache.json``; None if there is none.
 
     Raises:
-        DataError: If it is not one that this version can read.
+        DataError: If it is not one that this version can read, or not as it was written.
     """
     path = folder / CACHE_FILE
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete the folder") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(
             f"{path} was not written by this version of ctkd (format {FORMAT}); make the cache anew"
         )
+    if record.pop(_CHECK, None) != _checksum(record):
+        raise DataError(f"{path} is not as it was written; restore it, or delete the folder")
     return record
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write ``cache.json`` at once or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    partial = folder / f".{CACHE_FILE}.partial"
+    text = json.dumps({**record, _CHECK: _checksum(record)}, indent=1)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, folder / CACHE_FILE)
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    """Tells a record that is as it was written: what it says decides what is trained."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

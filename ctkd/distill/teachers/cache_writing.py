@@ -58,6 +58,7 @@ from ctkd.distill.teachers.cache import (
     is_whole,
     read_record,
     row_key,
+    write_record,
 )
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.errors import ModelError, OutputError, SettingError
@@ -385,14 +386,12 @@ def _save_shard(path: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def _save(folder: Path, record: Record) -> None:
-    path = folder / CACHE_FILE
-    partial = folder / f".{CACHE_FILE}.partial"
     try:
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_record(folder, record)
     except OSError as error:
         raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; make room, then repeat the command"
+            f"cannot write {folder / CACHE_FILE}: {error.strerror or error}; make room, then "
+            "repeat the command"
         ) from error
 
 

@@ -48,8 +48,10 @@ class TeacherTexts:
             try:
                 entry = json.loads(line)
                 key, generated = entry["prompt"], Generated(entry["text"], entry["ended"])
-                is_whole = entry["check"] == _check(key, generated)
-            except (ValueError, KeyError, TypeError):
+                # A number has the same letters as a text.
+                is_text = isinstance(generated.text, str) and isinstance(generated.ended, bool)
+                is_whole = is_text and entry["check"] == _check(key, generated)
+            except (ValueError, KeyError, TypeError, RecursionError):
                 # A kill cut it short; what is missing is written again.
                 continue
             if is_whole:

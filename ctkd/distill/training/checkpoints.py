@@ -57,13 +57,12 @@ class Checkpoints:
             }
             (written / _LIST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
             if _is_own(target):
-                shutil.rmtree(target)
+                self._move_out(target)
             if os.path.lexists(target):
                 self._say(f"warning: {target} is none of this run's, so step {step} is not kept")
             else:
                 written.replace(target)
-        for old in self._own()[:-_KEPT]:
-            shutil.rmtree(old)
+        self._delete(self._own()[:-_KEPT])
 
     @contextmanager
     def writing_result(self) -> Iterator[Path]:
@@ -126,9 +125,18 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Delete all that this run has written."""
-        for path in self._own():
-            shutil.rmtree(path)
+        self._delete(self._own())
+
+    def _delete(self, old: list[Path]) -> None:
         shutil.rmtree(self._folder / _PARTIAL, ignore_errors=True)
+        for path in old:
+            self._move_out(path)
+        shutil.rmtree(self._folder / _PARTIAL, ignore_errors=True)
+
+    def _move_out(self, path: Path) -> None:
+        """Move a checkpoint where it is deleted, now or after a kill: a part of it is no one's."""
+        (self._folder / _PARTIAL).mkdir(exist_ok=True)
+        path.replace(self._folder / _PARTIAL / f"old-{path.name}")
 
     def _own(self) -> list[Path]:
         numbers = {
@@ -175,12 +183,12 @@ def _fault(checkpoint: Path) -> str | None:
     """The name of a file that is not as it was written, None if there is none."""
     try:
         files = json.loads((checkpoint / _LIST).read_text(encoding="utf-8")).items()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return _LIST
     for name, written in files:
         try:
             found = _fingerprint(checkpoint / name)
-        except OSError:
+        except (OSError, ValueError):  # no file, or no name of one
             return str(name)
         if found != written:
             return str(name)

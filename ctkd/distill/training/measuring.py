@@ -21,9 +21,10 @@ from ctkd.distill.models.loading import head_width
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.distill.training.curves import plot_curves
-from ctkd.distill.training.output_folder import OutputFolder
+from ctkd.distill.training.output_folder import RECORD, OutputFolder
 from ctkd.distill.training.progress import loss_line
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
+from ctkd.errors import OutputError
 
 __all__ = ["CURVES", "Measure", "keep_history", "summarize"]
 
@@ -166,7 +167,21 @@ _MAIN_METRIC = {"qa": "f1", "lm": BITS_PER_BYTE}
 
 
 def summarize(folder: OutputFolder) -> str:
-    """Metrics and losses before and after, speed, and where the model lies."""
+    """Metrics and losses before and after, speed, and where the model lies.
+
+    Raises:
+        OutputError: If ``ctkd.json`` was changed by others.
+    """
+    try:
+        return _summary(folder)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise OutputError(
+            f"{folder.path / RECORD} holds results that ctkd did not write; restore it, or start "
+            "anew with --overwrite"
+        ) from error
+
+
+def _summary(folder: OutputFolder) -> str:
     results = folder.results
     config = TrainConfig.from_mapping(folder.record["settings"])
     lines = []

@@ -220,14 +220,14 @@ def _finite(value: Any) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OutputError(
-            f"{path} cannot be read ({error}); choose another --output, or delete the folder"
+            f"{path} cannot be read ({error}); restore it, or choose another folder"
         ) from error
     if not isinstance(record, dict) or not all(
         isinstance(record.get(part), dict) for part in ("settings", "results")
     ):
-        raise OutputError(f"{path} was not written by ctkd; choose another --output")
+        raise OutputError(f"{path} was not written by ctkd; choose another folder")
     return record
 
 

@@ -95,6 +95,10 @@ def train(
     settings = config.as_dict()
     folder_before = OutputFolder.check(config.folder, settings, resume=resume, overwrite=overwrite)
     if "finished" in folder_before.results:
+        if not OutputFolder.record_of(config.folder)["settings"].get("keep_checkpoints", True):
+            # A kill may have left some.
+            with alone(config.folder):
+                Checkpoints(config.folder, say).remove()
         say(f"{folder_before.path} is finished already; nothing is left to do")
         return folder_before
     inputs = _load(config, folder_before.record.get("date"), say)

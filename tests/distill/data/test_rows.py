@@ -388,9 +388,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     (line,) = done.stdout.strip().split("\n")
-    assert line.startswith(
-        "pocket-qa is no file or folder here, nor an embedded set (pocketqa, pydocs)"
-    )
+    assert line.startswith("pocket-qa is no file or folder here, nor an embedded set (pocketqa, ")
     assert line.endswith("; did you mean pocketqa?")
 
 

@@ -13,7 +13,7 @@ import ctkd
 from ctkd.distill.data.encoding import EncodedSide
 from ctkd.distill.models.loading import load_model
 from ctkd.distill.preparing import Forms, encode, load_examples, load_models
-from ctkd.distill.teachers.cache import FORMAT, TeacherCache, row_key
+from ctkd.distill.teachers.cache import FORMAT, TeacherCache, row_key, write_record
 from ctkd.errors import DataError, SettingError
 from ctkd.logits import DenseLogits, TopK
 from tests.distill import tiny
@@ -185,13 +185,20 @@ def test_a_folder_without_a_cache_is_named(tmp_path):
 
 def change(folder, **entries):
     record = json.loads((folder / "cache.json").read_text())
-    (folder / "cache.json").write_text(json.dumps({**record, **entries}))
+    del record["check"]
+    write_record(folder, {**record, **entries})
 
 
 def test_other_formats_and_unfinished_caches_are_refused(copied):
     change(copied, format=FORMAT - 1)
     message = f"not written by this version of ctkd .format {FORMAT}.; make"
     with pytest.raises(DataError, match=message):
+        TeacherCache.open(copied)
+    text = (copied / "cache.json").read_text()
+    (copied / "cache.json").write_text(
+        text.replace('"k": 5', '"k": 4').replace("2,", f"{FORMAT},", 1)
+    )
+    with pytest.raises(DataError, match="cache.json is not as it was written; restore it, or"):
         TeacherCache.open(copied)
     change(copied, format=FORMAT, finished=False)
     with pytest.raises(DataError, match="is not finished; repeat the `ctkd cache` that began it"):

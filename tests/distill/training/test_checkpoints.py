@@ -159,6 +159,20 @@ def test_what_was_cut_short_is_no_checkpoint(run):
     assert run.names() == ["checkpoint-1", "checkpoint-3"]
 
 
+def test_a_checkpoint_that_a_kill_left_half_deleted_is_deleted_later(run, monkeypatch):
+    def killed(path, **_):
+        raise KeyboardInterrupt
+
+    run.write(1)
+    with monkeypatch.context() as patch:
+        # All its files are gone then.
+        patch.setattr(os, "rmdir", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.checkpoints.remove()
+    run.checkpoints.remove()
+    assert run.names() == []
+
+
 def test_a_result_is_moved_in_when_it_is_whole(run):
     (run.folder / "model.safetensors").write_bytes(b"old")
     with run.checkpoints.writing_result() as partial:
