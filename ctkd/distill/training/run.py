@@ -27,7 +27,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ctkd import __version__
 from ctkd.cache_folder import cache_dir
-from ctkd.distill.config import SFT, TrainConfig
+from ctkd.distill.config import SFT, UNTRAINED, TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExamples
 from ctkd.distill.data.rows import Source, paths_of
@@ -89,6 +89,11 @@ def train(
             checkpoint is there.
     """
     device = choose_device(config.device)
+    if config.student == UNTRAINED and get_task(config.task).answered:
+        raise SettingError(
+            f"{UNTRAINED} begins from random weights and cannot learn to answer in a short run; "
+            f"name a --student, such as smollm2-135m-instruct, or train it on texts (--task lm)"
+        )
     _check_tracker(config.report_to)
     if overwrite:
         _check_nothing_needed_is_deleted(config)
