@@ -94,7 +94,7 @@ def read_settings(
     settings = {} if config_file is None else read_config_file(config_file)
     chosen = {name: value for kind in kinds for name, value in given(options, kind).items()}
     if "epochs" in chosen:
-        # Steps go before epochs, but an option goes before the file.
+        # Steps override epochs, but an option overrides the file.
         settings.pop("max_steps", None)
     for name, value in chosen.items():
         before = settings.get(name)

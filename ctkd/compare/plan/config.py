@@ -233,7 +233,7 @@ class CompareConfig:
             method: What is trained.
             varied: A point of its grid.
             seed: Of the run.
-            **places: Further settings of `TrainConfig`, which go before all others.
+            **places: Further settings of `TrainConfig`, which override all others.
         """
         return TrainConfig(**{**self._shared, **method.training(varied), "seed": seed, **places})
 
