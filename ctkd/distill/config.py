@@ -33,6 +33,7 @@ __all__ = [
     "DoctorRequest",
     "EvaluateRequest",
     "TrainConfig",
+    "simplify_sources",
 ]
 
 DTYPES = ("float32", "bfloat16", "bfloat16-pure")
@@ -133,7 +134,7 @@ class TrainConfig:
     report_to: str = option("none", "Tracker, as transformers names it.")
 
     def __post_init__(self) -> None:
-        _simplify_sources(self, "data", "eval_data")
+        simplify_sources(self, "data", "eval_data")
         check_types(self)
         for name in (
             "epochs",
@@ -313,7 +314,7 @@ class EvaluateRequest:
     device: str = same_as(TrainConfig, "device")
 
     def __post_init__(self) -> None:
-        _simplify_sources(self, "data")
+        simplify_sources(self, "data")
         for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -343,12 +344,12 @@ class DoctorRequest:
     thresholds: Thresholds = field(default_factory=Thresholds)
 
     def __post_init__(self) -> None:
-        _simplify_sources(self, "data")
+        simplify_sources(self, "data")
         if self.limit < 1:
             raise SettingError(f"limit must be at least 1, got {self.limit}")
 
 
-def _simplify_sources(settings: Any, *names: str) -> None:
+def simplify_sources(settings: Any, *names: str) -> None:
     """Keep one way to write each source: text where it is one, else a list, as JSON has them."""
     for name in names:
         value = getattr(settings, name)

@@ -101,7 +101,7 @@ def test_mutable_defaults_are_made_anew():
     assert Settings().columns == {}
 
 
-def test_options_go_before_a_file_and_mappings_are_merged(tmp_path):
+def test_options_override_a_file_and_mappings_are_merged(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("rate: 1e-4\ncolumns: {a: x, e: f}\nmax_steps: 9\n")
     options = {"rate": 1e-3, "columns": ("a=b",), "count": None, "warmths": ()}

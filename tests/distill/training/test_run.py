@@ -225,7 +225,7 @@ def test_options_override_the_file(place, undrawn):
     assert (settings["learning_rate"], settings["seed"], settings["max_steps"]) == (1e-6, 3, 2)
 
 
-def test_epochs_as_an_option_go_before_the_steps_of_the_file(place, undrawn):
+def test_epochs_as_an_option_override_the_steps_of_the_file(place, undrawn):
     file = place.folder / "steps.yaml"
     file.write_text("max_steps: 1\n")
     words = place.train("epochs", "--config", str(file))
