@@ -15,6 +15,7 @@ from ctkd.cli.doctor import doctor
 from ctkd.cli.evaluate import evaluate
 from ctkd.cli.losses import losses
 from ctkd.cli.train import train
+from ctkd.distill.options import closest
 from ctkd.errors import CtkdError
 
 __all__ = ["main"]
@@ -37,6 +38,15 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if error.ctx is None:
+                raise
+            known = [name for one in error.ctx.command.params for name in one.opts]
+            close = closest(error.option_name, [*known, "--help"])
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise click.UsageError(
+                f"No such option {error.option_name!r}.{hint}", error.ctx
+            ) from error
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except CtkdError as error:

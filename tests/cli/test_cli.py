@@ -140,7 +140,8 @@ def test_what_is_wrong_is_one_line_and_touches_nothing(place, monkeypatch, words
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--los", "uld"], "No such option '--los'"),
+        (["train", "--los", "uld"], "No such option '--los'. Did you mean --loss?"),
+        (["train", "--lr", "1e-5"], "No such option '--lr'. Did you mean --learning-rate?"),
         (["train", "--max-steps", "many"], "'many' is not a valid integer"),
         (["train", "--learning-rate", "fast"], "'fast' is not a valid float"),
         (["train", "rows.jsonl"], "Got unexpected extra argument (rows.jsonl)"),
