@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ctkd.cli.plain_text import plain_text
 from ctkd.errors import CtkdError
 from ctkd.registry import describe, list_losses
 
@@ -49,7 +50,7 @@ def losses(name: str | None) -> None:
     settings = list(facts.settings.items())
     # As --loss-option takes it.
     click.echo(tabulate(settings, headers=["setting", "default"], missingval="null"))
-    click.echo(f"\n{facts.doc}")
+    click.echo(f"\n{plain_text(facts.doc)}")
 
 
 def _needs(needs: frozenset[str]) -> str:
