@@ -28,16 +28,21 @@ from ctkd.tokenizers import Pair, PlaceholderPair
 
 __all__ = [
     "DTYPES",
+    "GIVEN",
     "SFT",
     "CacheSettings",
     "DoctorRequest",
     "EvaluateRequest",
     "TrainConfig",
+    "check_needs",
     "simplify_sources",
 ]
 
 DTYPES = ("float32", "bfloat16", "bfloat16-pure")
 SFT = "sft"
+
+GIVEN = frozenset({"chunks", "pair"})
+"""What training gives to a loss besides logits and ids, of `Loss.needs`."""
 
 Template = Literal["plain", "chat"]
 
@@ -176,6 +181,9 @@ class TrainConfig:
             )
         # Fails here, before anything is fetched, if the loss or a setting of it is wrong.
         weights = self.weights()
+        loss = self.make_loss()
+        if loss is not None:
+            check_needs(loss, self.loss)
         if weights.ce == 0 and (weights.kd == 0 or not self.distils):
             raise SettingError(
                 "nothing would be trained: ce_weight is 0"
@@ -347,6 +355,25 @@ class DoctorRequest:
         simplify_sources(self, "data")
         if self.limit < 1:
             raise SettingError(f"limit must be at least 1, got {self.limit}")
+
+
+def check_needs(loss: Loss, name: str) -> None:
+    """Refuse a loss that needs what training does not give.
+
+    Raises:
+        SettingError: If there is such a need; the message says what to do instead.
+    """
+    lacking = sorted(loss.needs - GIVEN)
+    if lacking:
+        raise SettingError(
+            f"the loss {name!r} needs {' and '.join(lacking)}, which ctkd does not give to it in "
+            "training; use it in a loop of your own, or choose another"
+            + (
+                ": ctkd.Batch.from_causal_lm takes student_hidden and teacher_hidden"
+                if "hidden" in lacking
+                else ""
+            )
+        )
 
 
 def simplify_sources(settings: Any, *names: str) -> None:

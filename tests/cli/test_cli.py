@@ -8,12 +8,14 @@ import pytest
 from transformers import T5Config
 
 import ctkd
+from ctkd import registry
 from ctkd.cli import main
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.models import loading as models
 from ctkd.distill.training import run as training
 from tests.distill import tiny
 from tests.distill.tiny_runs import Workplace, error_of, finish, invoke, save
+from tests.testing.broken_losses import Good
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,24 @@ def test_what_is_wrong_is_one_line_and_touches_nothing(place, monkeypatch, words
     here = str(place.folder)
     said = error_of(invoke(*place.train("new", *(word.replace("HERE", here) for word in words))))
     assert message.replace("HERE", here) in said
+    assert contents(place.folder) == before
+
+
+def test_a_loss_on_hidden_states_is_refused_before_anything_is_loaded(place, monkeypatch):
+    class OnHiddenStates(Good):
+        needs = frozenset({"hidden"})
+
+    monkeypatch.setattr(registry, "_losses", {**registry._losses, "states": OnHiddenStates})
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
+    before = contents(place.folder)
+    for words in (
+        place.train("new", "--loss", "states"),
+        place.evaluate(str(place.student), "--loss", "states"),
+        ["compare", "--losses", "sft,states", "--output", str(place.folder / "new")],
+    ):
+        said = error_of(invoke(*words))
+        assert "the loss 'states' needs hidden, which ctkd does not give to it in training" in said
+        assert "Batch.from_causal_lm takes student_hidden and teacher_hidden" in said
     assert contents(place.folder) == before
 
 

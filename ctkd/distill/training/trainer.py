@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import ParallelMode
 
 from ctkd.batch import IGNORE_INDEX, Batch, Side
+from ctkd.distill.config import check_needs
 from ctkd.distill.data.collator import KEPT
 from ctkd.distill.models.loading import below_wrappers, reads_padding
 from ctkd.distill.models.model_logits import ModelLogits
@@ -96,8 +97,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         teacher_logits: The same for a live teacher.
 
     Raises:
-        SettingError: If loss and teacher do not come together, or the arguments would train
-            wrongly without a word.
+        SettingError: If loss and teacher do not come together, the loss needs hidden states, or
+            the arguments would train wrongly without a word.
     """
 
     # The loss is divided by the counts of the whole step; Trainer must not divide it again.
@@ -131,6 +132,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
                     f"{side} must be a model, got {type(given).__name__}; load it with "
                     "ctkd.distill.models.load_model"
                 )
+        if loss is not None:
+            check_needs(loss, type(loss).__name__)
         _check_arguments(args)
         super().__init__(
             model=model,

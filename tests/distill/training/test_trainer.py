@@ -239,6 +239,13 @@ def test_a_loss_without_a_teacher_is_refused(tmp_path):
         CrossTokenizerTrainer(setup.student, arguments(tmp_path), loss=ctkd.get_loss("uld"))
 
 
+def test_a_loss_on_hidden_states_is_refused(tmp_path):
+    loss = ctkd.get_loss("uld")
+    loss.needs = frozenset({"hidden"})
+    with pytest.raises(SettingError, match="the loss 'ULD' needs hidden, which ctkd does not give"):
+        trainer(Setup(), tmp_path, loss)
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
     settings = arguments(tmp_path)
     assert settings.device.type == "cpu"  # the state of the process is settled here
