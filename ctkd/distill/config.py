@@ -136,7 +136,9 @@ class TrainConfig:
     logging_steps: int = option(5, "Steps between lines of the log.")
     save_steps: int = option(200, "Steps between checkpoints.")
     keep_checkpoints: bool = option(False, "Keep the last two checkpoints of a finished run.")
-    report_to: str = option("none", "Tracker, as transformers names it.")
+    report_to: str = option(
+        "none", "Tracker, as transformers names it; tensorboard writes into the output folder."
+    )
 
     def __post_init__(self) -> None:
         simplify_sources(self, "data", "eval_data")

@@ -22,6 +22,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import ParallelMode
 
@@ -71,7 +72,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
     micro-batches and all ranks. So any split of a batch gives the same gradient.
 
     Batches come from `ctkd.distill.data.collator.Collator`. Logs hold ``ce``, ``kd`` (unweighted)
-    and ``kd/<part>`` for each part of the loss.
+    and ``kd/<part>`` for each part of the loss. TensorBoard's files go into ``tensorboard`` in the
+    output folder, unless the environment variable ``TENSORBOARD_LOGGING_DIR`` says otherwise.
 
     Args:
         model: The student.
@@ -151,6 +153,10 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         self.teacher = None if teacher is None else _frozen(teacher, args.device)
         self.teacher_cache = teacher_cache
         self.whole_logits = whole_logits
+        for callback in self.callback_handler.callbacks:
+            # It chooses a folder when training begins; what is evaluated before goes elsewhere.
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
         self.clock = StepClock()
         self.add_callback(self.clock)
         if weights is None:

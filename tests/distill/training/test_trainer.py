@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.integrations import integration_utils
 
 import ctkd
 from ctkd.distill.training.trainer import LOSS_FILE, CrossTokenizerTrainer
@@ -166,6 +168,36 @@ def test_logits_are_computed_only_where_answers_are_scored(tmp_path):
     trainer(setup, tmp_path, per_device_train_batch_size=6).train()
     longest = max(len(row.student.answer_ids) + 1 for row in setup.rows)
     assert seen == [longest + 1]
+
+
+def test_all_curves_of_tensorboard_go_into_the_folder_of_the_run(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, log_dir=None):
+            self.log_dir = log_dir
+
+        def add_scalar(self, name, *_):
+            written.append((self.log_dir, name))
+
+        add_text = flush = close = lambda self, *_: None
+
+    stand_in = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    run = trainer(Setup(), tmp_path, report_to="tensorboard")
+    run.evaluate()
+    run.train()
+    run.evaluate()
+    assert {folder for folder, _ in written} == {str(tmp_path / "tensorboard")}
+    names = [name for _, name in written]
+    assert names.count("eval/kd") == 2 and "train/kd" in names
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    written.clear()
+    trainer(Setup(), tmp_path, report_to="tensorboard").evaluate()
+    assert {folder for folder, _ in written} == {str(tmp_path / "elsewhere")}
 
 
 def test_resuming_gives_the_same_weights(tmp_path):
