@@ -297,6 +297,20 @@ def test_the_end_of_sequence_is_scored_if_asked(place, undrawn):
     )
 
 
+def test_a_student_that_learns_no_end_is_pointed_out_once(place, tmp_path):
+    shutil.copytree(place.student, tmp_path / "student")
+    tokenizer = AutoTokenizer.from_pretrained(place.student)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "student")
+    words = ["--loss", "sft", "--measure", "nothing", "--max-steps", "1"]
+    endless = finish(*place.train("endless", *words, "--student", str(tmp_path / "student")))
+    assert endless.stderr.count("answers are taught without an end") == 1
+    assert "without an end" not in finish(*place.train("ending", *words)).stderr
+    sides = ["--student", str(tmp_path / "student"), "--teacher", str(place.teacher)]
+    page = finish("doctor", *sides, "--data", str(place.rows), "--task", "text").stdout
+    assert "the student has no EOS, so answers are taught without an end" in page
+
+
 def test_bfloat16_trains_float32_weights(place, undrawn):
     shown = finish(*place.train("bf16", "--dtype", "bfloat16"))
     after = weights(place.folder / "bf16")
