@@ -1,6 +1,6 @@
 """The page that ``ctkd doctor`` prints.
 
-It only writes down what was measured. Colors are terminal codes, which `click.echo` leaves away
+It only writes down what was measured. Colors are terminal codes, which click leaves away
 where the output is no terminal; everything that a color says is also there in characters.
 """
 

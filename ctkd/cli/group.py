@@ -14,6 +14,7 @@ from ctkd.cli.compare import compare
 from ctkd.cli.doctor import doctor
 from ctkd.cli.evaluate import evaluate
 from ctkd.cli.losses import losses
+from ctkd.cli.options import writable
 from ctkd.cli.train import train
 from ctkd.distill.options import closest
 from ctkd.errors import CtkdError
@@ -72,7 +73,7 @@ class _Group(click.Group):
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return writable(" ".join(str(error).split()), err=True)
 
 
 @click.group(cls=_Group, epilog=_START, context_settings={"help_option_names": ["-h", "--help"]})

@@ -34,6 +34,7 @@ from ctkd.distill.models.checks import (
 )
 from ctkd.distill.models.gguf_convert import convert_gguf
 from ctkd.distill.models.packaged import PACKAGED, prepare
+from ctkd.distill.printable import NO_TEXT, is_text
 from ctkd.errors import ModelError
 
 __all__ = [
@@ -73,6 +74,8 @@ def resolve(name: str) -> str:
     if name in PACKAGED:
         return str(prepare(PACKAGED[name]))
     path = Path(name).expanduser()
+    if path.exists() and not is_text(str(path)):
+        raise ModelError(f"cannot load {name}: {NO_TEXT}")
     if path.is_dir():
         return str(path)
     if path.is_file():

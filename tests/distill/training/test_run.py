@@ -1,7 +1,11 @@
 """A whole training run: what it reads, what it leaves behind, and that it can be repeated."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +33,7 @@ from tests.distill.tiny_runs import (
     write_rows,
 )
 
+ROOT = Path(__file__).parents[3]
 LEARNING = ["--max-steps", "20", "--logging-steps", "5", "--learning-rate", "0.03"]
 
 
@@ -486,3 +491,33 @@ def test_only_known_devices_are_chosen():
     with pytest.raises(SettingError, match="one of auto, cpu, cuda, got 'tpu'"):
         training.choose_device("tpu")
     assert training.choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.slow
+def test_a_locale_that_is_not_utf8_loses_nothing(place, tmp_path):
+    rows = [
+        {"prompt": f"Où est {TEXTS[number % 4]}, 日本{number}?", "answer": " le “chat”"}
+        for number in range(12)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "données.jsonl").write_text(text, "utf-8")
+    words = place.train("ascii", "--loss", "sft", "--data", str(tmp_path / "données.jsonl"))
+    words += ["--max-steps", "1", "--eval-limit", "1"]
+    code = (
+        "import sys; from ctkd.cli import main; from ctkd.cli.options import show\n"
+        "assert sys.getfilesystemencoding() == 'ascii' == sys.stdout.encoding\n"
+        "try: main()\n"
+        r"finally: show('\u201cchat\u201d')"
+    )
+    spoken = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, **spoken, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    shown = [text.decode("ascii") for text in (done.stdout, done.stderr)]
+    assert shown[0].endswith("\\u201cchat\\u201d\n") and "données.jsonl" not in shown[1]
+    folder = place.folder / "ascii"
+    assert os.fsencode(record(folder)["settings"]["data"]).endswith("données.jsonl".encode())
+    answers = (folder / "predictions-student-after.jsonl").read_text("utf-8")
+    assert "日本" in answers and "“chat”" in answers
