@@ -301,15 +301,13 @@ def last_logits(
     Args:
         model: What is called, perhaps wrapped for training on several devices.
         unwrapped: The model itself.
-        inputs: ``input_ids``, ``attention_mask`` and ``position_ids``.
+        inputs: ``input_ids``, and ``attention_mask`` and ``position_ids`` if there are such.
         count: How many positions.
     """
-    arguments: dict[str, Any] = {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
-    }
+    names = ["input_ids", "attention_mask"]
     if accepts_position_ids(unwrapped):
-        arguments["position_ids"] = inputs["position_ids"]
+        names.append("position_ids")
+    arguments: dict[str, Any] = {name: inputs[name] for name in names if name in inputs}
     if supports_logits_to_keep(unwrapped):
         arguments["logits_to_keep"] = count
     logits: Tensor = model(**arguments, use_cache=False).logits

@@ -75,6 +75,11 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
     and ``kd/<part>`` for each part of the loss. TensorBoard's files go into ``tensorboard`` in the
     output folder, unless the environment variable ``TENSORBOARD_LOGGING_DIR`` says otherwise.
 
+    Why it is a subclass: the ``compute_loss_func`` of `Trainer` is given outputs and labels, but
+    not the inputs, which hold the teacher's side. A collator that stashes them for it is a batch
+    ahead, as the data loader fetches the next batch before this one is trained on: the student
+    would be compared with the teacher on another text. ``compute_loss`` is given the inputs.
+
     Args:
         model: The student.
         args: As in `Trainer`. ``remove_unused_columns`` must be False.
@@ -369,6 +374,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             return "weights are sharded over devices"
         if self.args.n_gpu > 1:
             return "the model is copied to several devices in one process"
+        if self.args.ddp_static_graph:
+            return "the graph of DistributedDataParallel is static"
         if self.args.torch_compile:
             return "the model is compiled"
         return None
