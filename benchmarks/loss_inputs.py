@@ -130,7 +130,7 @@ class Inputs:
             dtype: Of the logits.
             live: Keep the teacher's logits.
             stored: Keep the largest entries of its rows.
-            seed: Of everything random.
+            seed: Of the random numbers.
         """
         generator = torch.Generator().manual_seed(seed)
         size = sequences, tokens

@@ -32,7 +32,7 @@ _PEAK = "peak of this process, bytes: "
 def cpu_name() -> str:
     """Return the processor's name, or the architecture where the system does not say it."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
 

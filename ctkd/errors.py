@@ -3,7 +3,7 @@
 CtkdError
 ├── UnknownLossError    (also LookupError)  no loss has that name
 ├── DuplicateLossError  (also ValueError)   two losses claim one name
-├── PluginError         (also ImportError)  an entry point could not be loaded
+├── PluginError         (also ImportError)  a loss of others cannot be loaded or used
 ├── SettingError        (also ValueError)   a setting is unknown or out of range
 ├── BatchError          (also ValueError)   a batch lacks or contradicts something
 ├── DataError           (also ValueError)   a data file or one of its rows cannot be used
@@ -39,7 +39,7 @@ class DuplicateLossError(CtkdError, ValueError):
 
 
 class PluginError(CtkdError, ImportError):
-    """A third-party loss was found but could not be loaded."""
+    """A loss from elsewhere cannot be loaded, or breaks the rules that every loss keeps."""
 
 
 class SettingError(CtkdError, ValueError):

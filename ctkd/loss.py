@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ctkd.batch import Batch
+from ctkd.errors import PluginError
 from ctkd.masked_columns import refuse_masked_columns
 from ctkd.ops import can_inspect, not_traced
 
@@ -110,13 +111,30 @@ class Loss(nn.Module, ABC):
 
         Raises:
             BatchError: See `ctkd.masked_columns.refuse_masked_columns`.
+            PluginError: If `forward` returns anything but a `LossOutput` of tensors.
         """
         output: LossOutput = super().__call__(batch)
+        _check_output(type(self).__name__, output)
         value = output.value
         # Tensors of another class, such as those of functorch, may hold no values.
         if can_inspect(value) and type(value) is Tensor and not bool(value.isfinite().all()):
             refuse_masked_columns(batch)
         return output
+
+
+def _check_output(name: str, output: object) -> None:
+    what = type(output).__name__
+    if isinstance(output, LossOutput):
+        entries = {"value": output.value, "count": output.count, **output.parts}
+        wrong = [one for one, entry in entries.items() if not isinstance(entry, Tensor)]
+        if not wrong:
+            return
+        what = f"a LossOutput whose {wrong[0]} is {type(entries[wrong[0]]).__name__}"
+    raise PluginError(
+        f"{name}.forward returned {what}; a loss returns ctkd.loss.LossOutput(value, count, parts) "
+        "of tensors: the mean, how many units it is over, and its detached parts by name, as "
+        "ctkd.loss.average makes it of sums"
+    )
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

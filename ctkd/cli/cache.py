@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ctkd.cli.options import given, options_of, quieten, say
+from ctkd.cli.options import given, options_of, quieten, say, show
 from ctkd.distill.config import CacheSettings, TrainConfig
 
 __all__ = ["cache"]
@@ -69,7 +69,7 @@ def cache(output: str, **options: Any) -> None:
     )
     size = sum(path.stat().st_size for path in written.path.iterdir()) / 2**20
     temperatures = ", ".join(f"{one:g}" for one in written.temperatures)
-    click.echo(
+    show(
         f"{written.path}: {len(written)} rows, top {written.k} of {written.vocab_size}, "
         f"temperatures {temperatures}, {len(written.texts)} texts, {size:.1f} MiB"
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ctkd.cli.options import config_option, options_of, quieten, read_settings, say
+from ctkd.cli.options import config_option, options_of, quieten, read_settings, say, show
 from ctkd.compare.plan.config import DEMONSTRATION, NOT_SHARED, SAVE_STEPS, CompareConfig
 from ctkd.distill.config import TrainConfig
 
@@ -62,10 +62,10 @@ def compare(config_file: str | None, form: str, **options: Any) -> None:
     path = outcome.report_path
     if form == "json":
         content = as_json(outcome.comparison, outcome.analysis)
-        click.echo(json.dumps({**content, "report": str(path)}, indent=2, ensure_ascii=False))
+        show(json.dumps({**content, "report": str(path)}, indent=2, ensure_ascii=False))
     elif form == "markdown":
-        click.echo(path.with_suffix(".md").read_text(encoding="utf-8"))
+        show(path.with_suffix(".md").read_text(encoding="utf-8"))
         say(f"report: {path}")
     else:
-        click.echo(terminal(outcome.comparison, outcome.analysis))
-        click.echo(f"\nreport: {path}")
+        show(terminal(outcome.comparison, outcome.analysis))
+        show(f"\nreport: {path}")

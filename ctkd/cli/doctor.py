@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ctkd.cli.options import given, options_of, quieten, say
+from ctkd.cli.options import given, options_of, quieten, say, show
 from ctkd.distill.config import DoctorRequest
 from ctkd.tokenization.doctor import Thresholds
 
@@ -38,6 +38,6 @@ def doctor(as_json: bool, **options: Any) -> None:
     thresholds = Thresholds(**given(options, Thresholds))
     request = DoctorRequest(thresholds=thresholds, **given(options, DoctorRequest))
     report = run_doctor(request, say=say)
-    click.echo(json.dumps(report.as_dict(), indent=2) if as_json else doctor_page(report))
+    show(json.dumps(report.as_dict(), indent=2) if as_json else doctor_page(report))
     if not report.sound:
         raise click.exceptions.Exit(1)

@@ -1,6 +1,6 @@
 """The page that ``ctkd doctor`` prints.
 
-It only writes down what was measured. Colors are terminal codes, which `click.echo` leaves away
+It only writes down what was measured. Colors are terminal codes, which click leaves away
 where the output is no terminal; everything that a color says is also there in characters.
 """
 
@@ -48,7 +48,7 @@ def doctor_page(report: DoctorReport) -> str:
         lines.append(_warning(note))
     lines += [_heading(f"ANSWERS ({examination.answers.answers})"), *_answers(examination.answers)]
     lines += [_heading("LOSSES"), *_losses(losses)]
-    return "\n".join([*lines, *_verdict(examination, verdict)])
+    return "\n".join([*lines, *_verdict(examination, losses, verdict)])
 
 
 def _heading(*columns: str) -> str:
@@ -257,15 +257,16 @@ def _losses(losses: Sequence[LossAdvice]) -> list[str]:
     ]
 
 
-def _verdict(examination: Examination, verdict: Verdict) -> list[str]:
+def _verdict(examination: Examination, losses: Sequence[LossAdvice], verdict: Verdict) -> list[str]:
     thresholds = verdict.thresholds
     if verdict.sound:
         known = all(
             side.head.width is not None for side in (examination.student, examination.teacher)
         )
+        unsuited = [printable(loss.name) for loss in losses if loss.suits == "unsuited"]
         text = (
-            f"SOUND: at least {percent(thresholds.min_coverage)} of the bytes in chunks and "
-            f"{percent(thresholds.min_one_to_one)} of the chunks one to one; "
+            f"SOUND{_but_not_with(unsuited)}: at least {percent(thresholds.min_coverage)} of the "
+            f"bytes in chunks and {percent(thresholds.min_one_to_one)} of the chunks one to one; "
             + ("heads wide enough" if known else "heads not looked at, for want of a config.json")
         )
         return [click.style(text, fg="green", bold=True)]
@@ -273,6 +274,13 @@ def _verdict(examination: Examination, verdict: Verdict) -> list[str]:
         click.style("UNSOUND", fg="red", bold=True),
         *(f"  - {printable(reason)}" for reason in verdict.reasons),
     ]
+
+
+def _but_not_with(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    *others, last = names
+    return f", but not with {', '.join(others)}{' or ' if others else ''}{last}"
 
 
 def _fitted(text: str, width: int = _WIDTH) -> str:

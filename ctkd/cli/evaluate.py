@@ -8,7 +8,7 @@ from typing import Any
 import click
 from tabulate import tabulate
 
-from ctkd.cli.options import given, options_of, quieten, say
+from ctkd.cli.options import given, options_of, quieten, say, show
 from ctkd.distill.config import EvaluateRequest
 
 __all__ = ["evaluate"]
@@ -42,12 +42,10 @@ def evaluate(model: str | None, form: str, overwrite: bool, **options: Any) -> N
     request = EvaluateRequest(model=model, **given(options, EvaluateRequest))
     result = run_evaluation(request, overwrite=overwrite, say=say)
     if form == "json":
-        click.echo(json.dumps(result, indent=2))
+        show(json.dumps(result, indent=2))
         return
     rows = [
         [name, str(value) if isinstance(value, int) else f"{value:.4g}"]
         for name, value in result.items()
     ]
-    click.echo(
-        tabulate(rows, ["measure", "value"], disable_numparse=True, colalign=("left", "right"))
-    )
+    show(tabulate(rows, ["measure", "value"], disable_numparse=True, colalign=("left", "right")))

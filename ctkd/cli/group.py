@@ -14,7 +14,9 @@ from ctkd.cli.compare import compare
 from ctkd.cli.doctor import doctor
 from ctkd.cli.evaluate import evaluate
 from ctkd.cli.losses import losses
+from ctkd.cli.options import writable
 from ctkd.cli.train import train
+from ctkd.distill.options import closest
 from ctkd.errors import CtkdError
 
 __all__ = ["main"]
@@ -38,6 +40,15 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if error.ctx is None:
+                raise
+            known = [name for one in error.ctx.command.params for name in one.opts]
+            close = closest(error.option_name, [*known, "--help"])
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise click.UsageError(
+                f"No such option {error.option_name!r}.{hint}", error.ctx
+            ) from error
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except CtkdError as error:
@@ -63,7 +74,7 @@ class _Group(click.Group):
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = writable(" ".join(str(error).split()), err=True)
     # What was given may be quoted in it, and be of any length.
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from ctkd.cli.options import show
+from ctkd.cli.plain_text import plain_text
 from ctkd.errors import CtkdError
 from ctkd.registry import describe, list_losses
 
@@ -32,24 +34,24 @@ def losses(name: str | None) -> None:
                 facts = describe(each)
             except CtkdError as error:
                 # One that is broken does not hide the others.
-                click.echo(f"warning: {error}", err=True)
+                show(f"warning: {error}", err=True)
                 rows.append([each, "cannot be loaded", "", ""])
                 continue
             rows.append([each, facts.matches, f"arXiv:{facts.paper.arxiv}", _needs(facts.needs)])
-        click.echo(tabulate(rows, headers=["loss", "matches", "paper", "needs"]))
+        show(tabulate(rows, headers=["loss", "matches", "paper", "needs"]))
         return
     facts = describe(name)
-    click.echo(f"{facts.name}: {facts.matches}")
-    click.echo(f"{facts.paper.title}, arXiv:{facts.paper.arxiv}, {facts.paper.equation}")
-    click.echo(
+    show(f"{facts.name}: {facts.matches}")
+    show(f"{facts.paper.title}, arXiv:{facts.paper.arxiv}, {facts.paper.equation}")
+    show(
         f"unit: {facts.unit}; needs: {_needs(facts.needs)}; teacher: "
         f"{_TEACHER_NEEDS[facts.teacher_needs]}; default weights: "
         f"ce {facts.default_weights.ce:g}, kd {facts.default_weights.kd:g}\n"
     )
     settings = list(facts.settings.items())
     # As --loss-option takes it.
-    click.echo(tabulate(settings, headers=["setting", "default"], missingval="null"))
-    click.echo(f"\n{facts.doc}")
+    show(tabulate(settings, headers=["setting", "default"], missingval="null"))
+    show(f"\n{plain_text(facts.doc)}")
 
 
 def _needs(needs: frozenset[str]) -> str:

@@ -19,7 +19,16 @@ import click
 
 from ctkd.distill.options import default_text, read_config_file
 
-__all__ = ["config_option", "given", "options_of", "quieten", "read_settings", "say"]
+__all__ = [
+    "config_option",
+    "given",
+    "options_of",
+    "quieten",
+    "read_settings",
+    "say",
+    "show",
+    "writable",
+]
 
 config_option = click.option(
     "--config", "config_file", metavar="FILE.yaml", help="Settings; options override it."
@@ -94,7 +103,7 @@ def read_settings(
     settings = {} if config_file is None else read_config_file(config_file)
     chosen = {name: value for kind in kinds for name, value in given(options, kind).items()}
     if "epochs" in chosen:
-        # Steps go before epochs, but an option goes before the file.
+        # Steps override epochs, but an option overrides the file.
         settings.pop("max_steps", None)
     for name, value in chosen.items():
         before = settings.get(name)
@@ -142,9 +151,24 @@ def _without_none(hint: Any) -> Any:
     return kinds[0] if len(kinds) == 1 else hint
 
 
+def show(text: str, *, err: bool = False) -> None:
+    """Print, whatever the encoding of the terminal or file is."""
+    click.echo(writable(text, err=err), err=err)
+
+
+def writable(text: str, *, err: bool = False) -> str:
+    """A text in which backslashes stand for what the output cannot encode.
+
+    File names may hold such characters in any encoding: Python reads bytes that it cannot decode as
+    halves of surrogate pairs.
+    """
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def say(line: str) -> None:
     """Print a line of progress where it does not mix with results."""
-    click.echo(line, err=True)
+    show(line, err=True)
 
 
 def quieten() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ctkd.cli.options import config_option, options_of, quieten, read_settings, say
+from ctkd.cli.options import config_option, options_of, quieten, read_settings, say, show
 from ctkd.distill.config import TrainConfig
 
 __all__ = ["train"]
@@ -38,4 +38,4 @@ def train(config_file: str | None, resume: bool, overwrite: bool, **options: Any
     settings = read_settings(config_file, options, TrainConfig)
     config = TrainConfig.from_mapping(settings, source=config_file or "options")
     folder = run(config, resume=resume, overwrite=overwrite, say=say)
-    click.echo(summarize(folder))
+    show(summarize(folder))

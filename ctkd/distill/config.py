@@ -28,12 +28,15 @@ from ctkd.tokenizers import Pair, PlaceholderPair
 
 __all__ = [
     "DTYPES",
+    "GIVEN",
     "SFT",
     "UNTRAINED",
     "CacheSettings",
     "DoctorRequest",
     "EvaluateRequest",
     "TrainConfig",
+    "check_needs",
+    "simplify_sources",
     "usual_task",
 ]
 
@@ -41,6 +44,9 @@ DTYPES = ("float32", "bfloat16", "bfloat16-pure")
 SFT = "sft"
 UNTRAINED = "pocket-llama"
 """The packaged student that begins from random weights."""
+
+GIVEN = frozenset({"chunks", "pair"})
+"""What training gives to a loss besides logits and ids, of `Loss.needs`."""
 
 Template = Literal["plain", "chat"]
 
@@ -151,10 +157,12 @@ class TrainConfig:
     logging_steps: int = option(5, "Steps between lines of the log.")
     save_steps: int = option(200, "Steps between checkpoints.")
     keep_checkpoints: bool = option(False, "Keep the last two checkpoints of a finished run.")
-    report_to: str = option("none", "Tracker, as transformers names it.")
+    report_to: str = option(
+        "none", "Tracker, as transformers names it; tensorboard writes into the output folder."
+    )
 
     def __post_init__(self) -> None:
-        _simplify_sources(self, "data", "eval_data")
+        simplify_sources(self, "data", "eval_data")
         from_nothing = self.student == UNTRAINED
         for name, value in (
             ("task", usual_task(self.data)),
@@ -211,6 +219,9 @@ class TrainConfig:
             )
         # Fails here, before anything is fetched, if the loss or a setting of it is wrong.
         weights = self.weights()
+        loss = self.make_loss()
+        if loss is not None:
+            check_needs(loss, self.loss)
         if weights.ce == 0 and (weights.kd == 0 or not self.distils):
             raise SettingError(
                 "nothing would be trained: ce_weight is 0"
@@ -349,7 +360,7 @@ class EvaluateRequest:
     device: str = same_as(TrainConfig, "device")
 
     def __post_init__(self) -> None:
-        _simplify_sources(self, "data")
+        simplify_sources(self, "data")
         for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -379,7 +390,7 @@ class DoctorRequest:
     thresholds: Thresholds = field(default_factory=Thresholds)
 
     def __post_init__(self) -> None:
-        _simplify_sources(self, "data")
+        simplify_sources(self, "data")
         if self.task is None:
             object.__setattr__(self, "task", usual_task(self.data))
         if self.limit < 1:
@@ -396,7 +407,26 @@ def usual_task(data: str | Sequence[str]) -> str:
     return "lm" if data == "pydocs" else "qa"
 
 
-def _simplify_sources(settings: Any, *names: str) -> None:
+def check_needs(loss: Loss, name: str) -> None:
+    """Refuse a loss that needs what training does not give.
+
+    Raises:
+        SettingError: If there is such a need; the message says what to do instead.
+    """
+    lacking = sorted(loss.needs - GIVEN)
+    if lacking:
+        raise SettingError(
+            f"the loss {name!r} needs {' and '.join(lacking)}, which ctkd does not give to it in "
+            "training; use it in a loop of your own, or choose another"
+            + (
+                ": ctkd.Batch.from_causal_lm takes student_hidden and teacher_hidden"
+                if "hidden" in lacking
+                else ""
+            )
+        )
+
+
+def simplify_sources(settings: Any, *names: str) -> None:
     """Keep one way to write each source: text where it is one, else a list, as JSON has them."""
     for name in names:
         value = getattr(settings, name)

@@ -77,7 +77,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
-            _RESET.write_text("5")
+            _RESET.write_text("5", encoding="utf-8")
         except OSError:
             self._measured = False
 
@@ -87,7 +87,7 @@ class PeakMemory:
             return int(torch.cuda.max_memory_allocated(self._device))
         if not self._measured:
             return None
-        for line in _STATUS.read_text().splitlines():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
         return None

@@ -11,7 +11,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from ctkd.errors import SettingError
 __all__ = [
     "check_names",
     "check_types",
+    "closest",
     "default_of",
     "default_text",
     "option",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 _FACTORIES = (dict, list)
+# What others call it.
+_SYNONYMS = {"lr": "learning rate", "val": "eval", "validation": "eval"}
 
 
 def option(
@@ -133,11 +136,37 @@ def check_names(settings: Mapping[str, Any], kind: type, source: str) -> None:
     names = list(_fields(kind))
     for name in settings:
         if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1)
+            close = closest(str(name), names)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise SettingError(
                 f"{source}: unknown setting {name!r}.{hint} Known: {', '.join(names)}"
             )
+
+
+def closest(name: str, known: Iterable[str]) -> list[str]:
+    """Names that somebody may have meant, the nearest first, at most three.
+
+    They are compared word by word, and as initials.
+
+    Example:
+        >>> closest("--lr-schedule", ["--learning-rate", "--loss", "--help"])
+        ['--learning-rate']
+        >>> closest("--wd", ["--warmup", "--weight-decay"])
+        ['--weight-decay']
+    """
+    given = _words(name)
+
+    def nearness(one: str) -> float:
+        words = _words(one)
+        if len(words) > 1 and given == ["".join(word[0] for word in words)]:
+            return 2.0
+        same = sum(any(_alike(word, other) for other in words) for word in given)
+        whole = difflib.SequenceMatcher(None, "-".join(given), "-".join(words)).ratio()
+        return same / max(len(given), len(words), 1) + whole
+
+    found = sorted(((nearness(one), one) for one in known), reverse=True)
+    # Less than 0.6 is nothing, as it is to difflib; what is nearly as near as the first may be it.
+    return [one for near, one in found[:3] if near >= max(0.6, found[0][0] - 0.2)]
 
 
 def parse_column(text: str) -> tuple[str, str]:
@@ -273,6 +302,19 @@ def _is_a(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def _words(name: str) -> list[str]:
+    words = re.findall(r"[^\W_]+", name.lower())
+    if words == ["model"]:
+        return ["student"]
+    parts = [part for word in words for part in _SYNONYMS.get(word, word).split()]
+    return [part for part in parts if part != "model"]
+
+
+def _alike(word: str, other: str) -> bool:
+    short, long = sorted((word, other), key=len)
+    return short == long or (len(short) > 2 and long.startswith(short))
 
 
 def _fields(settings: type) -> dict[str, dataclasses.Field[Any]]:

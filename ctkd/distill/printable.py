@@ -1,6 +1,12 @@
 """Text from data, made safe to print."""
 
-__all__ = ["printable", "visible"]
+__all__ = ["NO_TEXT", "is_text", "printable", "visible"]
+
+NO_TEXT = (
+    "its name is not in the encoding of this locale, and tokenizers cannot open it; set the "
+    "environment variable PYTHONUTF8=1 if the name is UTF-8, else rename it"
+)
+"""What is wrong with a name of which `is_text` is False."""
 
 _MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
@@ -8,6 +14,16 @@ _MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 def printable(text: str) -> str:
     """Escape whatever does not print, so that no data can steer the terminal."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def is_text(name: str) -> bool:
+    r"""False if a file's name holds bytes that are no characters in this locale.
+
+    Example:
+        >>> is_text("données"), is_text("donn\udce9es")
+        (True, False)
+    """
+    return all(not "\ud800" <= sign <= "\udfff" for sign in name)
 
 
 def visible(text: str) -> str:

@@ -18,7 +18,15 @@ from torch import Tensor
 from ctkd.errors import BatchError
 from ctkd.ops import Rows, Which, can_inspect
 
-__all__ = ["Logits", "check_columns", "check_ids", "check_k", "check_rows", "checked_mask"]
+__all__ = [
+    "Logits",
+    "check_columns",
+    "check_ids",
+    "check_k",
+    "check_rows",
+    "check_whole",
+    "checked_mask",
+]
 
 
 class Logits(ABC):
@@ -140,6 +148,15 @@ class Logits(ABC):
         """
         probs = self.log_probs(self.top_ids(k), temperature=temperature).exp()
         return probs.masked_fill(~self.mask.unsqueeze(-1), 0.0)
+
+
+def check_whole(name: str, tensor: Tensor, way_out: str) -> None:
+    """Refuse a DTensor, of which every device holds a part: rows are read where they lie."""
+    if hasattr(tensor, "full_tensor"):
+        raise BatchError(
+            f"{name} is a DTensor, of which this device holds a part (FSDP2, tensor parallelism); "
+            f"{way_out}"
+        )
 
 
 def check_ids(ids: Tensor, shape: tuple[int, int, int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ctkd.errors import BatchError
-from ctkd.logits.base import check_rows
+from ctkd.logits.base import check_rows, check_whole
 from ctkd.logits.rows import RowLogits
 from ctkd.logits.sources import TensorRows
 
@@ -23,8 +23,9 @@ class DenseLogits(RowLogits):
         vocab_size: Columns to keep, V; default all of them.
 
     Raises:
-        BatchError: If the shapes do not fit, the dtype is not floating, ``vocab_size`` exceeds
-            the columns there are, or scored positions have no row of their own.
+        BatchError: If the shapes do not fit, the dtype is not floating, the tensor is a DTensor,
+            ``vocab_size`` exceeds the columns there are, or scored positions have no row of their
+            own.
 
     Example:
         >>> import torch
@@ -45,6 +46,7 @@ class DenseLogits(RowLogits):
             raise BatchError(f"logits must be (B, S, V), got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise BatchError(f"logits must be floating point, got {tensor.dtype}")
+        check_whole("the tensor of logits", tensor, "give its full_tensor()")
         super().__init__(TensorRows(tensor), mask=mask, rows=rows, vocab_size=vocab_size)
         check_rows(rows, self.mask, tensor.shape[1])
 

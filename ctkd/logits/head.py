@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ctkd.errors import BatchError
-from ctkd.logits.base import check_rows
+from ctkd.logits.base import check_rows, check_whole
 from ctkd.logits.rows import RowLogits
 from ctkd.logits.sources import HeadRows
 from ctkd.settings import check_positive
@@ -21,6 +21,11 @@ class HeadLogits(RowLogits):
     with the softcap c and the scale a; without a softcap, x is the numerator. Taken wherever a
     tensor of logits is. Gradients flow into the hidden states, the weight and the bias. All
     queries of one object, by cross-entropy and by a loss, share one backward pass.
+
+    On several processes gradients are reduced only if the wrapper of the model has run:
+    ``ddp.module.model(ids)`` passes by the forward pass of ``DistributedDataParallel``, and every
+    process then trains a model of its own, without an error. `ctkd.distill.models.ModelLogits`
+    calls the wrapper, and gives such an object wherever the model's head allows.
 
     The forward pass of a loss computes the logits once or twice and its backward pass once more, a
     block of rows at a time; a loss that compares whole rows works through them in both.
@@ -41,8 +46,8 @@ class HeadLogits(RowLogits):
         vocab_size: Columns to keep, V; default all of them.
 
     Raises:
-        BatchError: If shapes, dtypes or devices do not fit, or scored positions have no row of
-            their own.
+        BatchError: If shapes, dtypes or devices do not fit, a tensor is a DTensor (FSDP2), or
+            scored positions have no row of their own.
         SettingError: If ``scale`` or ``softcap`` is not above 0.
 
     Example:
@@ -86,6 +91,12 @@ def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("hidden states", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
+        check_whole(
+            "the head's weight" if name == "weight" else f"the {name}",
+            tensor,
+            "give the logits that the model itself computes, calling what holds the shards "
+            "(model(ids).logits), as ctkd.distill.models.ModelLogits does",
+        )
         if not tensor.is_floating_point():
             raise BatchError(f"the {name} must be floating point, got {tensor.dtype}")
         if tensor.device != hidden.device:

@@ -28,7 +28,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.utils.checkpoint import checkpoint
 
 from ctkd.batch import Batch
-from ctkd.errors import BatchError
+from ctkd.errors import BatchError, PluginError
 from ctkd.loss import Loss, LossOutput
 from ctkd.testing.inputs import (
     STUDENT_HEAD,
@@ -130,7 +130,10 @@ def value_is_a_finite_scalar(loss: Loss) -> None:
             (torch.bfloat16, torch.float32),
             (torch.float16, torch.float32),
         ):
-            output = loss(Batch.from_causal_lm(**make_inputs(dtype=dtype, ties=ties)))
+            try:
+                output = loss(Batch.from_causal_lm(**make_inputs(dtype=dtype, ties=ties)))
+            except PluginError as error:
+                raise AssertionError(str(error)) from error
             assert output.value.shape == (), f"the value has shape {tuple(output.value.shape)}"
             assert output.count.shape == (), f"the count has shape {tuple(output.count.shape)}"
             assert output.count.dtype == torch.int64, f"the count is {output.count.dtype}"
@@ -260,6 +263,7 @@ def units_equal_the_count(loss: Loss) -> None:
     for side in _SIDES:
         inputs[f"{side}_logits"] = torch.full_like(inputs[f"{side}_logits"], torch.nan)
     units = loss.units(Batch.from_causal_lm(**inputs))
+    assert isinstance(units, Tensor), f"units gives {type(units).__name__}, not a tensor"
     assert units.shape == () and units.dtype == torch.int64, f"units are {units}"
     assert units == count, f"units gives {units}, count is {count}"
 

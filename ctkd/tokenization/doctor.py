@@ -366,7 +366,11 @@ def _asymmetries(student: SideFacts, teacher: SideFacts) -> list[str]:
             asymmetries.append(f"only the {'student' if has['student'] else 'teacher'} {what}")
     for name, side in sides.items():
         if side.eos is None:
-            asymmetries.append(f"the {name} has no EOS, so --score-eos is refused")
+            taught = "answers are taught without an end, unless a chat template writes one, and "
+            asymmetries.append(
+                f"the {name} has no EOS, so {taught if name == 'student' else ''}--score-eos is "
+                "refused"
+            )
         elif side.pad is not None and side.pad.id == side.eos.id:
             asymmetries.append(
                 f"the {name}'s pad is its EOS; ctkd masks padding by length, not by id"

@@ -1,18 +1,21 @@
 """Whatever goes wrong on the command line is one line with a way out; what goes right is shown."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from transformers import T5Config
 
 import ctkd
+from ctkd import registry
 from ctkd.cli import main
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.models import loading as models
 from ctkd.distill.training import run as training
 from tests.distill import tiny
 from tests.distill.tiny_runs import Workplace, error_of, finish, invoke, save
+from tests.testing.broken_losses import Good
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +140,29 @@ def test_what_is_wrong_is_one_line_and_touches_nothing(place, monkeypatch, words
     assert contents(place.folder) == before
 
 
+def test_a_loss_on_hidden_states_is_refused_before_anything_is_loaded(place, monkeypatch):
+    class OnHiddenStates(Good):
+        needs = frozenset({"hidden"})
+
+    monkeypatch.setattr(registry, "_losses", {**registry._losses, "states": OnHiddenStates})
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
+    before = contents(place.folder)
+    for words in (
+        place.train("new", "--loss", "states"),
+        place.evaluate(str(place.student), "--loss", "states"),
+        ["compare", "--losses", "sft,states", "--output", str(place.folder / "new")],
+    ):
+        said = error_of(invoke(*words))
+        assert "the loss 'states' needs hidden, which ctkd does not give to it in training" in said
+        assert "Batch.from_causal_lm takes student_hidden and teacher_hidden" in said
+    assert contents(place.folder) == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--los", "uld"], "No such option '--los'"),
+        (["train", "--los", "uld"], "No such option '--los'. Did you mean --loss?"),
+        (["train", "--lr", "1e-5"], "No such option '--lr'. Did you mean --learning-rate?"),
         (["train", "--max-steps", "many"], "'many' is not a valid integer"),
         (["train", "--learning-rate", "fast"], "'fast' is not a valid float"),
         (["train", "rows.jsonl"], "Got unexpected extra argument (rows.jsonl)"),
@@ -285,7 +307,12 @@ def test_all_that_is_known_of_a_loss_is_shown(name):
     stored = {"rows": "whole rows", "top_k": "top k", "observed": "observed tokens"}
     assert f"; teacher: {stored[facts.teacher_needs]}; default weights: " in shown
     assert all(f"\n{setting}  " in shown for setting in facts.settings)
-    assert shown.rstrip().endswith(facts.doc.rstrip())
+    # Formulas and words in plain characters; the rest of the text is the docstring's.
+    for mark in ("`", "\\", ".. math"):
+        assert mark not in shown, mark
+    assert "\n    L = " in shown
+    words = [line for line in facts.doc.splitlines() if not re.search(r"[`\\]|\.\. |_\{", line)]
+    assert len(words) > 10 and set(words) <= set(shown.splitlines())
 
 
 def test_an_unknown_loss_is_named():

@@ -51,8 +51,9 @@ def test_every_option_arrives(given):
         "--losses sft,strong=uld:top_k=64 --seeds 3 --sweep sft.learning_rate=5e-5,1e-4 "
         "--sweep strong.kd_weight=0.15,1.5 --baseline strong --metric exact_match "
         "--student s --teacher t --data rows.jsonl --task text --column prompt=question "
-        "--column id=key --eval-data test.jsonl --dev-data dev.jsonl --dev-fraction 0.2 "
-        "--teacher-cache cached --live-teacher --top-k 64 --max-steps 7 --epochs 2 --batch-size 8 "
+        "--column id=key --eval-data test.jsonl --dev-data a.jsonl --dev-data b.jsonl "
+        "--dev-fraction 0.2 --teacher-cache cached --live-teacher --top-k 64 "
+        "--max-steps 7 --epochs 2 --batch-size 8 "
         "--grad-accumulation 2 --learning-rate 1e-4 --warmup 0.2 --weight-decay 0.1 "
         "--max-length 99 --on-long refuse --min-coverage 0.5 --student-template chat "
         "--teacher-template chat --teacher-shots 2 --eval-limit 9 --max-new-tokens 5 "
@@ -69,7 +70,7 @@ def test_every_option_arrives(given):
             sweep={"sft.learning_rate": (5e-5, 1e-4), "strong.kd_weight": (0.15, 1.5)},
             baseline="strong",
             metric="exact_match",
-            dev_data="dev.jsonl",
+            dev_data=["a.jsonl", "b.jsonl"],
             dev_fraction=0.2,
             output="out",
             cache="cached",
@@ -93,7 +94,7 @@ def test_every_option_arrives(given):
     ]  # fmt: skip
 
 
-def test_options_go_before_the_file(given, tmp_path):
+def test_options_override_the_file(given, tmp_path):
     file = tmp_path / "compare.yaml"
     file.write_text(
         "losses: [sft, uld]\nseeds: 2\nmax_steps: 9\ncolumns: {prompt: question}\n"

@@ -1,15 +1,17 @@
 """Settings whose fields are options: their defaults, their help, and what commands make of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from ctkd.cli.options import given, options_of, read_settings
+from ctkd.distill.config import TrainConfig
 from ctkd.distill.options import (
     check_names,
     check_types,
+    closest,
     default_of,
     default_text,
     option,
@@ -101,7 +103,7 @@ def test_mutable_defaults_are_made_anew():
     assert Settings().columns == {}
 
 
-def test_options_go_before_a_file_and_mappings_are_merged(tmp_path):
+def test_options_override_a_file_and_mappings_are_merged(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("rate: 1e-4\ncolumns: {a: x, e: f}\nmax_steps: 9\n")
     options = {"rate": 1e-3, "columns": ("a=b",), "count": None, "warmths": ()}
@@ -136,3 +138,25 @@ def test_unknown_names_get_a_suggestion():
     with pytest.raises(SettingError, match="file: unknown setting 'rat'. Did you mean 'rate'?"):
         check_names({"rat": 1}, Other, "file")
     check_names({"rate": 1}, Other, "file")
+
+
+def test_names_of_elsewhere_are_understood():
+    known = [field.name for field in fields(TrainConfig)]
+    meant = {
+        "lr": "learning_rate",
+        "bs": "batch_size",
+        "per_device_train_batch_size": "batch_size",
+        "gradient-accumulation-steps": "grad_accumulation",
+        "num_train_epochs": "epochs",
+        "learningrate": "learning_rate",
+        "warmup_ratio": "warmup",
+        "output-dir": "output",
+        "model": "student",
+        "teacher_model": "teacher",
+        "val_data": "eval_data",
+        "max_new_token": "max_new_tokens",
+        "lerning_rate": "learning_rate",
+    }
+    assert {name: closest(name, known)[0] for name in meant} == meant
+    assert closest("steps", known)[0] == "max_steps"
+    assert closest("temperature", known) == []

@@ -31,7 +31,7 @@ class Workplace:
         write_rows(self.rows, 20)
 
     def train(self, output: str, *options: str) -> list[str]:
-        """The words of a short training run; later options go before earlier ones."""
+        """The words of a short training run; later options override earlier ones."""
         return [
             *("train", "--student", str(self.student), "--teacher", str(self.teacher)),
             *(() if "--data" in options else ("--data", str(self.rows))),

@@ -45,6 +45,25 @@ class ValueOfOneElement(Good):
         return LossOutput(output.value.reshape(1), output.count, output.parts)
 
 
+class ReturnsATensor(Good):
+    def forward(self, batch):
+        return super().forward(batch).value
+
+
+class CountIsANumber(Good):
+    def forward(self, batch):
+        output = super().forward(batch)
+        return LossOutput(output.value, int(output.count), output.parts)
+
+
+class UnitsAreANumber(Good):
+    def units(self, batch):
+        return int(super().units(batch))
+
+    def forward(self, batch):
+        return average({"distance": self.sums(batch)}, super().units(batch))
+
+
 class CountIsAFloat(Good):
     def units(self, batch):
         return super().units(batch).float()
@@ -425,6 +444,13 @@ class DividesByTheSmallestGap(Good):
 # (check, a loss that fails it, what the check says)
 BROKEN = [
     ("value_is_a_finite_scalar", ValueOfOneElement, "the value has shape (1,)"),
+    (
+        "value_is_a_finite_scalar",
+        ReturnsATensor,
+        "forward returned Tensor; a loss returns ctkd.loss.LossOutput(value, count, parts)",
+    ),
+    ("value_is_a_finite_scalar", CountIsANumber, "a LossOutput whose count is int;"),
+    ("units_equal_the_count", UnitsAreANumber, "units gives int, not a tensor"),
     ("value_is_a_finite_scalar", CountIsAFloat, "the count is torch.float32"),
     ("value_is_a_finite_scalar", AlwaysFloat32, "torch.float64 gives torch.float32"),
     ("value_is_a_finite_scalar", OverflowsInHalfPrecision, "the value is inf"),

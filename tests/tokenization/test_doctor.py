@@ -201,6 +201,8 @@ def test_pad_that_is_eos_and_a_missing_eos_are_told():
         found.asymmetries
     )
     assert "the teacher has no EOS, so --score-eos is refused" in found.asymmetries
+    found = examined(without, trained_tokenizers.byte_level())
+    assert "student has no EOS, so answers are taught without an end" in str(found.asymmetries)
 
 
 def test_a_chat_template_on_one_side_is_told():

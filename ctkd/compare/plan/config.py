@@ -16,7 +16,7 @@ from ctkd.compare.plan.methods import (
     parse_sweep,
     with_grids,
 )
-from ctkd.distill.config import SFT, TrainConfig
+from ctkd.distill.config import SFT, TrainConfig, simplify_sources
 from ctkd.distill.data.tasks import get_task
 from ctkd.distill.evaluation.metrics import METRICS
 from ctkd.distill.options import option
@@ -103,8 +103,10 @@ class CompareConfig:
         None, "f1, exact_match or rouge_lsum.", unset="f1 for qa, else rouge_lsum"
     )
     common: dict[str, Any] = field(default_factory=dict)
-    dev_data: str | None = option(
-        None, "To choose settings on. Default: a part of --data, by passage."
+    dev_data: str | list[str] | None = option(
+        None,
+        "To choose settings on. Default: a part of --data, by passage. Repeatable.",
+        repeated=True,
     )
     dev_fraction: float = option(0.1, "How large a part, with --sweep.")
     output: str = option("comparison", "Folder of the comparison.")
@@ -135,6 +137,7 @@ class CompareConfig:
     keep_models: bool = option(False, "Keep all trained weights.", flag="--keep-models")
 
     def __post_init__(self) -> None:
+        simplify_sources(self, "dev_data")
         self._check_types()
         self._check_common()
         methods = self.methods
@@ -249,7 +252,7 @@ class CompareConfig:
             method: What is trained.
             varied: A point of its grid.
             seed: Of the run.
-            **places: Further settings of `TrainConfig`, which go before all others.
+            **places: Further settings of `TrainConfig`, which override all others.
         """
         return TrainConfig(**{**self._shared, **method.training(varied), "seed": seed, **places})
 
@@ -289,8 +292,10 @@ class CompareConfig:
                 raise SettingError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("output", "baseline", "metric", "dev_data", "cache", "published_task"):
             value = getattr(self, name)
-            if not isinstance(value, str) and (value is not None or name == "output"):
-                raise SettingError(f"{name} must be text, got {value!r}")
+            entries = value if name == "dev_data" and isinstance(value, list) else [value]
+            if not entries or not all(isinstance(one, str) for one in entries):
+                if value is not None or name == "output":
+                    raise SettingError(f"{name} must be text, got {value!r}")
 
     def _check_common(self) -> None:
         names = [entry.name for entry in fields(TrainConfig)]

@@ -251,7 +251,7 @@ def digest(content: Mapping[str, Any]) -> str:
         True
     """
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
 def _effective(config: TrainConfig) -> dict[str, Any]:

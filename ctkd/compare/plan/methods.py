@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 import shlex
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ctkd.distill.config import SFT, TrainConfig
-from ctkd.distill.options import parse_loss_option
+from ctkd.distill.options import closest, parse_loss_option
 from ctkd.errors import SettingError
 from ctkd.registry import describe, list_losses
 
@@ -231,7 +230,7 @@ def _settings(loss: str) -> list[str]:
 
 def did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """A suggestion to put behind an unknown name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = closest(name, known)
     return f", did you mean {close[0]!r}?" if close else ""
 
 

@@ -228,7 +228,7 @@ def _write(
         + "\n"
         for number, row in enumerate(rows)
     )
-    content = text.encode()
+    content = text.encode(errors="backslashreplace")
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)

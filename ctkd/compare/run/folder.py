@@ -16,7 +16,7 @@ from typing import Any
 from ctkd.compare.plan.config import NOT_SHARED, CompareConfig
 from ctkd.compare.records import Record
 from ctkd.distill.teachers.cache import read_record
-from ctkd.distill.training.output_folder import LOCK, alone, try_to_write
+from ctkd.distill.training.output_folder import LOCK, alone, check_name, try_to_write
 from ctkd.errors import CtkdError, DataError, OutputError
 
 __all__ = ["ROWS_FOLDER", "STATE", "ComparisonFolder", "append_record", "read_records"]
@@ -53,6 +53,7 @@ class ComparisonFolder:
         present = path.exists()
         record = _planned(config)
         try:
+            check_name(path)
             _check_free(path)
             try_to_write(path)
             path.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,7 @@ class ComparisonFolder:
         partial = self.path / f".{STATE}.partial"
         text = json.dumps(self.record, indent=2, ensure_ascii=False) + "\n"
         try:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
             os.replace(partial, self.path / STATE)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
@@ -250,7 +251,7 @@ def append_record(folder: Path, record: Record) -> None:
     try:
         filled = path.exists() and path.stat().st_size > 0
         cut = filled and not path.read_bytes().endswith(b"\n")
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             # A line that a kill cut short stays unreadable; it must not swallow this one.
             file.write(("\n" if cut else "") + record.as_json() + "\n")
             file.flush()

@@ -229,15 +229,11 @@ def _check_needs(config: CompareConfig, models: Models) -> None:
         return
     size = models.pair.teacher_size
     for name, loss in _losses(config, None):
-        whole = loss.teacher_needs == "rows" and config.top_k < size
-        if whole or "hidden" in loss.needs:
-            needed = (
-                "whole rows of the teacher's logits" if whole else "the teacher's hidden states"
-            )
-            also = f", or keep all of them with --top-k {size}" if whole else ""
+        if loss.teacher_needs == "rows" and config.top_k < size:
             raise SettingError(
-                f"{name} needs {needed}, and a cache of the top {config.top_k} does not hold them; "
-                f"compare with --live-teacher{also}"
+                f"{name} needs whole rows of the teacher's logits, and a cache of the top "
+                f"{config.top_k} does not hold them; compare with --live-teacher, or keep all of "
+                f"them with --top-k {size}"
             )
 
 

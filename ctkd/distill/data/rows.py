@@ -139,8 +139,8 @@ def load_rows(source: Source, *, split: str | None = None, held_out: bool = Fals
     - a Hub id such as ``squad`` or ``org/name``, with ``@REVISION`` behind where one is meant;
     - several of these, whose rows follow each other.
 
-    What is on disk goes before what is embedded, and that before the Hub. ``SOURCE:SPLIT`` names
-    the split as well, for sources that have splits; ``HUB-ID:CONFIGURATION:SPLIT`` the
+    A name is looked for on disk, then among the embedded sets, then on the Hub. ``SOURCE:SPLIT``
+    names the split as well, for sources that have splits; ``HUB-ID:CONFIGURATION:SPLIT`` the
     configuration, too.
 
     Args:

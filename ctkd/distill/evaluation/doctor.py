@@ -4,13 +4,13 @@ Only tokenizers and configurations are loaded, never weights.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ctkd.distill.config import DoctorRequest
+from ctkd.distill.config import GIVEN, DoctorRequest
 from ctkd.distill.data.encoding import EncodedExample, encode_examples
 from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.rows import names_of
@@ -113,12 +113,12 @@ def run_doctor(request: DoctorRequest, *, say: Callable[[str], None] = print) ->
         teacher_head=teacher_head,
         refused=refused,
     )
-    return DoctorReport(
-        request=request,
-        examination=examination,
-        losses=advise(examination, min_coverage=request.thresholds.min_coverage),
-        verdict=judge(examination, request.thresholds),
-    )
+    losses = advise(examination, min_coverage=request.thresholds.min_coverage)
+    verdict = judge(examination, request.thresholds)
+    if all(loss.suits == "unsuited" for loss in losses):
+        reason = "no loss suits the pair; choose another model, or other data"
+        verdict = replace(verdict, reasons=(*verdict.reasons, reason))
+    return DoctorReport(request=request, examination=examination, losses=losses, verdict=verdict)
 
 
 def read_head_width(name: str) -> int | None:
@@ -215,7 +215,7 @@ def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float
     A loss that needs chunks and both vocabularies compares shared tokens; `mined` compares the
     tokens of one-to-one chunks. A loss that needs chunks alone compares chunks. A loss that needs
     neither matches positions by their index, which is never worse than careful where it has another
-    `pairing`.
+    `pairing`. One that needs what training does not give is unsuited.
 
     Args:
         facts: The loss's.
@@ -223,6 +223,9 @@ def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float
         min_coverage: As for `advise`.
     """
     judged: list[tuple[Suits, str]] = []
+    if lacking := sorted(facts.needs - GIVEN):
+        reason = f"needs {' and '.join(lacking)}: not with ctkd train, in a loop of your own"
+        judged.append(("unsuited", reason))
     if "chunks" in facts.needs:
         judged += _of_coverage(examination, min_coverage)
     if facts.name == "mined":
@@ -234,10 +237,8 @@ def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float
     if facts.name == "multilevelot_released":
         judged.append(("careful", "for comparison with published runs"))
     order: tuple[Suits, ...] = ("unsuited", "careful", "good")
-    suits: Suits = min((level for level, _ in judged), key=order.index, default="careful")
+    suits = min((level for level, _ in judged), key=order.index)
     reasons = [reason for level, reason in judged if level == suits]
-    if not judged:
-        reasons = [f"needs {', '.join(sorted(facts.needs))}, of which nothing was measured"]
     return LossAdvice(name=facts.name, suits=suits, reason="; ".join(reasons))
 
 

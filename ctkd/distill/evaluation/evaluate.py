@@ -9,7 +9,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ctkd.distill.config import EvaluateRequest, TrainConfig, usual_task
+from ctkd.distill.config import EvaluateRequest, TrainConfig, check_needs, usual_task
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExample, encode_examples
 from ctkd.distill.data.layouts import read_rows
@@ -177,7 +177,8 @@ def run_evaluation(
         )
     if request.loss is not None:
         # Fails here, before anything is loaded, if the loss or a setting of it is wrong.
-        get_loss(request.loss, pair=PlaceholderPair(), **request.loss_options)
+        loss = get_loss(request.loss, pair=PlaceholderPair(), **request.loss_options)
+        check_needs(loss, request.loss)
     form = _form(request.model, request.template)
     device = choose_device(request.device)
     if request.output is not None:

@@ -58,5 +58,5 @@ def model_fingerprint(name: str) -> str:
         raise ModelError(f"{name} holds no weights; give a folder of a saved model")
     for path in sorted({*(folder / name for name in _SETTINGS), *weights}):
         if path.is_file():
-            digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+            digest.update(f"{path.name} {file_sha256(path)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -36,6 +36,7 @@ from ctkd.distill.models.checks import (
 from ctkd.distill.models.gguf_convert import convert_gguf
 from ctkd.distill.models.packaged import PACKAGED, prepare
 from ctkd.distill.models.untrained import prepare_untrained
+from ctkd.distill.printable import NO_TEXT, is_text
 from ctkd.errors import ModelError
 
 __all__ = [
@@ -80,6 +81,8 @@ def resolve(name: str) -> str:
     if not name.strip():
         raise ModelError(f"the name of a model is empty; give one. {_packaged_names(name)}")
     path = Path(name).expanduser()
+    if path.exists() and not is_text(str(path)):
+        raise ModelError(f"cannot load {name}: {NO_TEXT}")
     if path.is_dir():
         return str(path)
     if path.is_file():
@@ -307,15 +310,13 @@ def last_logits(
     Args:
         model: What is called, perhaps wrapped for training on several devices.
         unwrapped: The model itself.
-        inputs: ``input_ids``, ``attention_mask`` and ``position_ids``.
+        inputs: ``input_ids``, and ``attention_mask`` and ``position_ids`` if there are such.
         count: How many positions.
     """
-    arguments: dict[str, Any] = {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
-    }
+    names = ["input_ids", "attention_mask"]
     if accepts_position_ids(unwrapped):
-        arguments["position_ids"] = inputs["position_ids"]
+        names.append("position_ids")
+    arguments: dict[str, Any] = {name: inputs[name] for name in names if name in inputs}
     if supports_logits_to_keep(unwrapped):
         arguments["logits_to_keep"] = count
     logits: Tensor = model(**arguments, use_cache=False).logits

@@ -8,13 +8,15 @@ not concluded from its configuration but tried out, once, on a few tokens.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ctkd.distill.models.loading import (
@@ -42,15 +44,40 @@ class _Head:
 class ModelLogits:
     """Reads the logits of a model at the last positions of a batch.
 
+    In a loop of your own it stands for ``model(input_ids).logits``, on several processes too: it
+    calls the wrapper it was given, whose forward pass is what has gradients reduced. Logits come as
+    `HeadLogits`, or as `DenseLogits` where a head cannot be taken apart, as with sharded weights.
+
     Args:
-        model: The model, with its adapters if it has any; not wrapped for several devices.
+        model: The model, with its adapters if it has any; for a loop of your own as it is called
+            there, perhaps in ``DistributedDataParallel`` or after ``fully_shard``.
         refuse: Why its head must not be taken apart; None if it may.
 
     Attributes:
         why_whole: Why all logits are computed; None where they come a block at a time.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(
+        ...     LlamaConfig(
+        ...         vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1,
+        ...         num_key_value_heads=1, intermediate_size=4,
+        ...     )
+        ... )
+        >>> logits = ModelLogits(model)(torch.tensor([[1, 5, 2]]))
+        >>> type(logits).__name__, logits.shape
+        ('HeadLogits', (1, 3, 9))
     """
 
-    def __init__(self, model: PreTrainedModel, *, refuse: str | None = None) -> None:
+    def __init__(self, model: nn.Module, *, refuse: str | None = None) -> None:
+        self._called = model
+        while isinstance(inner := getattr(model, "module", None), nn.Module):
+            if not isinstance(model, DistributedDataParallel):
+                refuse = refuse or f"the model is wrapped in {type(model).__name__}"
+            elif model.static_graph:
+                # Its reduction waits for a gradient of what its forward pass returns.
+                refuse = refuse or "the graph of DistributedDataParallel is static"
+            model = inner
         self.model = cast(PreTrainedModel, below_wrappers(model))
         self._head: _Head | None = None
         if any("_orig_mod" in module._modules for module in model.modules()):
@@ -61,12 +88,35 @@ class ModelLogits:
             if self._head is None:
                 self.why_whole = "its logits are more than a linear layer of its hidden states"
 
+    def __call__(self, input_ids: Tensor, **inputs: Tensor) -> RowLogits:
+        """Logits at all positions, (B, L, V').
+
+        Args:
+            input_ids: (B, L).
+            **inputs: ``attention_mask`` and ``position_ids``, where the texts need them.
+        """
+        self._warn_if_gradients_stay_here()
+        return self.read(self._called, {"input_ids": input_ids, **inputs}, input_ids.shape[1])
+
+    def _warn_if_gradients_stay_here(self) -> None:
+        """Warn where several processes train a model that nothing wraps."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        trained = [one for one in self.model.parameters() if one.requires_grad]
+        alone = self._called is self.model and not hasattr(next(iter(trained), None), "full_tensor")
+        if distributed.get_world_size() > 1 and torch.is_grad_enabled() and trained and alone:
+            warnings.warn(
+                f"{distributed.get_world_size()} processes train this model, but nothing reduces "
+                "its gradients: give ModelLogits the DistributedDataParallel that wraps it",
+                stacklevel=3,
+            )
+
     def read(self, model: nn.Module, inputs: Mapping[str, Tensor], count: int) -> RowLogits:
         """Logits at the last positions, (B, count, V').
 
         Args:
             model: What is called: the model, perhaps wrapped for training on several devices.
-            inputs: ``input_ids``, ``attention_mask`` and ``position_ids``.
+            inputs: ``input_ids``, and ``attention_mask`` and ``position_ids`` if there are such.
             count: How many positions.
         """
         if self._head is None:

@@ -185,7 +185,7 @@ def _run(command: Sequence[str], scratch: Path, bar: "tqdm[None]") -> tuple[int,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         env=environment,
     ) as process:

@@ -14,9 +14,10 @@ from typing import Any
 
 import filelock
 
+from ctkd.distill.printable import NO_TEXT, is_text
 from ctkd.errors import OutputError
 
-__all__ = ["LOCK", "RECORD", "OutputFolder", "alone", "try_to_write"]
+__all__ = ["LOCK", "RECORD", "OutputFolder", "alone", "check_name", "try_to_write"]
 
 RECORD = "ctkd.json"
 LOCK = ".lock"
@@ -111,7 +112,8 @@ class OutputFolder:
         partial = self.path / f".{RECORD}.partial"
         # JSON has no numbers that are not finite.
         text = json.dumps(_finite(self.record), indent=2, ensure_ascii=False, allow_nan=False)
-        partial.write_text(text + "\n", "utf-8")
+        # Of a name that is no text, the backslash form is JSON's escape.
+        partial.write_text(text + "\n", "utf-8", errors="backslashreplace")
         os.replace(partial, self.path / RECORD)
 
 
@@ -143,6 +145,7 @@ def _plan(path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
     """The record to start from, if the folder can be used as asked."""
     if resume and overwrite:
         raise OutputError("--resume and --overwrite contradict each other; give one of them")
+    check_name(path)
     record: dict[str, Any] = {"settings": settings, "results": {}}
     with _as_output_errors(path):
         for place in (path, *path.parents):
@@ -194,6 +197,16 @@ def _as_output_errors(path: Path) -> Iterator[None]:
             f"cannot write to {path}: {error.strerror or error}; choose another --output, or "
             "change its permissions"
         ) from error
+
+
+def check_name(folder: Path) -> None:
+    """Refuse a folder whose name tokenizers could not be saved under.
+
+    Raises:
+        OutputError: If its name is no text.
+    """
+    if not is_text(str(folder)):
+        raise OutputError(f"cannot write to {folder}: {NO_TEXT}")
 
 
 def try_to_write(folder: Path) -> None:

@@ -150,6 +150,11 @@ def _load(config: TrainConfig, begun: str | None, say: Callable[[str], None]) ->
     make_savable(student, say)
     forms = Forms.of(config, training)
     _tell_what_day_is_written(models, forms, day, say)
+    if forms.student.end_id(models.student_tokenizer) is None:
+        say(
+            "warning: answers are taught without an end: the student's tokenizer has no end of "
+            "sequence, so the student does not learn to stop; set the tokenizer's eos_token"
+        )
     if config.answers == "teacher":
         training = _as_the_teacher_answers(config, models, training, forms, cache, say)
     encoded = encode(config, models, training, forms, "training", say)

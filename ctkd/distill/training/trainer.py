@@ -22,10 +22,12 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import ParallelMode
 
 from ctkd.batch import IGNORE_INDEX, Batch, Side
+from ctkd.distill.config import check_needs
 from ctkd.distill.data.collator import KEPT, StoredTeacher, stored_side
 from ctkd.distill.models.loading import below_wrappers, reads_padding
 from ctkd.distill.models.model_logits import ModelLogits
@@ -69,7 +71,13 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
     micro-batches and all ranks. So any split of a batch gives the same gradient.
 
     Batches come from `ctkd.distill.data.collator.Collator`. Logs hold ``ce``, ``kd`` (unweighted)
-    and ``kd/<part>`` for each part of the loss.
+    and ``kd/<part>`` for each part of the loss. TensorBoard's files go into ``tensorboard`` in the
+    output folder, unless the environment variable ``TENSORBOARD_LOGGING_DIR`` says otherwise.
+
+    Why it is a subclass: the ``compute_loss_func`` of `Trainer` is given outputs and labels, but
+    not the inputs, which hold the teacher's side. A collator that stashes them for it is a batch
+    ahead, as the data loader fetches the next batch before this one is trained on: the student
+    would be compared with the teacher on another text. ``compute_loss`` is given the inputs.
 
     Args:
         model: The student.
@@ -95,8 +103,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         teacher_logits: The same for a live teacher.
 
     Raises:
-        SettingError: If loss and teacher do not come together, or the arguments would train
-            wrongly without a word.
+        SettingError: If loss and teacher do not come together, the loss needs hidden states, or
+            the arguments would train wrongly without a word.
     """
 
     # The loss is divided by the counts of the whole step; Trainer must not divide it again.
@@ -130,6 +138,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
                     f"{side} must be a model, got {type(given).__name__}; load it with "
                     "ctkd.distill.models.load_model"
                 )
+        if loss is not None:
+            check_needs(loss, type(loss).__name__)
         _check_arguments(args)
         super().__init__(
             model=model,
@@ -147,6 +157,10 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         self.teacher = None if teacher is None else _frozen(teacher, args.device)
         self.teacher_cache = teacher_cache
         self.whole_logits = whole_logits
+        for callback in self.callback_handler.callbacks:
+            # It chooses a folder when training begins; what is evaluated before goes elsewhere.
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
         self.clock = StepClock()
         self.add_callback(self.clock)
         if weights is None:
@@ -359,6 +373,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             return "weights are sharded over devices"
         if self.args.n_gpu > 1:
             return "the model is copied to several devices in one process"
+        if self.args.ddp_static_graph:
+            return "the graph of DistributedDataParallel is static"
         if self.args.torch_compile:
             return "the model is compiled"
         return None

@@ -187,6 +187,7 @@ def test_runs_are_saved_more_often_than_a_single_run_is_unless_told_otherwise():
         ({"common": {"on_long": "cut"}}, "use drop or refuse"),
         ({"seeds": 2, "common": {"teacher_shots": 1}}, "teacher_shots draws other examples"),
         ({"dev_data": "pocketqa"}, "there is no sweep"),
+        ({"dev_data": ["a.jsonl", 3]}, "dev_data must be text"),
         ({"live_teacher": "yes"}, "live_teacher must be true or false"),
         ({"cache": 3}, "cache must be text"),
         ({"published_task": 3}, "published_task must be text"),

@@ -129,7 +129,11 @@ def test_curves_are_drawn_on_the_development_split_where_there_is_one(models, tm
 
 def test_development_data_of_its_own_leaves_the_training_rows_alone(models, tmp_path, qa):
     cut, _ = prepared(models, tmp_path / "cut", qa, sweep=SWEEP)
-    own, said = prepared(models, tmp_path / "own", qa, sweep=SWEEP, dev_data=str(qa))
+    lines = qa.read_text().splitlines(keepends=True)
+    halves = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, half in zip(halves, (lines[:PASSAGES], lines[PASSAGES:]), strict=True):
+        path.write_text("".join(half))
+    own, said = prepared(models, tmp_path / "own", qa, sweep=SWEEP, dev_data=[*map(str, halves)])
     assert len(own.dev.examples) == 2 * PASSAGES
     assert len(own.train.examples) == len(cut.train.examples) + len(cut.dev.examples)
     assert any("are in the training split and in the development split" in one for one in said)

@@ -155,7 +155,7 @@ def test_texts_alone_are_trained_on_as_a_whole(tmp_path):
         {"prompt": "p", "answer": "a", "text": "t"},
     ],
 )
-def test_the_columns_of_the_task_go_before_other_layouts(row, tmp_path):
+def test_the_columns_of_the_task_override_other_layouts(row, tmp_path):
     found, said = read(written(tmp_path / "a.json", [row]), "text")
     assert (found[0].prompt, found[0].answer, said) == ("p", "a", [])
     renamed = {"p" if name == "prompt" else name: value for name, value in row.items()}

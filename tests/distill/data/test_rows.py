@@ -265,7 +265,7 @@ def test_the_embedded_set():
     assert set(EMBEDDED) == {"pocketqa", "pydocs"}
 
 
-def test_what_is_on_disk_goes_before_what_is_embedded(tmp_path, monkeypatch):
+def test_what_is_on_disk_is_taken_before_what_is_embedded(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.chdir(tmp_path)

@@ -86,6 +86,24 @@ def test_a_sound_pair_gets_a_page_and_exit_code_0(place):
     assert f"teacher: the tokenizer of {place.teacher}" in result.stderr
 
 
+def test_the_verdict_follows_from_the_rows_of_losses(place, report, monkeypatch):
+    levels = {"alm": "unsuited", "gold": "unsuited", "uld": "unsuited"}
+    losses = [replace(one, suits=levels.get(one.name, "good")) for one in report.losses]
+    *_, line = doctor_page(replace(report, losses=losses)).splitlines()
+    assert click.unstyle(line).startswith("SOUND, but not with alm, gold or uld: at least 95 %")
+    one = [replace(one, suits="unsuited" if one.name == "uld" else "good") for one in losses]
+    *_, line = doctor_page(replace(report, losses=one)).splitlines()
+    assert click.unstyle(line).startswith("SOUND, but not with uld: at least")
+
+    none = [replace(one, suits="unsuited") for one in losses]
+    monkeypatch.setattr(doctor, "advise", lambda *_, **__: tuple(none))
+    result = invoke(*words(place))
+    assert result.exit_code == 1
+    assert result.stdout.endswith("UNSOUND\n  - no loss suits the pair; choose another model, or "
+                                  "other data\n")  # fmt: skip
+    assert json.loads(invoke(*words(place, "--json")).stdout)["verdict"]["sound"] is False
+
+
 def test_every_registered_loss_has_a_line(place, report):
     assert [loss.name for loss in report.losses] == ctkd.list_losses()
     assert {loss.suits for loss in report.losses} <= LEVELS
@@ -271,11 +289,11 @@ def test_plugins_are_judged_by_their_needs(report, monkeypatch):
     assert advise_on(facts, found, min_coverage=0.95).suits == "unsuited"
     chunks = replace(facts, needs=frozenset({"chunks"}))
     assert advise_on(chunks, found, min_coverage=0.95).suits == "good"
-    unknown = replace(facts, needs=frozenset({"weather"}))
-    advice = advise_on(unknown, found, min_coverage=0.95)
+    hidden = replace(facts, needs=frozenset({"chunks", "hidden"}))
+    advice = advise_on(hidden, found, min_coverage=0.95)
     assert (advice.suits, advice.reason) == (
-        "careful",
-        "needs weather, of which nothing was measured",
+        "unsuited",
+        "needs hidden: not with ctkd train, in a loop of your own",
     )
 
     def broken(name):

@@ -49,7 +49,7 @@ class Example:
         ("", ""),
         ("theatre analysis", "theatre analysis"),
         ("U.S.", "us"),
-        # Punctuation goes before the articles, so this "a" is glued to its neighbour.
+        # Punctuation is removed before the articles, so this "a" is glued to its neighbour.
         ("grade-a milk", "gradea milk"),
         ("a.m.", "am"),
         ("l’été", "l’été"),

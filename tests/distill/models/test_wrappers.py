@@ -102,6 +102,13 @@ def test_what_is_compiled_is_looked_through():
     assert ModelLogits(outside).why_whole == "the model is compiled"
 
 
+def test_a_wrapper_whose_gradients_are_reduced_otherwise_gets_whole_logits():
+    reader = ModelLogits(torch.nn.DataParallel(small("gpt2")))
+    assert reader.why_whole == "the model is wrapped in DataParallel"
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(reader(ids).tensor, reader.model(ids).logits)
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"), [("gpt2", False), ("llama", False), ("mamba", False), ("rwkv", True)]
 )

@@ -1,7 +1,11 @@
 """A whole training run: what it reads, what it leaves behind, and that it can be repeated."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +32,7 @@ from tests.distill.tiny_runs import (
     write_rows,
 )
 
+ROOT = Path(__file__).parents[3]
 LEARNING = ["--max-steps", "20", "--logging-steps", "5", "--learning-rate", "0.03"]
 
 
@@ -244,7 +249,7 @@ def test_options_override_the_file(place, undrawn):
     assert (settings["learning_rate"], settings["seed"], settings["max_steps"]) == (1e-6, 3, 2)
 
 
-def test_epochs_as_an_option_go_before_the_steps_of_the_file(place, undrawn):
+def test_epochs_as_an_option_override_the_steps_of_the_file(place, undrawn):
     file = place.folder / "steps.yaml"
     file.write_text("max_steps: 1\n")
     words = place.train("epochs", "--config", str(file))
@@ -314,6 +319,20 @@ def test_the_end_of_sequence_is_scored_if_asked(place, undrawn):
     assert logged(place.folder / "eos", "ce") == pytest.approx(
         logged(place.folder / "no-eos", "ce"), rel=1e-6
     )
+
+
+def test_a_student_that_learns_no_end_is_pointed_out_once(place, tmp_path):
+    shutil.copytree(place.student, tmp_path / "student")
+    tokenizer = AutoTokenizer.from_pretrained(place.student)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "student")
+    words = ["--loss", "sft", "--measure", "nothing", "--max-steps", "1"]
+    endless = finish(*place.train("endless", *words, "--student", str(tmp_path / "student")))
+    assert endless.stderr.count("answers are taught without an end") == 1
+    assert "without an end" not in finish(*place.train("ending", *words)).stderr
+    sides = ["--student", str(tmp_path / "student"), "--teacher", str(place.teacher)]
+    page = finish("doctor", *sides, "--data", str(place.rows), "--task", "text").stdout
+    assert "the student has no EOS, so answers are taught without an end" in page
 
 
 def test_bfloat16_trains_float32_weights(place, undrawn):
@@ -471,8 +490,15 @@ def test_documents_are_measured_in_bits_beside_a_control_without_the_loss(place,
     assert "bits per byte" in shown.stdout
     assert "of the gap to the teacher was closed" in shown.stdout and "without uld" in shown.stdout
     assert (place.folder / "documents" / "bits-student-after.jsonl").is_file()
-    again = finish("evaluate", str(place.folder / "documents"), *words[words.index("--data") :][:4])
-    assert f"{bits['student after']:.4g}" in again.stdout
+    (place.folder / "rest.jsonl").write_text(rows.read_text().splitlines()[0])
+    again = finish(
+        *("evaluate", str(place.folder / "documents"), "--task", "lm", "--device", "cpu"),
+        *("--data", str(place.folder / "rest.jsonl"), "--output", str(tmp_path / "bits.jsonl")),
+    )
+    (line,) = (tmp_path / "bits.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert f"{found['bits'] / found['bytes']:.4g}" in again.stdout
+    assert found["bytes"] == len(texts[0].encode())
 
 
 def test_training_rows_that_are_held_out_as_well_are_counted(place, tmp_path):
@@ -515,3 +541,33 @@ def test_only_known_devices_are_chosen():
     with pytest.raises(SettingError, match="one of auto, cpu, cuda, got 'tpu'"):
         training.choose_device("tpu")
     assert training.choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.slow
+def test_a_locale_that_is_not_utf8_loses_nothing(place, tmp_path):
+    rows = [
+        {"prompt": f"Où est {TEXTS[number % 4]}, 日本{number}?", "answer": " le “chat”"}
+        for number in range(12)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "données.jsonl").write_text(text, "utf-8")
+    words = place.train("ascii", "--loss", "sft", "--data", str(tmp_path / "données.jsonl"))
+    words += ["--max-steps", "1", "--eval-limit", "1"]
+    code = (
+        "import sys; from ctkd.cli import main; from ctkd.cli.options import show\n"
+        "assert sys.getfilesystemencoding() == 'ascii' == sys.stdout.encoding\n"
+        "try: main()\n"
+        r"finally: show('\u201cchat\u201d')"
+    )
+    spoken = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, **spoken, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    shown = [text.decode("ascii") for text in (done.stdout, done.stderr)]
+    assert shown[0].endswith("\\u201cchat\\u201d\n") and "données.jsonl" not in shown[1]
+    folder = place.folder / "ascii"
+    assert os.fsencode(record(folder)["settings"]["data"]).endswith("données.jsonl".encode())
+    answers = (folder / "predictions-student-after.jsonl").read_text("utf-8")
+    assert "日本" in answers and "“chat”" in answers

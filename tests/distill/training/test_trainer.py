@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.integrations import integration_utils
 
 import ctkd
 from ctkd.distill.training.trainer import LOSS_FILE, CrossTokenizerTrainer
@@ -168,6 +171,36 @@ def test_logits_are_computed_only_where_answers_are_scored(tmp_path):
     assert seen == [longest + 1]
 
 
+def test_all_curves_of_tensorboard_go_into_the_folder_of_the_run(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, log_dir=None):
+            self.log_dir = log_dir
+
+        def add_scalar(self, name, *_):
+            written.append((self.log_dir, name))
+
+        add_text = flush = close = lambda self, *_: None
+
+    stand_in = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    run = trainer(Setup(), tmp_path, report_to="tensorboard")
+    run.evaluate()
+    run.train()
+    run.evaluate()
+    assert {folder for folder, _ in written} == {str(tmp_path / "tensorboard")}
+    names = [name for _, name in written]
+    assert names.count("eval/kd") == 2 and "train/kd" in names
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    written.clear()
+    trainer(Setup(), tmp_path, report_to="tensorboard").evaluate()
+    assert {folder for folder, _ in written} == {str(tmp_path / "elsewhere")}
+
+
 def test_resuming_gives_the_same_weights(tmp_path):
     settings = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4}
     settings |= {"per_device_train_batch_size": 2, "lr_scheduler_type": "linear"}
@@ -239,6 +272,13 @@ def test_a_loss_without_a_teacher_is_refused(tmp_path):
         CrossTokenizerTrainer(setup.student, arguments(tmp_path), loss=ctkd.get_loss("uld"))
 
 
+def test_a_loss_on_hidden_states_is_refused(tmp_path):
+    loss = ctkd.get_loss("uld")
+    loss.needs = frozenset({"hidden"})
+    with pytest.raises(SettingError, match="the loss 'ULD' needs hidden, which ctkd does not give"):
+        trainer(Setup(), tmp_path, loss)
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
     settings = arguments(tmp_path)
     assert settings.device.type == "cpu"  # the state of the process is settled here
@@ -268,7 +308,64 @@ for count in (5, 7):
     if run.args.process_index == 0:
         found = {"weights": setup.student.state_dict(), "metrics": metrics}
         torch.save(found, f"{sys.argv[2]}.{count}")
+
+# A loop of one's own, each rank with a half of the rows.
+import warnings
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from ctkd.distill.models import ModelLogits
+from ctkd.errors import BatchError
+from ctkd.logits import HeadLogits
+from tests.distill.training.test_trainer import own_step
+part = slice(3 * run.args.process_index, 3 * run.args.process_index + 3)
+setup = Setup()
+student = DistributedDataParallel(setup.student)
+reader = ModelLogits(student)
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    own_step(setup, reader, part)
+found = {"kind": type(reader(torch.tensor([[2, 3]]))).__name__, "warned": len(warned)}
+found["ddp"] = {name: p.grad.clone() for name, p in setup.student.named_parameters()}
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    ModelLogits(setup.student)(torch.tensor([[2, 3]]))
+found["warning"] = str(warned[0].message)
+
+setup = Setup()
+fully_shard(setup.student)
+try:
+    HeadLogits(torch.zeros(1, 2, 16).double(), setup.student.lm_head.weight)
+except BatchError as error:
+    found["refused"] = str(error)
+reader = ModelLogits(setup.student)
+own_step(setup, reader, part)
+found["whole"] = reader.why_whole
+found["fsdp"] = {
+    name: p.grad.full_tensor() for name, p in setup.student.named_parameters()
+}
+if run.args.process_index == 0:
+    torch.save(found, f"{sys.argv[2]}.own")
 """
+
+
+def own_step(setup, reader, part) -> None:
+    """The gradient of a loop of one's own on a part of the rows, padded on the right."""
+    sides = {}
+    for name, read in (("student", reader), ("teacher", lambda ids: setup.teacher(ids).logits)):
+        texts = [getattr(row, name) for row in setup.rows[part]]
+        ids = [torch.tensor([*text.prompt_ids, *text.answer_ids]) for text in texts]
+        labels = [one.clone() for one in ids]
+        for text, one in zip(texts, labels, strict=True):
+            one[: len(text.prompt_ids)] = -100
+        sides[f"{name}_logits"] = read(pad_sequence(ids, batch_first=True, padding_value=1))
+        sides[f"{name}_labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
+    batch = ctkd.Batch.from_causal_lm(
+        **sides,
+        student_vocab_size=len(setup.student_tokenizer),
+        teacher_vocab_size=len(setup.teacher_tokenizer),
+    )
+    output = ctkd.get_loss("uld")(batch)
+    (output.value * output.count).backward()
 
 
 @pytest.mark.slow
@@ -299,3 +396,15 @@ def test_two_processes_make_the_step_of_one(tmp_path):
         metrics = run.evaluate()
         for name in ("eval_ce", "eval_kd"):
             assert found["metrics"][name] == pytest.approx(metrics[name], rel=1e-9), name
+    found = torch.load(tmp_path / "r.pt.own", weights_only=False)
+    single = Setup()
+    own_step(single, lambda ids: single.student(ids).logits, slice(0, 6))
+    for name, parameter in single.student.named_parameters():
+        for way in ("ddp", "fsdp"):
+            # Gradients are averaged over the ranks.
+            assert torch.allclose(2 * found[way][name], parameter.grad, 0, 1e-10), (way, name)
+    assert (found["kind"], found["warned"]) == ("HeadLogits", 0)
+    assert "2 processes train this model, but nothing reduces its gradients" in found["warning"]
+    assert found["whole"] == "the weight of its head is not a plain tensor"
+    assert "the head's weight is a DTensor" in found["refused"]
+    assert "give the logits that the model itself computes" in found["refused"]
