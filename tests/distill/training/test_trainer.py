@@ -1,10 +1,5 @@
 """The trainer's loss is that of the whole optimizer step, however the step is split."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -247,43 +242,55 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypa
         CrossTokenizerTrainer(Setup().student, settings)
 
 
-TWO_RANKS = """
-import sys
-import torch
-from tests.distill.training.test_trainer import trainer, Setup
-setup = Setup()
-run = trainer(setup, sys.argv[1], "multilevelot", per_device_train_batch_size=3)
-run.train()
-if run.args.process_index == 0:
-    log = run.state.log_history[0]
-    torch.save({"weights": setup.student.state_dict(), "log": log}, sys.argv[2])
-
-# What does not fill the ranks' last batches: a whole epoch of training, and evaluations.
-for count in (5, 7):
-    setup = Setup(count)
-    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
-    run = trainer(setup, sys.argv[1], "alm", num_train_epochs=1, max_steps=-1, **sizes)
+def one_rank(folder: str, found: str) -> None:
+    """What each of two processes does."""
+    setup = Setup()
+    run = trainer(setup, folder, "multilevelot", per_device_train_batch_size=3)
     run.train()
-    metrics = run.evaluate()
+    assert run.args.world_size == 2
     if run.args.process_index == 0:
-        found = {"weights": setup.student.state_dict(), "metrics": metrics}
-        torch.save(found, f"{sys.argv[2]}.{count}")
-"""
+        log = run.state.log_history[0]
+        torch.save({"weights": setup.student.state_dict(), "log": log}, found)
+
+    # What does not fill the ranks' last batches: a whole epoch of training, and evaluations.
+    for count in (5, 7):
+        setup = Setup(count)
+        sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+        run = trainer(setup, folder, "alm", num_train_epochs=1, max_steps=-1, **sizes)
+        run.train()
+        metrics = run.evaluate()
+        if run.args.process_index == 0:
+            weights = setup.student.state_dict()
+            torch.save({"weights": weights, "metrics": metrics}, f"{found}.{count}")
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_step_of_one(tmp_path):
+def test_two_processes_make_the_step_of_one(tmp_path, forks):
     single = Setup()
     run = trainer(single, tmp_path / "one", "multilevelot", per_device_train_batch_size=6)
     run.train()
-    script = tmp_path / "ranks.py"
-    script.write_text(TWO_RANKS)
-    root = Path(__file__).parents[3]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    launch += ["--standalone", str(script), str(tmp_path / "two"), str(tmp_path / "r.pt")]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    # As torchrun starts them.
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    together = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    outputs = [tmp_path / f"rank {rank}" for rank in range(2)]
+    ranks = [
+        forks.start(
+            one_rank,
+            str(tmp_path / "two"),
+            str(tmp_path / "r.pt"),
+            output=output,
+            environment={**together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, output in enumerate(outputs)
+    ]
+    ends = [forks.wait(rank) for rank in ranks]
+    assert ends == [0, 0], [output.read_text()[-3000:] for output in outputs]
     found = torch.load(tmp_path / "r.pt", weights_only=False)
     assert same_weights(weights_of(single.student), found["weights"], 1e-10)
     log = run.state.log_history[0]
