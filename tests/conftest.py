@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ if IS_WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ctkd.cache_folder import cache_dir  # noqa: E402
+from tests.forks import Forks  # noqa: E402
 from tests.machines import this_machine  # noqa: E402
 
 # Many tests have a cache folder of their own. Compiled loops are kept in one place all the same,
@@ -20,6 +22,29 @@ from tests.machines import this_machine  # noqa: E402
 os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "tests"))
 
 MOST_WORKERS = 4
+
+# Files that go to one process, since they share what takes long to make: the server of `forks`, and
+# tokenizers of the packaged models.
+TOGETHER = {
+    f"tests/{file}.py": name
+    for name, files in {
+        "forks": (
+            "compare/run/test_resume",
+            "distill/teachers/test_cache_kill",
+            "distill/training/test_resume",
+            "distill/training/test_trainer",
+        ),
+        "packaged": (
+            "distill/data/test_encoding",
+            "distill/evaluation/test_doctor",
+            "distill/models/test_packaged",
+            "project/test_readme",
+            "tokenization/test_alignment_properties",
+            "tokenization/test_token_bytes",
+        ),
+    }.items()
+    for file in files
+}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -33,6 +58,19 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if whole and undecided and not (config.option.usepdb or config.option.collectonly):
         config.option.numprocesses = min(MOST_WORKERS, os.cpu_count() or 1)
         config.option.dist = "loadfile"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a file of tests, and files that belong together, in one process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(file, file)
+
+    return Scheduling(config, log) if config.option.dist == "loadfile" else None
 
 
 @pytest.hookimpl(trylast=True)
@@ -49,6 +87,16 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_collection_finish() -> None:
     """Keep the tests themselves out of it too."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Processes that find the slow imports done."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ check("transformers")
 
 import ctkd.compare.report.report
 from ctkd.distill.training.curves import plot_curves
-check("matplotlib")
+check("matplotlib", "transformers")
 plot_curves([{"step": 1, "ce": 1.0}], sys.argv[1])
 assert "matplotlib" in sys.modules
 check("matplotlib.pyplot")

@@ -9,6 +9,7 @@ import ctkd
 from ctkd import registry
 from ctkd.testing import check_loss
 from tests.distill.tiny_runs import Workplace, finish
+from tests.tokenization import real_tokenizers
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,6 +19,7 @@ SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.models
 def test_the_python_code_runs(monkeypatch):
+    monkeypatch.setattr("ctkd.distill.models.load_tokenizer", real_tokenizers.packaged)
     monkeypatch.setattr(registry, "_losses", dict(registry._losses))
     names: dict = {}
     for block in PYTHON:

@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ctkd.distill.models.loading import load_tokenizer
+
 _MISTRAL = {
     "v1": "tokenizer.model.v1",
     "v3": "mistral_instruct_tokenizer_240323.model.v3",
@@ -25,6 +27,12 @@ def _folder(package: str) -> Path:
     if found is None or found.origin is None:
         raise ModuleNotFoundError(f"{package} is not installed; install the extra 'test'")
     return Path(found.origin).parent
+
+
+@functools.cache
+def packaged(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a packaged model; Gemma's takes some five seconds to load."""
+    return load_tokenizer(name)
 
 
 @functools.cache

@@ -14,13 +14,6 @@ from ctkd.tokenization.token_bytes import TokenBytes
 from tests.tokenization import real_tokenizers as real
 from tests.tokenization import trained_tokenizers as trained
 
-
-def _model(name):
-    from ctkd.distill.models.loading import load_tokenizer
-
-    return load_tokenizer(name)
-
-
 REAL = {
     "gpt2": real.gpt2,
     "deepseek": real.deepseek,
@@ -28,8 +21,8 @@ REAL = {
     "mistral-v3": lambda: real.mistral("v3"),
 }
 MODELS = {
-    "smollm2": lambda: _model("smollm2-135m-instruct"),
-    "gemma": lambda: _model("gemma-3-270m"),
+    "smollm2": lambda: real.packaged("smollm2-135m-instruct"),
+    "gemma": lambda: real.packaged("gemma-3-270m"),
 }
 TRAINED = {
     "byte-level": trained.byte_level,

@@ -7,6 +7,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ctkd.errors import DataError, ModelError
 from ctkd.tokenization.token_bytes import TokenBytes, _byte_alphabet
+from tests.tokenization import real_tokenizers
 from tests.tokenization import trained_tokenizers as trained
 
 
@@ -222,9 +223,7 @@ def test_a_slow_tokenizer_without_marks_is_refused():
 @pytest.mark.models
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
 def test_packaged_models_spell_every_text(name):
-    from ctkd.distill.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(name)
+    tokenizer = real_tokenizers.packaged(name)
     table = TokenBytes.from_tokenizer(tokenizer)
     assert len(table) == len(tokenizer)
     assert table.roles[tokenizer.eos_token_id] == "eos"

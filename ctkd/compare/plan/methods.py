@@ -11,8 +11,8 @@ from typing import Any
 
 from ctkd.distill.config import SFT, TrainConfig
 from ctkd.distill.options import closest, parse_loss_option
-from ctkd.errors import SettingError
-from ctkd.registry import describe, list_losses
+from ctkd.errors import SettingError, UnknownLossError
+from ctkd.registry import describe, get_loss_class, list_losses
 
 __all__ = [
     "SEQKD",
@@ -214,11 +214,16 @@ def check_equal_trials(methods: Sequence[Method], learning_rate: float) -> None:
 
 
 def _check_loss(loss: str) -> None:
-    known = [SFT, SEQKD, *list_losses()]
-    if loss not in known:
+    if loss in (SFT, SEQKD):
+        return
+    try:
+        get_loss_class(loss)
+    except UnknownLossError:
+        # All names are looked up only now: that reads the metadata of every installed package.
+        known = [SFT, SEQKD, *list_losses()]
         raise SettingError(
             f"unknown loss {loss!r}{did_you_mean(loss, known)}; available: {', '.join(known)}"
-        )
+        ) from None
 
 
 def _settings(loss: str) -> list[str]:

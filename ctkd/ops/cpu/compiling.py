@@ -45,7 +45,13 @@ if numba.config.DISABLE_JIT:
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+# Nothing calls a loop by its address in C, and an entry for that would be compiled for each.
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"contract"},
+    "no_cfunc_wrapper": True,
+}
 
 
 def compiled(function: _Function) -> _Function:

@@ -198,8 +198,9 @@ def _sort_run(bits: Any, columns: Any) -> None:
             sorted_bits[ends[digit]] = bits[index]
             sorted_columns[ends[digit]] = columns[index]
             ends[digit] += 1
-        bits[:] = sorted_bits
-        columns[:] = sorted_columns
+        # To assign whole slices would take seconds to compile: shapes might differ.
+        for index in range(bits.size):
+            bits[index], columns[index] = sorted_bits[index], sorted_columns[index]
 
 
 @compiled

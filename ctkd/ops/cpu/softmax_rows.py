@@ -291,9 +291,12 @@ def _add_term(
 
 @compiled
 def _buffers_of(terms: SoftmaxTerms) -> Any:
-    width = terms.widths.max() if terms.widths.size else 0
-    is_restricted = terms.bias_of.size and terms.bias_of.max() >= 0
-    is_standardized = terms.epsilons.size and terms.epsilons.max() >= 0.0
+    width = 0
+    is_restricted = is_standardized = False
+    for term in range(terms.widths.size):
+        width = max(width, terms.widths[term])
+        is_restricted |= terms.bias_of[term] >= 0
+        is_standardized |= terms.epsilons[term] >= 0.0
     return _Buffers(
         np.empty(width, np.float32),
         np.empty(width if is_restricted else 0, np.float32),

@@ -13,6 +13,7 @@ from ctkd.ops.cpu.numbers import as_ordered, widened
 __all__ = ["top_k"]
 
 _LEAST = np.int32(-(2**31))
+_MOST = np.int32(2**31 - 1)
 _LOWER_BITS = 0xFFFFFFFF
 # The groups whose maxima bound the k-th largest key.
 _GROUPS_PER_ENTRY = 4
@@ -49,8 +50,32 @@ def _lower_bound(keys: Any, maxima: Any, k: int) -> Any:
     maxima[:] = _LEAST
     for start in range(0, keys.size - maxima.size + 1, maxima.size):
         _raise_to(maxima, keys[start : start + maxima.size])
-    # Each of the k groups with the largest maxima has a key that is no less than this.
-    return np.partition(maxima, maxima.size - k)[maxima.size - k]
+    # The largest number that k maxima reach: the k-th largest of them.
+    least, most = np.int64(_LEAST), np.int64(_MOST)
+    while least < most:
+        middle = (least + most + 1) >> 1
+        if _count_at_least(maxima, np.int32(middle)) >= k:
+            least = middle
+        else:
+            most = middle - 1
+    return np.int32(least)
+
+
+@compiled
+def _columns_of_largest(keys: Any, maxima: Any, k: int) -> Any:
+    """Columns of the k largest keys, and numbers without a meaning behind them."""
+    bound = _lower_bound(keys, maxima, k)
+    packed = np.empty(_count_at_least(keys, bound), np.int64)
+    count = 0
+    for column in range(keys.size):
+        if keys[column] >= bound:
+            # In ascending order the largest key is first, and of equal ones the lowest column.
+            packed[count] = (~np.int64(keys[column]) << 32) | column
+            count += 1
+    packed.sort()
+    for rank in range(k):
+        packed[rank] &= _LOWER_BITS
+    return packed
 
 
 @compiled
@@ -73,16 +98,7 @@ def top_k(which: Any, rows: RowArray, width: int, ids: Any, entries: Any) -> Non
     for index in which:
         row = rows.values[rows.starts[index] : rows.starts[index] + width]
         _keys_of(row, keys)
-        bound = _lower_bound(keys, maxima, k)
-        packed = np.empty(_count_at_least(keys, bound), np.int64)
-        count = 0
-        for column in range(width):
-            if keys[column] >= bound:
-                # In ascending order the largest key is first, and of equal ones the lowest column.
-                packed[count] = (~np.int64(keys[column]) << 32) | column
-                count += 1
-        packed.sort()
+        columns = _columns_of_largest(keys, maxima, k)
         for rank in range(k):
-            column = packed[rank] & _LOWER_BITS
-            ids[index, rank] = column
-            entries[index, rank] = widened(row[column])
+            ids[index, rank] = columns[rank]
+            entries[index, rank] = widened(row[columns[rank]])

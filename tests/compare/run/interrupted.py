@@ -1,22 +1,11 @@
-"""Runs a comparison in processes that kill themselves at chosen moments; a script of its own.
+"""Runs a comparison in processes that kill themselves at chosen moments."""
 
-Argument: a JSON file with a list of attempts. Each has settings for `CompareConfig`, the moment at
-which to die (null for never), a log, to which every step, answer and record is written, and perhaps
-a folder to move to another place before.
-"""
-
-import gc
 import json
 import os
 import signal
-import sys
 from pathlib import Path
+from typing import Any
 
-# So that no process has to.
-import rouge_score.rouge_scorer  # noqa: F401
-from transformers import LlamaForCausalLM  # noqa: F401
-
-import ctkd.ops.cpu  # noqa: F401
 from ctkd.compare.plan.config import CompareConfig
 from ctkd.compare.run import runner
 from ctkd.distill.teachers import texts as teacher_texts
@@ -87,11 +76,15 @@ def watch(moments: Moments) -> None:
     runner.write_report = lambda comparison, analysis, folder, published: folder
 
 
-def main() -> None:
-    """One process after another; each begins with what is imported already."""
-    told = json.loads(Path(sys.argv[1]).read_text())
-    gc.freeze()
-    for attempt in told:
+def main(attempts: list[dict[str, Any]], ends: str) -> None:
+    """One process after another; how each ended is written to a file.
+
+    An attempt has settings for `CompareConfig`, the moment at which to die (None for never), a log,
+    to which every step, answer and record is written, and perhaps a folder to move to another place
+    before.
+    """
+    ended = []
+    for attempt in attempts:
         if attempt["move"]:
             os.rename(*attempt["move"])
         child = os.fork()
@@ -102,9 +95,5 @@ def main() -> None:
             runner.compare(config, say=lambda line: None)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        ended = "killed" if os.WIFSIGNALED(status) else f"code {os.WEXITSTATUS(status)}"
-        print(ended, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        ended.append("killed" if os.WIFSIGNALED(status) else f"code {os.WEXITSTATUS(status)}")
+    Path(ends).write_text(json.dumps(ended))

@@ -2,20 +2,16 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from ctkd.compare.records import Record
 from ctkd.compare.run.folder import read_records
+from tests.compare.run import interrupted
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[3]
 STEPS = 3
 
 # Where each process dies: the second step, say, that it makes itself.
@@ -44,7 +40,7 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def chains(place) -> dict[str, Ended]:
+def chains(place, forks) -> dict[str, Ended]:
     """A comparison that nothing stops, and one that is killed at each of the moments."""
     settings = {
         "losses": ["sft", "uld"], "sweep": {"learning_rate": [1e-3, 1e-2]},
@@ -67,19 +63,12 @@ def chains(place) -> dict[str, Ended]:
         for folder in [place.folder / name]
         for first in [folder if name == "straight" else place.folder / "elsewhere"]
     }
-    told = place.folder / "attempts.json"
-    told.write_text(json.dumps([*attempts["straight"], *attempts["killed"]]))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compare.run.interrupted", str(told)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    ends = done.stdout.split("\n")[:-1]
+    output, ends = place.folder / "output", place.folder / "ends"
+    every = [*attempts["straight"], *attempts["killed"]]
+    assert forks.run(interrupted.main, every, str(ends), output=output) == 0, output.read_text()
+    ended = json.loads(ends.read_text())
     found = {}
-    for name, part in (("straight", ends[:1]), ("killed", ends[1:])):
+    for name, part in (("straight", ended[:1]), ("killed", ended[1:])):
         lines = (place.folder / f"{name}.log").read_text().splitlines()
         records = read_records(place.folder / name)
         found[name] = Ended(part, records, [json.loads(line) for line in lines])

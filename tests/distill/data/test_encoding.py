@@ -13,6 +13,7 @@ from ctkd.errors import DataError, SettingError
 from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.token_bytes import TokenBytes
 from tests.tokenization import trained_tokenizers as trained
+from tests.tokenization.real_tokenizers import packaged
 
 EXACT = {
     "byte-level": trained.byte_level,
@@ -313,9 +314,7 @@ def test_wrong_settings_are_refused():
 
 @pytest.mark.models
 def test_the_packaged_models_encode_the_embedded_set():
-    from ctkd.distill.models.loading import load_tokenizer
-
-    student, teacher = load_tokenizer("smollm2-135m-instruct"), load_tokenizer("gemma-3-270m")
+    student, teacher = packaged("smollm2-135m-instruct"), packaged("gemma-3-270m")
     found = encode_examples(examples(load_rows("pocketqa"), "qa"), student, teacher, max_length=512)
     assert found.report() == ""
     assert leading_ids(student) == []

@@ -26,6 +26,7 @@ from ctkd.registry import LossFacts, describe
 from ctkd.tokenization.answer_facts import AlignedRow, DifferingRow, Piece
 from tests.distill import tiny
 from tests.distill.tiny_runs import Workplace, error_of, finish, invoke, save
+from tests.tokenization import real_tokenizers
 
 LEVELS = {"good", "careful", "unsuited"}
 
@@ -355,9 +356,17 @@ def test_requests_are_checked():
 
 
 @pytest.mark.models
-def test_the_default_pair_is_sound():
-    result = finish("doctor", "--json")
-    found = json.loads(result.stdout)
+def test_the_default_pair_is_sound(monkeypatch):
+    monkeypatch.setattr(doctor, "load_tokenizer", real_tokenizers.packaged)
+    reports = []
+
+    def kept(*arguments, **options):
+        reports.append(run_doctor(*arguments, **options))
+        return reports[0]
+
+    monkeypatch.setattr(doctor, "run_doctor", kept)
+    assert len(finish("doctor").stdout.splitlines()) <= 60
+    found = json.loads(json.dumps(reports[0].as_dict()))
     answers = found["examination"]["answers"]
     assert answers["answers"] == 200
     assert answers["coverage"] == 1.0
@@ -369,4 +378,3 @@ def test_the_default_pair_is_sound():
         "spare_columns": 0,
     }
     assert {loss["name"]: loss["suits"] for loss in found["losses"]}["alm"] == "good"
-    assert len(finish("doctor").stdout.splitlines()) <= 60

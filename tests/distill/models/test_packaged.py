@@ -15,6 +15,7 @@ from ctkd.distill.models.loading import check_token_ids, load_model, load_tokeni
 from ctkd.distill.models.packaged import PACKAGED, PackagedModel, prepare
 from ctkd.errors import ModelError
 from tests.distill.models.gguf_files import write_gguf
+from tests.tokenization import real_tokenizers
 
 REQUIREMENTS = ("tiny-part1==1.0", "tiny-part2==1.0")
 
@@ -283,7 +284,7 @@ SPECIAL_IDS = {
 @pytest.mark.models
 @pytest.mark.parametrize("name", SPECIAL_IDS)
 def test_the_real_tokenizers(name):
-    tokenizer = load_tokenizer(name)
+    tokenizer = real_tokenizers.packaged(name)
     length, bos, eos, pad, has_template = SPECIAL_IDS[name]
     assert len(tokenizer) == length
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
@@ -299,14 +300,14 @@ def test_the_real_tokenizers(name):
 
 @pytest.mark.models
 def test_smollm2_splits_as_it_was_trained_to():
-    tokenizer = load_tokenizer("smollm2-135m-instruct")
+    tokenizer = real_tokenizers.packaged("smollm2-135m-instruct")
     assert tokenizer.tokenize("a  12\n\n3") == ["a", "ĠĠ", "1", "2", "ĊĊ", "3"]
 
 
 @pytest.mark.models
 @pytest.mark.parametrize("name", SPECIAL_IDS)
 def test_the_real_models_know_their_language(name):
-    model, tokenizer = load_model(name), load_tokenizer(name)
+    model, tokenizer = load_model(name), real_tokenizers.packaged(name)
     check_token_ids(model, tokenizer)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     generation = model.generation_config

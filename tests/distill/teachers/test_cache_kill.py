@@ -2,47 +2,38 @@
 
 import json
 import os
-import subprocess
-import sys
+import random
+import signal
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from ctkd.distill.teachers.cache import TeacherCache
+from ctkd.distill.teachers import cache_writing
+from ctkd.distill.teachers import texts as teacher_texts
+from ctkd.distill.teachers.cache import TeacherCache, row_key
+from ctkd.distill.teachers.cache_writing import LazyTeacher
 from tests.distill.tiny_caches import CachePlace
 
-ROOT = Path(__file__).parents[3]
 SHARD_ROWS = 3
 KILLS = 4
 GROUP = 4
 
-DRIVER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import ctkd.ops.cpu  # so that no attempt has to
-from transformers import LlamaForCausalLM
-from ctkd.distill.teachers import cache_writing
-from ctkd.distill.teachers import texts as teacher_texts
-from ctkd.distill.teachers.cache_writing import LazyTeacher
-from ctkd.distill.teachers.cache_writing import write_cache
-from ctkd.distill.config import TrainConfig
-from ctkd.distill.teachers.cache import row_key
-from tests.distill.tiny_caches import CachePlace
 
-place = Path(sys.argv[1])
-teacher_texts._GROUP = {group}
-
-def write(*words):
-    os.write(out, (" ".join(map(str, words)) + "\\n").encode())
-
-def child(name, attempt):
+def write_watched(place: Path, name: str, attempt: int) -> None:
+    """Write a cache, slowly, and log what is asked and what is kept."""
+    teacher_texts._GROUP = GROUP
+    log = os.open(place / f"{name}.log", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
     top_k, save, generate = LazyTeacher.top_k, cache_writing._save, teacher_texts.generate
     append = teacher_texts.TeacherTexts._append
 
+    def write(*words: object) -> None:
+        os.write(log, (" ".join(map(str, (attempt, *words))) + "\n").encode())
+
     def asking(self, sides, record):
         for side in sides:
-            write(attempt, "asked", row_key(side))
+            write("asked", row_key(side))
         time.sleep(0.01)
         return top_k(self, sides, record)
 
@@ -51,11 +42,11 @@ def child(name, attempt):
         save(folder, record)
         for shard in record["shards"]:
             for key, _ in shard["rows"]:
-                write(attempt, "kept", key)
+                write("kept", key)
 
     def answering(model, tokenizer, prompts, **settings):
         for prompt in prompts:
-            write(attempt, "asked", "prompt-" + "-".join(map(str, prompt)))
+            write("asked", "prompt-" + "-".join(map(str, prompt)))
         answering.last = prompts
         time.sleep(0.01)
         return generate(model, tokenizer, prompts, **settings)
@@ -63,57 +54,42 @@ def child(name, attempt):
     def appending(self, texts):
         append(self, texts)
         for prompt in answering.last:
-            write(attempt, "kept", "prompt-" + "-".join(map(str, prompt)))
+            write("kept", "prompt-" + "-".join(map(str, prompt)))
 
     LazyTeacher.top_k, cache_writing._save, teacher_texts.generate = asking, saving, answering
     teacher_texts.TeacherTexts._append = appending
     config = CachePlace.__new__(CachePlace)
     config.folder, config.rows = place, place / "rows.jsonl"
     config.student, config.teacher = place / "student", place / "teacher"
-    config.cache(name, k=6, shard_rows={rows}, texts="all", say=lambda line: None)
-
-chance = random.Random(7)
-plan = [("straight", 0, 0), *(("killed", attempt, {kills}) for attempt in range({kills} + 1))]
-for name, attempt, kills in plan:
-    out = os.open(place / f"{name}.log", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
-    size = os.fstat(out).st_size
-    pid = os.fork()
-    if not pid:
-        try:
-            child(name, attempt)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    if attempt < kills:
-        # Somewhere within the next quarter or so of what is to be done.
-        until = size + chance.randrange(1, 3000)
-        while os.fstat(out).st_size < until and os.waitid(
-            os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
-        ) is None:
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.02)
-        os.kill(pid, signal.SIGKILL)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
+    config.cache(name, k=6, shard_rows=SHARD_ROWS, texts="all", say=lambda line: None)
 
 
-def driven(place: CachePlace) -> list[int]:
-    """How each attempt ended: one that is left alone, and those that are killed."""
-    script = place.folder / "driver.py"
-    program = DRIVER.replace("{group}", str(GROUP)).replace("{rows}", str(SHARD_ROWS))
-    script.write_text(program.replace("{kills}", str(KILLS)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment["TOKENIZERS_PARALLELISM"] = "false"
-    done = subprocess.run(
-        [sys.executable, str(script), str(place.folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [int(line) for line in done.stdout.split()]
+def drive(folder: str) -> None:
+    """Fork each attempt, kill those that are to be killed, and write down how each ended."""
+    place, chance, ends = Path(folder), random.Random(7), []
+    for name, attempt, kills in [
+        ("straight", 0, 0),
+        *(("killed", attempt, KILLS) for attempt in range(KILLS + 1)),
+    ]:
+        log = place / f"{name}.log"
+        log.touch()
+        size = log.stat().st_size
+        child = os.fork()
+        if child == 0:
+            write_watched(place, name, attempt)
+            os._exit(0)
+        if attempt < kills:
+            # Somewhere within the next quarter or so of what is to be done.
+            until = size + chance.randrange(1, 3000)
+            while (
+                log.stat().st_size < until
+                and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            ):
+                time.sleep(0.001)
+            time.sleep(chance.random() * 0.02)
+            os.kill(child, signal.SIGKILL)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    (place / "ends").write_text(json.dumps(ends))
 
 
 def logged(place: CachePlace, name: str) -> list[list[str]]:
@@ -122,10 +98,10 @@ def logged(place: CachePlace, name: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_a_cache_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path):
-    place = CachePlace(tmp_path)
-    first, *ends = driven(place)
+def test_a_cache_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path, forks):
+    place, output = CachePlace(tmp_path), tmp_path / "output"
+    assert forks.run(drive, str(tmp_path), output=output) == 0, output.read_text()
+    first, *ends = json.loads((tmp_path / "ends").read_text())
     assert (first, ends[-1]) == (0, 0)
     assert ends.count(-9) >= KILLS // 2, ends
     straight_log, log = logged(place, "straight"), logged(place, "killed")

@@ -3,18 +3,16 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from ctkd.cli import main
 from ctkd.distill.training import measuring, progress
 from ctkd.distill.training.checkpoints import Checkpoints
 from tests.distill.tiny_runs import error_of, finish, invoke, record, weights
 
-ROOT = Path(__file__).parents[3]
 STEPS = 8
 
 
@@ -80,36 +78,23 @@ def signaled(monkeypatch, number: int, words: list[str]) -> str:
     return result.stderr
 
 
-KILLED = """
-import os, signal
-from ctkd.cli import main
-from ctkd.distill.training import progress
+def killed(*words: str) -> None:
+    """A command whose process is killed in its second step."""
+    steps = []
 
-steps = []
+    def second(*_, **__):
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def second(*_, **__):
-    steps.append(1)
-    if len(steps) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-progress.StepReport.on_step_end = second
-main()
-"""
-
-
-def killed(words: list[str]) -> subprocess.CompletedProcess:
-    """Run a command in a process that is killed in its second step."""
-    return subprocess.run(
-        [sys.executable, "-c", KILLED, *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    progress.StepReport.on_step_end = second
+    main(words)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_three_times_ends_like_one_that_is_not(place, answered, monkeypatch):
+def test_a_run_that_is_stopped_three_times_ends_like_one_that_is_not(
+    place, answered, monkeypatch, forks
+):
     straight, run = place.folder / "straight", place.folder / "stopped"
     options = ["--max-steps", str(STEPS), "--learning-rate", "0.01"]
     finish(*place.train("straight", *options))
@@ -125,8 +110,9 @@ def test_a_run_that_is_stopped_three_times_ends_like_one_that_is_not(place, answ
     assert "going on from checkpoint-2\n" in said
     assert last_checkpoint(run).name == "checkpoint-4"
 
-    done = killed([*words, "--resume", "--save-steps", "1"])
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    output = place.folder / "killed.log"
+    end = forks.run(killed, *words, "--resume", "--save-steps", "1", output=output)
+    assert end == -signal.SIGKILL, output.read_text()
     # The first of its steps was saved, the second was not.
     third = last_checkpoint(run)
     assert third.name == "checkpoint-5"

@@ -1,22 +1,24 @@
 """The trainer's loss is that of the whole optimizer step, however the step is split."""
 
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.integrations import integration_utils
 
 import ctkd
+from ctkd.distill.models import ModelLogits
 from ctkd.distill.training.trainer import LOSS_FILE, CrossTokenizerTrainer
-from ctkd.errors import SettingError
+from ctkd.errors import BatchError, SettingError
+from ctkd.logits import HeadLogits
 from ctkd.loss import LossOutput
 from tests.distill.tiny import Setup
 
@@ -287,65 +289,59 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypa
         CrossTokenizerTrainer(Setup().student, settings)
 
 
-TWO_RANKS = """
-import sys
-import torch
-from tests.distill.training.test_trainer import trainer, Setup
-setup = Setup()
-run = trainer(setup, sys.argv[1], "multilevelot", per_device_train_batch_size=3)
-run.train()
-if run.args.process_index == 0:
-    log = run.state.log_history[0]
-    torch.save({"weights": setup.student.state_dict(), "log": log}, sys.argv[2])
-
-# What does not fill the ranks' last batches: a whole epoch of training, and evaluations.
-for count in (5, 7):
-    setup = Setup(count)
-    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
-    run = trainer(setup, sys.argv[1], "alm", num_train_epochs=1, max_steps=-1, **sizes)
+def one_rank(folder: str, found: str) -> None:
+    """What each of two processes does."""
+    setup = Setup()
+    run = trainer(setup, folder, "multilevelot", per_device_train_batch_size=3)
     run.train()
-    metrics = run.evaluate()
+    assert run.args.world_size == 2
     if run.args.process_index == 0:
-        found = {"weights": setup.student.state_dict(), "metrics": metrics}
-        torch.save(found, f"{sys.argv[2]}.{count}")
+        log = run.state.log_history[0]
+        torch.save({"weights": setup.student.state_dict(), "log": log}, found)
 
-# A loop of one's own, each rank with a half of the rows.
-import warnings
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from ctkd.distill.models import ModelLogits
-from ctkd.errors import BatchError
-from ctkd.logits import HeadLogits
-from tests.distill.training.test_trainer import own_step
-part = slice(3 * run.args.process_index, 3 * run.args.process_index + 3)
-setup = Setup()
-student = DistributedDataParallel(setup.student)
-reader = ModelLogits(student)
-with warnings.catch_warnings(record=True) as warned:
-    warnings.simplefilter("always")
+    # What does not fill the ranks' last batches: a whole epoch of training, and evaluations.
+    for count in (5, 7):
+        setup = Setup(count)
+        sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+        run = trainer(setup, folder, "alm", num_train_epochs=1, max_steps=-1, **sizes)
+        run.train()
+        metrics = run.evaluate()
+        if run.args.process_index == 0:
+            weights = setup.student.state_dict()
+            torch.save({"weights": weights, "metrics": metrics}, f"{found}.{count}")
+
+    part = slice(3 * run.args.process_index, 3 * run.args.process_index + 3)
+    own = own_gradients(part)
+    if run.args.process_index == 0:
+        torch.save(own, f"{found}.own")
+
+
+def own_gradients(part: slice) -> dict[str, object]:
+    """What a rank finds in loops of one's own, each rank with a part of the rows."""
+    found: dict[str, object] = {}
+    setup = Setup()
+    reader = ModelLogits(DistributedDataParallel(setup.student))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        own_step(setup, reader, part)
+    found["kind"] = type(reader(torch.tensor([[2, 3]]))).__name__
+    found["warned"] = len(warned)
+    found["ddp"] = {name: p.grad.clone() for name, p in setup.student.named_parameters()}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        ModelLogits(setup.student)(torch.tensor([[2, 3]]))
+    found["warning"] = str(warned[0].message)
+    setup = Setup()
+    fully_shard(setup.student)
+    try:
+        HeadLogits(torch.zeros(1, 2, 16).double(), setup.student.lm_head.weight)
+    except BatchError as error:
+        found["refused"] = str(error)
+    reader = ModelLogits(setup.student)
     own_step(setup, reader, part)
-found = {"kind": type(reader(torch.tensor([[2, 3]]))).__name__, "warned": len(warned)}
-found["ddp"] = {name: p.grad.clone() for name, p in setup.student.named_parameters()}
-with warnings.catch_warnings(record=True) as warned:
-    warnings.simplefilter("always")
-    ModelLogits(setup.student)(torch.tensor([[2, 3]]))
-found["warning"] = str(warned[0].message)
-
-setup = Setup()
-fully_shard(setup.student)
-try:
-    HeadLogits(torch.zeros(1, 2, 16).double(), setup.student.lm_head.weight)
-except BatchError as error:
-    found["refused"] = str(error)
-reader = ModelLogits(setup.student)
-own_step(setup, reader, part)
-found["whole"] = reader.why_whole
-found["fsdp"] = {
-    name: p.grad.full_tensor() for name, p in setup.student.named_parameters()
-}
-if run.args.process_index == 0:
-    torch.save(found, f"{sys.argv[2]}.own")
-"""
+    found["whole"] = reader.why_whole
+    found["fsdp"] = {name: p.grad.full_tensor() for name, p in setup.student.named_parameters()}
+    return found
 
 
 def own_step(setup, reader, part) -> None:
@@ -369,18 +365,32 @@ def own_step(setup, reader, part) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_step_of_one(tmp_path):
+def test_two_processes_make_the_step_of_one(tmp_path, forks):
     single = Setup()
     run = trainer(single, tmp_path / "one", "multilevelot", per_device_train_batch_size=6)
     run.train()
-    script = tmp_path / "ranks.py"
-    script.write_text(TWO_RANKS)
-    root = Path(__file__).parents[3]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    launch += ["--standalone", str(script), str(tmp_path / "two"), str(tmp_path / "r.pt")]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    # As torchrun starts them.
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    together = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    outputs = [tmp_path / f"rank {rank}" for rank in range(2)]
+    ranks = [
+        forks.start(
+            one_rank,
+            str(tmp_path / "two"),
+            str(tmp_path / "r.pt"),
+            output=output,
+            environment={**together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, output in enumerate(outputs)
+    ]
+    ends = [forks.wait(rank) for rank in ranks]
+    assert ends == [0, 0], [output.read_text()[-3000:] for output in outputs]
     found = torch.load(tmp_path / "r.pt", weights_only=False)
     assert same_weights(weights_of(single.student), found["weights"], 1e-10)
     log = run.state.log_history[0]
