@@ -62,7 +62,7 @@ def test_the_table_lists_every_loss():
 
 def test_checks_run_as_the_readme_says():
     assert SHELL[1].strip() in (ROOT / ".ci" / "run").read_text()
-    assert "-c constraints.txt" in SHELL[0] and "ctkd train --loss multilevelot" in SHELL[0]
+    assert "-c constraints.txt" in SHELL[0] and "ctkd train --loss shared_kl" in SHELL[0]
 
 
 def test_options_in_the_readme_exist():

@@ -31,6 +31,8 @@ def memory_bytes(model: PreTrainedModel, sides: Sequence[EncodedSide], *, score_
 class TeacherMemory:
     """The hidden states of a teacher at every position that predicts a token of an answer.
 
+    The teacher is frozen.
+
     Args:
         logits: Of the teacher, whose head can be taken apart.
         sides: The rows; read here, always in the same batches, so that a run that goes on after a
@@ -55,7 +57,7 @@ class TeacherMemory:
         self._score_eos = score_eos
         self._vocab_size = vocab_size
         self._states: dict[tuple[int, ...], Tensor] = {}
-        model = logits.model
+        model = logits.model.requires_grad_(False)
         batches = [sides[start : start + batch_size] for start in range(0, len(sides), batch_size)]
         for batch in tqdm(batches, desc="teacher: reading", leave=False, disable=None):
             inputs, labels = padded_sides(batch, pad_id, with_eos=score_eos)

@@ -186,7 +186,7 @@ def _run(
     """Measure, train, save and measure again, as far as that was not done before."""
     student = inputs.student
     stop = StopOnSignal(say)
-    memory = _remembered(config, inputs, device)
+    memory = _remembered(config, inputs, device, say)
     trainer = _make_trainer(config, inputs, memory, folder, device)
     trainer.checkpoints = Checkpoints(folder.path, say)
     report = StepReport(say, trainer.clock)
@@ -201,7 +201,7 @@ def _run(
         _measure_teacher(measure, inputs, memory, device)
         measure.losses("losses before", trainer)
 
-    _tell_how_logits_are_read(trainer, memory, say)
+    _tell_how_logits_are_read(trainer, say)
     _warn_about_precision(config, say)
     if checkpoint is not None:
         say(f"going on from {checkpoint.name}")
@@ -333,7 +333,9 @@ def _measure_teacher(
         measure.say("teacher: not measured, a cache does not hold all of its probabilities")
 
 
-def _remembered(config: TrainConfig, inputs: _Inputs, device: torch.device) -> TeacherMemory | None:
+def _remembered(
+    config: TrainConfig, inputs: _Inputs, device: torch.device, say: Callable[[str], None]
+) -> TeacherMemory | None:
     """The teacher's hidden states, if rows are read more than once and there is room for them."""
     teacher, tokenizer = inputs.models.teacher, inputs.models.teacher_tokenizer
     if teacher is None or tokenizer is None or inputs.pair is None:
@@ -347,6 +349,7 @@ def _remembered(config: TrainConfig, inputs: _Inputs, device: torch.device) -> T
     needed = memory_bytes(teacher, sides, score_eos=config.score_eos)
     if passes <= 1 or logits.why_whole is not None or needed > config.teacher_memory * 1e9:
         return None
+    say(f"teacher: reading {len(sides)} rows, once; hidden states take {needed / 1e6:.0f} MB")
     return TeacherMemory(
         logits,
         sides,
@@ -438,11 +441,7 @@ def _make_trainer(
     return trainer
 
 
-def _tell_how_logits_are_read(
-    trainer: CrossTokenizerTrainer, memory: TeacherMemory | None, say: Callable[[str], None]
-) -> None:
-    if memory is not None:
-        say("teacher: read once, its hidden states are remembered")
+def _tell_how_logits_are_read(trainer: CrossTokenizerTrainer, say: Callable[[str], None]) -> None:
     for name, logits in (("student", trainer.student_logits), ("teacher", trainer.teacher_logits)):
         if logits is not None:
             how = "a block at a time, from the head"

@@ -356,7 +356,7 @@ def test_requests_are_checked():
 
 
 @pytest.mark.models
-def test_the_default_pair_is_sound(monkeypatch):
+def test_the_packaged_pair_is_sound(monkeypatch):
     monkeypatch.setattr(doctor, "load_tokenizer", real_tokenizers.packaged)
     reports = []
 
@@ -365,7 +365,8 @@ def test_the_default_pair_is_sound(monkeypatch):
         return reports[0]
 
     monkeypatch.setattr(doctor, "run_doctor", kept)
-    assert len(finish("doctor").stdout.splitlines()) <= 60
+    words = ["--student", "smollm2-135m-instruct", "--teacher", "gemma-3-270m"]
+    assert len(finish("doctor", *words, "--data", "pocketqa").stdout.splitlines()) <= 60
     found = json.loads(json.dumps(reports[0].as_dict()))
     answers = found["examination"]["answers"]
     assert answers["answers"] == 200

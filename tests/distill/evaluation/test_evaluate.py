@@ -155,7 +155,7 @@ def test_the_embedded_sets_test_part_is_the_default(monkeypatch):
     request = EvaluateRequest(limit=2)
     assert evaluate_command._examples(request, print) == [1, 2]
     evaluate_command._examples(EvaluateRequest(data="rows.jsonl"), print)
-    assert asked == [("pocketqa", True), ("rows.jsonl", True)]
+    assert asked == [("pydocs", True), ("rows.jsonl", True)]
 
 
 @pytest.mark.parametrize(
