@@ -17,7 +17,7 @@ PYDOCS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "assignment",
             "attribute-access",
             "calls",
-            "compound",
+            "comparisons",
             "customization",
             "import",
             "objects",

@@ -211,4 +211,4 @@ def test_chapters_of_pythons_reference_are_documents_of_two_splits():
     lines = {line for row in train for line in row["text"].splitlines() if len(line) > 30}
     held = [line for row in test for line in row["text"].splitlines() if len(line) > 30]
     assert sum(line in lines for line in held) <= 0.02 * len(held)
-    assert 250 < len(examples(train, "lm")) < 420 and 35 < len(examples(test, "lm")) < 65
+    assert 200 < len(examples(train, "lm")) < 320 and 35 < len(examples(test, "lm")) < 65
