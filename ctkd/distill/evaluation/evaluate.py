@@ -25,7 +25,7 @@ from ctkd.distill.evaluation.metrics import (
     score,
     write_predictions,
 )
-from ctkd.distill.models.generation import generate
+from ctkd.distill.models.generation import BATCH_SIZE, generate
 from ctkd.distill.models.loading import check_token_ids, head_width, load_model, load_tokenizer
 from ctkd.distill.options import default_of
 from ctkd.distill.training.output_folder import OutputFolder, try_to_write
@@ -45,7 +45,7 @@ def answer(
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     form: PromptForm = PLAIN,
     one_line: bool = True,
     progress: bool | str = False,
