@@ -354,7 +354,7 @@ class EvaluateRequest:
     teacher_template: Template | None = same_as(
         TrainConfig, "teacher_template", default=None, help="plain, or chat, for --loss."
     )
-    batch_size: int = option(8, "Prompts answered together.")
+    batch_size: int = option(16, "Prompts answered together.")
     max_new_tokens: int = same_as(TrainConfig, "max_new_tokens")
     max_length: int = same_as(TrainConfig, "max_length")
     device: str = same_as(TrainConfig, "device")

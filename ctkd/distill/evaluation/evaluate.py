@@ -26,7 +26,7 @@ from ctkd.distill.evaluation.metrics import (
     score,
     write_predictions,
 )
-from ctkd.distill.models.generation import generate
+from ctkd.distill.models.generation import BATCH_SIZE, generate
 from ctkd.distill.models.loading import check_token_ids, head_width, load_model, load_tokenizer
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.options import default_of
@@ -47,7 +47,7 @@ def answer(
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     form: PromptForm = PLAIN,
     one_line: bool = True,
     progress: bool | str = False,

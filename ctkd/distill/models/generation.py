@@ -6,8 +6,10 @@ apart (encoder-decoders) are refused.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -20,11 +22,23 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ctkd.distill.models.loading import evaluating, reads_padding
+from ctkd.distill.models.loading import (
+    below_wrappers,
+    evaluating,
+    reads_padding,
+    supports_logits_to_keep,
+)
 from ctkd.errors import DataError, ModelError, SettingError
 
-__all__ = ["Generated", "generate"]
+__all__ = ["BATCH_SIZE", "Generated", "generate", "reading_order"]
+
+BATCH_SIZE = 16
+"""Prompts decoded together, unless a number is given."""
+
+# Tokens between two looks at which texts have ended; a look costs a few milliseconds.
+_STRIDE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +60,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 32,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     stop_at_newline: bool = True,
     ends: Collection[int] = (),
     progress: bool | str = False,
@@ -59,8 +73,9 @@ def generate(
     ends is removed, special tokens are left out.
 
     Prompts are padded on the left and masked, so an answer does not depend on its batch, up to
-    rounding. A batch stops as soon as every row has ended. The model comes back as it was:
-    training mode per module, generation config and `config.use_cache` alike.
+    rounding. A row leaves its batch soon after it has ended, and what prompts of a batch have in
+    common at their beginning, such as a passage with several questions, is read once. The model
+    comes back as it was: training mode per module, generation config and `config.use_cache` alike.
 
     Args:
         model: A decoder-only model; it runs where it lies and in its own dtype.
@@ -68,8 +83,8 @@ def generate(
             token is not needed.
         prompts: Token ids of each prompt, at least one each, ids below the model's vocabulary.
         max_new_tokens: Most tokens per answer, at least 1. The paper uses 150.
-        batch_size: Prompts decoded together, at least 1. Similar lengths share a batch. A model
-            that pays heed to padding answers one prompt after another.
+        batch_size: Prompts decoded together, at least 1; see `reading_order`. A model that pays
+            heed to padding answers one prompt after another.
         stop_at_newline: Whether an answer is a single line.
         ends: Further tokens that end a text, such as the end of a turn, see `PromptForm.ends`.
         progress: Whether to show a bar on stderr; a text is shown as its description.
@@ -103,12 +118,15 @@ def generate(
         eos_token_id=sorted(stops) or None,
         pad_token_id=padding,
     )
-    criteria = StoppingCriteriaList([_NewlineSeen(tokenizer)] if stop_at_newline else [])
+    newline = _NewlineSeen(tokenizer)
+    criteria = StoppingCriteriaList([newline] if stop_at_newline else [])
+
+    def is_last(token: int) -> bool:
+        return token in stops or (stop_at_newline and newline.held_by(token))
 
     if batch_size > 1 and reads_padding(model):
         batch_size = 1
-    # Longest first: a batch that does not fit in memory fails at once, and the bar speeds up.
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    order = reading_order(prompts)
     texts = [Generated("", True)] * len(prompts)
     bar = tqdm(
         total=len(prompts),
@@ -120,17 +138,148 @@ def generate(
     with bar, _set_aside(model, greedy), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids, mask = _left_padded([prompts[index] for index in chosen], padding, model.device)
-            sequences = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=greedy,
-                stopping_criteria=criteria,
-            )
-            for index, row in zip(chosen, sequences[:, ids.shape[1] :].tolist(), strict=True):
+            batch = [prompts[index] for index in chosen]
+            for index, row in zip(
+                chosen, _continued(model, batch, padding, greedy, criteria, is_last), strict=True
+            ):
                 texts[index] = _text(tokenizer, row, stops, stop_at_newline)
             bar.update(len(chosen))
     return texts
+
+
+def reading_order(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Places of prompts: longest first, and those that share half of their tokens side by side.
+
+    A batch that does not fit in memory then fails at once, and bars speed up. The order depends on
+    the prompts alone, not on the order in which they come.
+
+    Example:
+        >>> reading_order([[1, 2], [7, 8, 9], [5], [1, 2, 3, 4]])
+        [3, 0, 1, 2]
+    """
+    alphabetical = sorted(range(len(prompts)), key=lambda index: list(prompts[index]))
+    clusters: list[list[int]] = []
+    for index in alphabetical:
+        if clusters and _begin_alike(prompts[clusters[-1][0]], prompts[index]):
+            clusters[-1].append(index)
+        else:
+            clusters.append([index])
+    for cluster in clusters:
+        cluster.sort(key=lambda index: -len(prompts[index]))
+    clusters.sort(key=lambda cluster: -len(prompts[cluster[0]]))
+    return [index for cluster in clusters for index in cluster]
+
+
+def _begin_alike(one: Sequence[int], other: Sequence[int]) -> bool:
+    return 2 * _shared([one, other]) >= max(len(one), len(other))
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    return len(commonprefix([list(prompt) for prompt in prompts]))
+
+
+def _continued(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    padding: int,
+    greedy: GenerationConfig,
+    criteria: StoppingCriteriaList,
+    is_last: Callable[[int], bool],
+) -> list[list[int]]:
+    """Tokens that follow each prompt; those behind the last one of a text are any."""
+    rows_can_leave = _has_plain_cache(model)
+    ids, mask = _left_padded(prompts, padding, model.device)
+    cache = _read_ahead(model, prompts) if rows_can_leave else None
+    written: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    some = copy.copy(greedy)
+    some.return_dict_in_generate = True
+    rest = greedy.max_new_tokens
+    while True:
+        some.max_new_tokens = min(_STRIDE, rest) if rows_can_leave else rest
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=some,
+            stopping_criteria=criteria,
+        )
+        new = output.sequences[:, ids.shape[1] :]
+        for row, tokens in zip(rows, new.tolist(), strict=True):
+            written[row] += tokens
+        rest -= new.shape[1]
+        going = [place for place, row in enumerate(rows) if not any(map(is_last, written[row]))]
+        if not going or rest <= 0:
+            return written
+        mask = torch.cat([mask, torch.ones_like(new)], 1)
+        ids, cache = output.sequences, output.past_key_values
+        if len(going) < len(rows):
+            kept = torch.tensor(going, device=ids.device)
+            ids, mask, rows = ids[kept], mask[kept], [rows[place] for place in going]
+            if cache is not None:
+                cache.batch_select_indices(kept)
+
+
+def _has_plain_cache(model: PreTrainedModel) -> bool:
+    """Tell whether all that a model carries along a text are keys and values of each token."""
+    adapter = getattr(model, "active_peft_config", None)
+    # Learned prompts lie in front of the text, where no id and no mask speaks of them.
+    if getattr(below_wrappers(model), "_is_stateful", False) or (
+        adapter is not None and adapter.is_prompt_learning
+    ):
+        return False
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _read_ahead(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> DynamicCache | None:
+    """Keys and values of all but the last few tokens of each prompt, padded on the left.
+
+    What neighbors have in common is read once. As many tokens of each are left to be read as lets
+    all rows go on side by side; None where that saves little.
+    """
+    clusters: list[list[Sequence[int]]] = []
+    for prompt in prompts:
+        if clusters and _begin_alike(clusters[-1][0], prompt):
+            clusters[-1].append(prompt)
+        else:
+            clusters.append([prompt])
+    # Of a prompt that shares nothing, all but the last token may be read ahead.
+    shared = [min(_shared(one), min(map(len, one)) - 1) for one in clusters]
+    last = max(
+        len(prompt) - common for one, common in zip(clusters, shared, strict=True) for prompt in one
+    )
+    ahead = [max(map(len, one)) - last for one in clusters]
+    widest, shortest = max(map(len, prompts)), min(map(len, prompts))
+    if shortest <= last:
+        return None
+    if 4 * (len(clusters) * max(ahead) + len(prompts) * last) > 3 * len(prompts) * widest:
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if any(layer.is_sliding and layer.sliding_window <= max(ahead) for layer in cache.layers):
+        return None
+    # Padded on the right: nothing that comes before it sees it.
+    ids = torch.zeros(len(clusters), max(ahead), dtype=torch.long)
+    for row, (one, length) in enumerate(zip(clusters, ahead, strict=True)):
+        ids[row, :length] = torch.tensor(one[0][:length])
+    ids = ids.to(model.device)
+    one_logit = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
+    model(input_ids=ids, past_key_values=cache, use_cache=True, **one_logit)
+    if cache.get_seq_length() != max(ahead):
+        return None
+    lengths = torch.tensor([len(prompt) - last for prompt in prompts], device=ids.device)
+    source = torch.tensor(
+        [number for number, one in enumerate(clusters) for _ in one], device=ids.device
+    )[:, None]
+    width = widest - last
+    column = torch.arange(width, device=ids.device) - (width - lengths)[:, None]
+    column = column.clamp_min(0)
+    for layer in cache.layers:
+        layer.keys = layer.keys[source, :, column].transpose(1, 2)
+        layer.values = layer.values[source, :, column].transpose(1, 2)
+        if layer.is_sliding:
+            layer.cumulative_length = width
+    return cache
 
 
 class _NewlineSeen(StoppingCriteria):  # type: ignore[misc]
@@ -145,10 +294,10 @@ class _NewlineSeen(StoppingCriteria):  # type: ignore[misc]
         self._known: dict[int, bool] = {}
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: Any) -> Tensor:
-        seen = [self._holds_newline(token) for token in input_ids[:, -1].tolist()]
+        seen = [self.held_by(token) for token in input_ids[:, -1].tolist()]
         return torch.tensor(seen, dtype=torch.bool, device=input_ids.device)
 
-    def _holds_newline(self, token: int) -> bool:
+    def held_by(self, token: int) -> bool:
         if token not in self._known:
             self._known[token] = "\n" in _decoded(self._tokenizer, [token])
         return self._known[token]

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctkd.distill.models.generation import Generated, generate
+from ctkd.distill.models.generation import Generated, generate, reading_order
 from ctkd.errors import OutputError
 
 __all__ = ["TeacherTexts"]
@@ -96,9 +96,10 @@ class TeacherTexts:
         Raises:
             OutputError: If the file cannot be written.
         """
-        # Equal prompts have one answer; longest first, as memory is needed most then.
+        # Equal prompts have one answer.
         distinct = {self._key(prompt): prompt for prompt in prompts}
-        order = sorted(distinct, key=lambda key: (-len(distinct[key]), key))
+        keys = list(distinct)
+        order = [keys[place] for place in reading_order(list(distinct.values()))]
         groups = [order[start : start + _GROUP] for start in range(0, len(order), _GROUP)]
         if all(key in self._texts for key in order):
             return

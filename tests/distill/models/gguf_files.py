@@ -60,8 +60,13 @@ def tiny_llama(vocabulary: int, *, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def write_gguf(path: Path, *, pre: str = "smollm", pad: int | None = 2) -> dict[str, Tensor]:
-    """Write the file; return its dequantised weights by the names transformers gives them."""
+def write_gguf(
+    path: Path, *, pre: str = "smollm", pad: int | None = 2, sized: bool = True
+) -> dict[str, Tensor]:
+    """Write the file; return its dequantised weights by the names transformers gives them.
+
+    Without `sized` it does not say how large its vocabulary is: its tokens are to be counted.
+    """
     backend = byte_level_backend(digits_apart=pre == "smollm")
     model = tiny_llama(backend.get_vocab_size())
     writer = gguf.GGUFWriter(path, "llama")
@@ -75,7 +80,8 @@ def write_gguf(path: Path, *, pre: str = "smollm", pad: int | None = 2) -> dict[
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(backend.get_vocab_size())
+    if sized:
+        writer.add_vocab_size(backend.get_vocab_size())
     _write_tokenizer(writer, backend, pre, pad)
     weights = {}
     for name, weight in model.state_dict().items():

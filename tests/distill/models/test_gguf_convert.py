@@ -2,7 +2,10 @@
 
 import json
 import threading
+from contextlib import nullcontext
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
@@ -38,6 +41,50 @@ def test_weights_are_the_dequantised_ones_rounded_to_bfloat16(path):
     for name, weight in weights.items():
         assert torch.equal(state[name], weight.bfloat16()), name
     assert state.keys() - weights.keys() == {"lm_head.weight"}
+
+
+def test_reading_quickly_changes_no_byte(path, tmp_path, monkeypatch):
+    # Counted tokens, arrays too long for a setting, and tensors in several groups with a rest.
+    write_gguf(path, sized=False)
+    monkeypatch.setattr(gguf_convert, "_LONGEST_SETTING", 10)
+    monkeypatch.setattr(gguf_convert, "_GROUP", 32 * 500)
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "dequantize")}
+    parsed = []
+    real = gguf.GGUFReader._get_field_parts
+    monkeypatch.setattr(
+        gguf.GGUFReader,
+        "_get_field_parts",
+        lambda *args: (parsed.append(args), real(*args))[1],
+    )
+    written, counts = [], []
+    for name in ("quick", "plain"):
+        parsed.clear()
+        (tmp_path / name).mkdir()
+        gguf_convert.write_converted(path, tmp_path / name)
+        counts.append(len(parsed))
+        files = (tmp_path / name).iterdir()
+        written.append({file.name: file.read_bytes() for file in files})
+        monkeypatch.setattr(gguf_convert, "_quick_gguf", nullcontext)
+    assert written[0] == written[1]
+    # Else this would compare the same way of reading with itself.
+    assert counts[0] < 50 < 1000 < counts[1]
+    assert before == {name: getattr(gguf, name) for name in before}
+
+
+def test_every_kind_of_weights_is_unpacked_to_the_same_bits(monkeypatch):
+    monkeypatch.setattr(gguf_convert, "_GROUP", 1024)
+    generator = np.random.default_rng(0)
+    kinds = [*gguf.quants._type_traits, gguf.GGMLQuantizationType.F16]
+    assert len(kinds) > 15
+    for kind in kinds:
+        size = 256 // gguf.GGML_QUANT_SIZES[kind][0] * gguf.GGML_QUANT_SIZES[kind][1]
+        data = generator.integers(256, size=(17, 3 * size), dtype=np.uint8)
+        # Scales of random bits overflow and are no numbers now and then.
+        with np.errstate(all="ignore"):
+            expected = gguf.quants.dequantize(data, kind)
+            values = gguf_convert._dequantize(data, kind)
+        assert values.shape == expected.shape, kind.name
+        assert values.tobytes() == expected.tobytes(), kind.name
 
 
 def test_the_model_computes_what_its_weights_say(path):
