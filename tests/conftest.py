@@ -30,6 +30,7 @@ TOGETHER = {
     for name, files in {
         "forks": (
             "compare/run/test_resume",
+            "distill/data/test_rows",
             "distill/teachers/test_cache_kill",
             "distill/training/test_resume",
             "distill/training/test_trainer",

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 USE = """
 import torch, ctkd
+from ctkd import ops
 chunks = torch.tensor([[-1, 0, 1, 2]])
 batch = ctkd.Batch.from_causal_lm(
     student_logits=torch.randn(1, 4, 50),
@@ -21,7 +22,10 @@ batch = ctkd.Batch.from_causal_lm(
     teacher_labels=torch.randint(60, (1, 4)),
     teacher_chunk_ids=chunks,
 )
-assert ctkd.get_loss("alm")(batch).value.isfinite()
+with ops.use_backend("reference"):
+    assert ctkd.get_loss("alm")(batch).value.isfinite()
+# The kernel that is compiled in the least time.
+assert ops.deviations(ops.Rows(torch.randn(4, 50), torch.arange(4), 50)).isfinite().all()
 print(ctkd.__file__)
 """
 
@@ -55,6 +59,5 @@ def test_an_editable_install_after_a_plain_one(tmp_path):
     run(*install, ".", cwd=checkout)
     assert Path(run("-c", USE, cwd=elsewhere)).is_relative_to(packages)
     run(*install, "-e", ".", cwd=checkout)
-    assert run("-c", "import ctkd; print(ctkd.__version__)", cwd=elsewhere)
     assert Path(run("-c", USE, cwd=elsewhere)).is_relative_to(checkout)
     assert list((tmp_path / "cache" / "kernels").iterdir())

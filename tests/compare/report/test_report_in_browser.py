@@ -28,10 +28,12 @@ FLAGS = [
     "--hide-scrollbars",
 ]
 WIDTH = 900
+# More than any page here needs.
+HEIGHT = 9000
 PICTURES = ["picture-metric", "picture-learning-curves", "picture-equal-effort", "picture-costs"]
 # Only in the tests' copy of a page: puts into it where its pictures lie.
 PROBE = """<script>addEventListener('load', () => {
-const boxes = {height: document.documentElement.scrollHeight};
+const boxes = {height: document.body.getBoundingClientRect().bottom + scrollY};
 for (const one of document.querySelectorAll('figure')) {
   const svg = one.querySelector('svg'), box = svg.getBoundingClientRect();
   boxes[one.id] = [box.left, box.top + scrollY, box.right, box.bottom + scrollY];
@@ -51,7 +53,7 @@ class Browser:
         self.folder = folder
         self.count = 0
 
-    def run(self, page, *options, height=1000, dark=False):
+    def run(self, page, *options, dark=False):
         self.count += 1
         profile = self.folder / f"profile{self.count}"
         file = self.folder / f"page{self.count}.html"
@@ -59,7 +61,7 @@ class Browser:
         scheme = "--blink-settings=preferredColorScheme=" + ("0" if dark else "1")
         done = subprocess.run(
             [CHROMIUM, *FLAGS, scheme, f"--user-data-dir={profile}",
-             f"--window-size={WIDTH},{height}", *options, file.as_uri()],
+             f"--window-size={WIDTH},{HEIGHT}", *options, file.as_uri()],
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         shutil.rmtree(profile, ignore_errors=True)
@@ -71,14 +73,14 @@ class Browser:
 
     def painted(self, page, *, dark=False):
         """The page's pixels, and where each picture lies in them."""
-        dom = self.parsed(page.replace("</body>", PROBE))
-        boxes = json.loads(unescape(re.search(r"<output>(.*?)</output>", dom).group(1)))
-        height = int(boxes.pop("height"))
         shot = self.folder / f"shot{self.count}.png"
-        self.run(page, f"--screenshot={shot}", height=height, dark=dark)
+        probed = page.replace("</body>", PROBE)
+        dom = self.run(probed, "--dump-dom", f"--screenshot={shot}", dark=dark)
+        boxes = json.loads(unescape(re.search(r"<output>(.*?)</output>", dom).group(1)))
+        assert 1000 < boxes.pop("height") < HEIGHT
         with Image.open(shot) as image:
             pixels = np.asarray(image.convert("RGB"))
-        assert pixels.shape == (height, WIDTH, 3)
+        assert pixels.shape == (HEIGHT, WIDTH, 3)
         return pixels, boxes
 
 
@@ -180,7 +182,7 @@ def test_hostile_texts_are_no_elements_and_run_nothing(browser, tmp_path):
 
 
 def test_nothing_is_wider_than_the_page(browser, page):
-    probe = PROBE.replace("scrollHeight}", "scrollHeight, wide: document.body.scrollWidth}")
+    probe = PROBE.replace("scrollY};", "scrollY, wide: document.body.scrollWidth};")
     dom = browser.parsed(page.replace("</body>", probe))
     boxes = json.loads(unescape(re.search(r"<output>(.*?)</output>", dom).group(1)))
     assert boxes["wide"] <= WIDTH

@@ -2,8 +2,6 @@ import csv
 import gzip
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -175,14 +173,22 @@ def test_a_pipe_is_read_once(tmp_path, content, rows):
     writer.join()
 
 
-def test_standard_input_is_a_source_whether_piped_or_redirected(tmp_path):
-    code = "from ctkd.distill.data.rows import load_rows\nprint(len(load_rows('/dev/stdin')))\n"
+def count_standard_input(file: str) -> None:
+    """Count the rows of a file that is redirected to standard input, and of the same piped."""
+    content = Path(file).read_bytes()
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    os.close(writing)
+    for source in (os.open(file, os.O_RDONLY), reading):
+        os.dup2(source, 0)
+        print(len(load_rows("/dev/stdin")), flush=True)
+
+
+def test_standard_input_is_a_source_whether_piped_or_redirected(tmp_path, forks):
     text = "".join(json.dumps(row) + "\n" for row in ROWS)
-    command = [sys.executable, "-c", code]
-    piped = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
-    with open(write(tmp_path / "rows", text)) as file:
-        redirected = subprocess.run(command, stdin=file, capture_output=True, text=True, check=True)
-    assert piped.stdout == redirected.stdout == f"{len(ROWS)}\n"
+    rows, output = write(tmp_path / "rows", text), tmp_path / "output"
+    assert forks.run(count_standard_input, str(rows), output=output) == 0, output.read_text()
+    assert output.read_text() == f"{len(ROWS)}\n{len(ROWS)}\n"
 
 
 def test_a_parquet_file_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
@@ -376,18 +382,14 @@ def test_a_hub_id_may_name_configuration_and_revision(monkeypatch):
     assert (measured.name, list(measured)) == ("org/name:validation", ROWS[1:2])
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
-    code = (
-        "from ctkd.distill.data.rows import load_rows\n"
-        "from ctkd.errors import DataError\n"
-        "try: load_rows('pocket-qa')\n"
-        "except DataError as error: print(error)\n"
-    )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    (line,) = done.stdout.strip().split("\n")
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    for settings in (constants, datasets.config):
+        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
+    line = refused("pocket-qa")
+    assert "\n" not in line
     assert line.startswith("pocket-qa is no file or folder here, nor an embedded set (pocketqa, ")
     assert line.endswith("; did you mean pocketqa?")
 
