@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -122,9 +123,13 @@ def check_types(config: Any) -> None:
     Raises:
         SettingError: If one does not.
     """
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))
     for name in _fields(type(config)):
         _check_type(name, getattr(config, name), hints[name])
+
+
+# Each annotation is compiled and evaluated, and a comparison makes many configurations.
+_hints = functools.cache(typing.get_type_hints)
 
 
 def check_names(settings: Mapping[str, Any], kind: type, source: str) -> None:
