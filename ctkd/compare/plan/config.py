@@ -37,8 +37,8 @@ DEFAULT_LOSSES = ("sft", "uld", "mined", "multilevelot")
 SAVE_STEPS = 20
 """Steps between checkpoints, unless they are given: the most that a kill makes repeated."""
 
-DEMONSTRATION_STEPS = 40
-"""Most steps on the embedded data, unless a length is given: two cores are done in 20 minutes."""
+DEMONSTRATION_STEPS = 30
+"""Most steps on the embedded data, unless a length is given: two cores are done in 12 minutes."""
 
 DEMONSTRATION = {
     "student": "smollm2-135m-instruct",
