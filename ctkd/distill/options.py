@@ -123,8 +123,9 @@ def check_types(config: Any) -> None:
     Raises:
         SettingError: If one does not.
     """
-    hints = _hints(type(config))
-    for name in _fields(type(config)):
+    kind: Any = type(config)
+    hints = _hints(kind)
+    for name in _fields(kind):
         _check_type(name, getattr(config, name), hints[name])
 
 
