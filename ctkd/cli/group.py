@@ -33,6 +33,9 @@ Start here:
   ctkd train --help                   more examples, and every option
 """
 
+# In the words of the system, and of libraries that do not say which error of the system it was.
+_SIGNS_OF_A_FULL_DISK = ("No space left", "iostream error")
+
 
 class _Group(click.Group):
     """A group of commands whose errors are one line with a way out."""
@@ -67,6 +70,11 @@ class _Group(click.Group):
             closed = isinstance(error, OSError) and error.errno == errno.EPIPE
             if closed or os.environ.get(TRACEBACK_VARIABLE):
                 raise
+            if any(word in f"{error}" for word in _SIGNS_OF_A_FULL_DISK):
+                raise click.ClickException(
+                    f"no space is left on a disk ({_one_line(error)}); make room and repeat the "
+                    "command, what is finished is kept"
+                ) from error
             raise click.ClickException(
                 f"unexpected {type(error).__name__}: {_one_line(error)} "
                 f"(set {TRACEBACK_VARIABLE}=1 to see where)"

@@ -168,7 +168,7 @@ class TrainConfig:
             ("task", usual_task(self.data)),
             ("epochs", 4.0 if from_nothing else 1.0),
             ("learning_rate", 2e-3 if from_nothing else 5e-5),
-            ("control", from_nothing and self.loss != SFT),
+            ("control", from_nothing and self.loss != SFT and self.measure != "nothing"),
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -208,6 +208,14 @@ class TrainConfig:
             raise SettingError(f"teacher_shots must be at least 0, got {self.teacher_shots}")
         if not 0 <= self.seed < 2**32:
             raise SettingError(f"seed must lie between 0 and {2**32 - 1}, got {self.seed}")
+        if self.control and (not self.distils or self.measure == "nothing"):
+            raise SettingError(
+                "control tells what a loss contributed to what was measured; "
+                + ("name a loss" if not self.distils else "leave measure nothing out")
+                + ", or leave control out"
+            )
+        if self.task == "lm" and "chat" in (self.student_template, self.teacher_template):
+            raise SettingError("task lm reads documents as they are; leave the template plain")
         if self.task == "lm" and self.answers == "teacher":
             raise SettingError(
                 "task lm has no prompts that a teacher could answer; take the answers of the data"

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from transformers import T5Config
@@ -215,6 +216,14 @@ def test_what_nobody_expected_is_one_line_too(place, monkeypatch):
     assert isinstance(result.exception, RuntimeError)
     result = invoke(*place.train("new", "--device", "tpu"), environment={"CTKD_TRACEBACK": "1"})
     assert isinstance(result.exception, ctkd.CtkdError)
+
+
+def test_a_full_disk_is_named_whoever_meets_it(place, monkeypatch):
+    full = [OSError(28, "No space left on device"), RuntimeError("basic_ios: iostream error")]
+    for error in full:
+        monkeypatch.setattr(training, "train", mock.Mock(side_effect=error))
+        said = error_of(invoke(*place.train("new")))
+        assert said.startswith("no space is left on a disk") and "make room and repeat" in said
 
 
 def test_lines_of_an_error_are_joined(place, monkeypatch):

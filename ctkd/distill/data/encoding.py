@@ -331,7 +331,8 @@ class _Encoder:
         if not prompt_ids:
             raise DataError(
                 f"{where}: the prompt is empty and the {self.name}'s tokenizer puts nothing in "
-                "front of it, so that nothing predicts the answer's first token; write a prompt"
+                "front of it, so that nothing predicts the answer's first token; write a prompt, "
+                "or set the tokenizer's bos_token or eos_token"
             )
         if not answer:
             raise DataError(f"{where}: the answer is empty; expected at least one character")

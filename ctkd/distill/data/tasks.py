@@ -360,7 +360,7 @@ class _Reader:
 
     def references(self, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
         column = self.column[self.task.target]
-        value = row.get(column)
+        value = self.text(row, column, where) if self.task.window else row.get(column)
         if isinstance(value, Mapping):
             value = value.get("text")
         answers = list(value) if isinstance(value, list | tuple) else [value]

@@ -18,6 +18,7 @@ from ctkd.distill.data.encoding import EncodedSide
 from ctkd.distill.data.tasks import Example
 from ctkd.distill.models.loading import evaluating
 from ctkd.distill.models.model_logits import ModelLogits
+from ctkd.errors import ModelError
 
 __all__ = ["BITS_PER_BYTE", "TextBits", "text_bits"]
 
@@ -83,6 +84,9 @@ def text_bits(
         stored: Asked in the model's place, if given.
         batch_size: Texts read together.
         progress: The text of a bar, if one is to be shown.
+
+    Raises:
+        ModelError: If a probability is no number.
     """
     bits: list[float] = []
     starts = range(0, len(sides), batch_size)
@@ -91,6 +95,12 @@ def text_bits(
         rows = sides[start : start + batch_size]
         inputs, labels = padded_sides(rows, pad_id, with_eos=False)
         bits += _bits(logits, rows, inputs, labels, vocab_size, stored).tolist()
+    lost = [one.id for one, found in zip(examples, bits, strict=True) if not math.isfinite(found)]
+    if lost:
+        raise ModelError(
+            f"the model gives text {lost[0]} no probability that is a number; look for nan or "
+            "infinite values in its weights"
+        )
     sizes = [len(example.answer.encode()) for example in examples]
     return TextBits(tuple(example.id for example in examples), tuple(bits), tuple(sizes))
 

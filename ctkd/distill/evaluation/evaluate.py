@@ -27,7 +27,13 @@ from ctkd.distill.evaluation.metrics import (
     write_predictions,
 )
 from ctkd.distill.models.generation import BATCH_SIZE, generate
-from ctkd.distill.models.loading import check_token_ids, head_width, load_model, load_tokenizer
+from ctkd.distill.models.loading import (
+    check_token_ids,
+    head_width,
+    load_model,
+    load_tokenizer,
+    most_positions,
+)
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.options import default_of
 from ctkd.distill.training.output_folder import OutputFolder, try_to_write
@@ -193,7 +199,7 @@ def run_evaluation(
     if request.loss is not None:
         losses = _losses(request, request.loss, chosen, model, tokenizer, form, say)
     if not task.answered:
-        bits = _bits(request, chosen, model, tokenizer)
+        bits = _bits(request, chosen, model, tokenizer, say)
         if request.output is not None:
             bits.write(Path(request.output))
             say(f"bits of each text: {request.output}")
@@ -219,11 +225,19 @@ def _bits(
     chosen: Sequence[Example],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
 ) -> TextBits:
-    encoded = encode_examples(chosen, tokenizer, max_length=request.max_length, on_long="refuse")
+    if request.template == "chat":
+        raise SettingError("task lm reads documents as they are; leave the template plain")
+    longest = min(request.max_length, most_positions(request.model or "") or request.max_length)
+    encoded = encode_examples(chosen, tokenizer, max_length=longest)
+    for line in (encoded.coverage.report(), encoded.report()):
+        if line:
+            say(line)
+    kept = {row.id for row in encoded.rows}
     return text_bits(
         ModelLogits(model),
-        chosen,
+        [one for one in chosen if one.id in kept],
         [row.student for row in encoded.rows],
         pad_id=padding_id(tokenizer),
         vocab_size=min(len(tokenizer), head_width(model)),

@@ -85,4 +85,4 @@ def _positions(side: EncodedSide, score_eos: bool) -> int:
 
 
 def _key(side: EncodedSide) -> tuple[int, ...]:
-    return (*side.prompt_ids, -1, *side.answer_ids)
+    return (*side.prompt_ids, -1, *side.answer_ids, -1, -1 if side.eos_id is None else side.eos_id)

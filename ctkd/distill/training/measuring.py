@@ -190,7 +190,7 @@ def _summary(folder: OutputFolder) -> str:
         lines += [_metrics(results), ""]
     if "losses before" in results and "losses after" in results:
         lines += [_losses(results, config.loss), ""]
-    if "teacher" in results and "student after" in results:
+    if "student before" in results and "student after" in results:
         lines += _gap(results, _MAIN_METRIC.get(config.task, "rouge_lsum"), config)
     if "seconds per step" in results:
         lines.append(f"{results['seconds per step']:.2f} s per step, {results['steps']} steps")
@@ -239,28 +239,40 @@ def _loss_title(name: str, loss: str) -> str:
 
 def _gap(results: dict[str, Any], metric: str, config: TrainConfig) -> list[str]:
     """Say what share of the way from the student to the teacher was gone, and through what."""
-    teacher, before, after = (
-        results[name][metric] for name in ("teacher", "student before", "student after")
-    )
+    before, after = results["student before"][metric], results["student after"][metric]
+    title = _TITLES[metric]
     # Of answers more is better, of bits less.
     sign = -1 if metric == BITS_PER_BYTE else 1
-    for student, when in ((before, "before"), (after, "after")):
-        if sign * (teacher - student) < 0:
-            return [
-                f"note: the teacher's {_TITLES[metric]} ({teacher:.4g}) is worse than the "
-                f"student's {when} training ({student:.4g}): on this task it has little to teach. "
-                "Fine-tune it first (ctkd train --loss sft --student TEACHER), or take another."
-            ]
-    gap = sign * (teacher - before)
-    if gap == 0:
-        return []
-    closed = f"{sign * (after - before) / gap:.1%} of the gap to the teacher was closed"
+    lines = []
     if "control" in results:
-        control = results["control"][metric]
+        gain = after - results["control"][metric] + 0.0
+        lines.append(f"{config.loss} changed {title} by {gain:+.4g} (after, less control)")
+    elif config.distils:
+        lines.append(f"--control tells what {config.loss} contributed")
+    if "teacher" not in results:
+        return lines
+    teacher = results["teacher"][metric]
+    gap = sign * (teacher - before)
+    if gap <= 0:
         return [
-            f"{closed}, {sign * (control - before) / gap:.1%} without {config.loss}: "
-            f"it contributed {sign * (after - control) / gap:+.1%}"
+            *lines,
+            f"note: the teacher's {title} ({teacher:.4g}) is no better than the student's before "
+            f"training ({before:.4g}): on this task it has little to teach. Fine-tune it first "
+            "(ctkd train --loss sft --student TEACHER), or take another.",
         ]
-    return [
-        f"{closed}; --control tells what {config.loss} contributed" if config.distils else closed
-    ]
+    closed = f"{_share(sign * (after - before) / gap)} of the gap to the teacher was closed"
+    if "control" in results:
+        without = sign * (results["control"][metric] - before) / gap
+        gained = sign * (after - results["control"][metric]) / gap
+        closed += f", {_share(without)} without {config.loss}: it contributed {_share(gained)}"
+    if sign * (after - teacher) > 0:
+        closed += (
+            f"; note: the student's {title} ({after:.4g}) has passed the teacher's "
+            f"({teacher:.4g}), what lies beyond it comes from the data"
+        )
+    return [closed, *([] if "control" in results else lines)]
+
+
+def _share(value: float) -> str:
+    # Rounded first: a share of -0.0 is none.
+    return f"{round(value, 3) + 0.0:.1%}"

@@ -151,7 +151,9 @@ def _plan(path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
         for place in (path, *path.parents):
             if place.exists() and not place.is_dir():
                 raise OutputError(f"{place} is a file; choose a folder with --output")
-        present = path.is_dir() and any(entry.name != LOCK for entry in path.iterdir())
+        # What was cut short while the first record was written is nothing.
+        ours = (LOCK, f".{RECORD}.partial")
+        present = path.is_dir() and any(entry.name not in ours for entry in path.iterdir())
         if not present:
             try_to_write(path)
             return record

@@ -114,6 +114,8 @@ def train(
         folder.record["date"] = inputs.date
         _check_same_rows(folder, inputs)
         folder.write()
+        if config.control:
+            _prepare_control(config, check=True)
         _run(config, inputs, folder, device, resume=resume, say=say)
     return folder
 
@@ -231,8 +233,8 @@ def _run(
         measure.losses("losses after", trainer)
         keep_history(folder, trainer)
         _measure_student("student after", measure, inputs, trainer)
-    if config.control and config.distils:
-        _train_control(config, folder, say)
+    if config.control:
+        _train_control(config, inputs, folder, device, say)
     folder.keep("finished", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     if not config.keep_checkpoints:
         trainer.checkpoints.remove()
@@ -246,7 +248,7 @@ def _check_can_be_saved(
     free = shutil.disk_usage(folder.path).free
     if free < needed:
         raise OutputError(
-            f"the student takes {needed / 1e9:.1f} GB, but there are only {free / 1e9:.1f} GB left "
+            f"the student takes {needed / 1e6:.1f} MB, but there are only {free / 1e6:.1f} MB left "
             f"for {folder.path}; make room, or choose another --output"
         )
     with trainer.checkpoints.trying(folder.path) as place:
@@ -360,9 +362,9 @@ def _remembered(
     )
 
 
-def _train_control(config: TrainConfig, folder: OutputFolder, say: Callable[[str], None]) -> None:
-    """Train the same student on the same rows without the loss, in a folder of the run's."""
-    control = replace(
+def _control_of(config: TrainConfig) -> TrainConfig:
+    """The settings of the same run without the loss."""
+    return replace(
         config,
         loss=SFT,
         loss_options={},
@@ -370,13 +372,48 @@ def _train_control(config: TrainConfig, folder: OutputFolder, say: Callable[[str
         kd_weight=None,
         ce_weight=config.ce_weight or None,
         control=False,
-        output=str(folder.path / "control"),
+        output=str(config.folder / "control"),
     )
+
+
+def _prepare_control(config: TrainConfig, *, check: bool = False) -> OutputFolder:
+    """The control's folder below the run's, as it was left if it was begun."""
+    control = _control_of(config)
+    way = OutputFolder.check if check else OutputFolder.prepare
+    begun = bool(OutputFolder.record_of(control.folder)["settings"])
+    return way(control.folder, control.as_dict(), resume=begun, overwrite=False)
+
+
+def _train_control(
+    config: TrainConfig,
+    inputs: _Inputs,
+    folder: OutputFolder,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """Train the same student on the same rows without the loss."""
+
+    def say_whose(line: str) -> None:
+        say(f"control: {line}")
+
     say("control: training once more, without the loss")
-    begun = "settings" in OutputFolder.record_of(control.folder) and control.folder.exists()
-    trained = train(control, resume=begun, say=lambda line: say(f"control: {line}"))
-    if "student after" in trained.results:
-        folder.keep("control", trained.results["student after"])
+    below = _prepare_control(config)
+    if "finished" not in below.results:
+        below.record.update({name: folder.record[name] for name in ("environment", "date")})
+        _check_same_rows(below, inputs)
+        below.results["student before"] = folder.results["student before"]
+        below.write()
+        control = _control_of(config)
+        alone = load_models(control, say_whose, teacher=False)
+        if alone.student is None:
+            raise ModelError(f"{config.student} was not loaded")
+        make_savable(alone.student, say_whose)
+        set_seed(config.seed)
+        without = replace(
+            inputs, models=alone, student=alone.student, cache=None, loss=None, pair=None
+        )
+        _run(control, without, below, device, resume=True, say=say_whose)
+    folder.keep("control", below.results["student after"])
 
 
 def _make_trainer(

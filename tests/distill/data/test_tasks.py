@@ -203,6 +203,7 @@ def test_documents_are_cut_into_windows_that_add_up_to_them():
     assert by_document[windows[0].group][0].answer.endswith(".\n")
     assert windows[0].where == "texts.jsonl row 1, part 1"
     assert "no column 'text'" in refused("lm", [{"content": "x"}])
+    assert "holds list ['a', 'b']; expected text" in refused("lm", [{"text": ["a", "b"]}])
 
 
 def test_chapters_of_pythons_reference_are_documents_of_two_splits():

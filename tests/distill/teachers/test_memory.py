@@ -1,5 +1,7 @@
 """A remembered teacher says what the live one says, and is asked once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,4 +38,10 @@ def test_its_log_probabilities_are_the_live_teachers(score_eos):
     positions = sum(
         len(side.answer_ids) + (score_eos and side.eos_id is not None) for side in sides
     )
+    # The same ids with and without an end are two rows.
+    cut = replace(sides[0], eos_id=None)
+    both = TeacherMemory(logits, [sides[0], cut], pad_id=pad, score_eos=score_eos)
+    longest = len(cut.answer_ids) + score_eos
+    ends = both.batch([sides[0], cut], longest)["hidden"][:, -1].abs().sum(-1) > 0
+    assert ends.tolist() == [True, not score_eos]
     assert memory_bytes(model, sides, score_eos=score_eos) == positions * 16 * 8

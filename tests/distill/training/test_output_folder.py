@@ -218,6 +218,12 @@ def test_a_folder_is_one_process_s(tmp_path):
     assert list(contents(path)) == [RECORD]
 
 
+def test_a_first_record_that_was_cut_short_is_nothing(tmp_path):
+    (tmp_path / ".ctkd.json.partial").write_text('{"settings": {')
+    OutputFolder.prepare(tmp_path, {"loss": "uld"}, resume=False, overwrite=False)
+    assert OutputFolder.record_of(tmp_path)["settings"] == {"loss": "uld"}
+
+
 def test_a_folder_that_was_only_locked_is_free(tmp_path):
     with alone(tmp_path / "one"):
         assert prepare(tmp_path / "one").results == {}
