@@ -71,5 +71,5 @@ def cache(output: str, **options: Any) -> None:
     temperatures = ", ".join(f"{one:g}" for one in written.temperatures)
     show(
         f"{written.path}: {len(written)} rows, top {written.k} of {written.vocab_size}, "
-        f"temperatures {temperatures}, {len(written.texts)} texts, {size:.1f} MiB"
+        f"temperatures {temperatures}; {len(written.texts)} texts written, {size:.1f} MiB"
     )

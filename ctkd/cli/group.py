@@ -26,7 +26,7 @@ _LONGEST = 1_000
 _START = """
 \b
 Start here:
-  ctkd train --loss multilevelot      real models and data, some minutes on a laptop
+  ctkd train                          a small model learns from SmolLM2, in some minutes
   ctkd compare                        four ways to train on one task, and what they show
   ctkd doctor                         whether two tokenizers suit each other, before training
   ctkd losses                         what there is to distil with

@@ -13,7 +13,7 @@ from ctkd.distill.data.encoding import EncodedExamples, EncodedSide, encode_exam
 from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PromptForm, choose_shots
 from ctkd.distill.data.rows import Source, is_embedded
-from ctkd.distill.data.tasks import Example, examples, split_off
+from ctkd.distill.data.tasks import Example, examples, get_task, split_off
 from ctkd.distill.models.loading import (
     check_token_ids,
     head_width,
@@ -100,7 +100,9 @@ def load_examples(
             f"warning: {copies} of the {len(training)} training examples are held out as well, "
             "prompt and answer; what is measured there may be remembered"
         )
-    say(f"{len(training)} training examples, {len(held_out)} held out")
+    size = get_task(config.task).window
+    cut = f"; documents are cut into pieces of up to {size} bytes" if size else ""
+    say(f"{len(training)} training examples, {len(held_out)} held out{cut}")
     return training, held_out
 
 

@@ -167,7 +167,7 @@ class MultiLevelOT(Loss):
         Distillation on Language Models", AAAI 2025, arXiv:2412.14528, eqs. 9-21.
     """
 
-    paper = Paper(_TITLE, "2412.14528", "eqs. 10-20")
+    paper = Paper(_TITLE, "2412.14528", "eqs. 9-21")
     matches = "ranked columns per token, tokens per sequence by Sinkhorn transport"
     unit = "position"
     teacher_needs = "top_k"

@@ -27,7 +27,7 @@ def test_the_result_is_one_line_on_stdout(place, made):
     cache = TeacherCache.open(place.folder / "made")
     size = sum(path.stat().st_size for path in cache.path.iterdir()) / 2**20
     assert made.stdout == (
-        f"{cache.path}: 20 rows, top 9 of {cache.vocab_size}, temperatures 1, 2, 2 texts, "
+        f"{cache.path}: 20 rows, top 9 of {cache.vocab_size}, temperatures 1, 2; 2 texts written, "
         f"{size:.1f} MiB\n"
     )
     assert "caching 20 rows, " in made.stderr

@@ -251,7 +251,7 @@ def test_the_version_is_shown():
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
-        ([], ["Start here:", "  ctkd train --loss multilevelot      real models and data"]),
+        ([], ["Start here:", "  ctkd train                          a small model learns"]),
         (["train"], ["Examples:", "  ctkd train --loss multilevelot\n", "--overwrite  "]),
         (["evaluate"], ["Examples:", "  ctkd evaluate --predictions answers.jsonl\n"]),
         (["losses"], ["Examples:", "  ctkd losses multilevelot\n"]),

@@ -260,11 +260,13 @@ def _gap(results: dict[str, Any], metric: str, config: TrainConfig) -> list[str]
             f"training ({before:.4g}): on this task it has little to teach. Fine-tune it first "
             "(ctkd train --loss sft --student TEACHER), or take another.",
         ]
-    closed = f"{_share(sign * (after - before) / gap)} of the gap to the teacher was closed"
+    closed = (
+        f"{_share(sign * (after - before) / gap)} of the gap in {title} to the teacher was closed"
+    )
     if "control" in results:
         without = sign * (results["control"][metric] - before) / gap
-        gained = sign * (after - results["control"][metric]) / gap
-        closed += f", {_share(without)} without {config.loss}: it contributed {_share(gained)}"
+        points = round(100 * sign * (after - results["control"][metric]) / gap, 1) + 0.0
+        closed += f", {_share(without)} without {config.loss}: it contributed {points:+.1f} points"
     if sign * (after - teacher) > 0:
         closed += (
             f"; note: the student's {title} ({after:.4g}) has passed the teacher's "

@@ -182,19 +182,25 @@ def test_the_summary_says_what_share_of_the_gap_was_closed_and_through_what(plac
         return summarize(folder)
 
     said = shown("text", "rouge_lsum", 10.0, 50.0, None, 90.0)
-    assert "50.0% of the gap to the teacher was closed\n--control tells what" in said
+    assert "50.0% of the gap in Rouge-LSum to the teacher was closed\n--control tells what" in said
     said = shown("text", "rouge_lsum", 10.0, 50.0, 42.0, 90.0)
-    assert "50.0% of the gap to the teacher was closed, 40.0% without multilevelot: it" in said
-    assert "it contributed 10.0%" in said and "note:" not in said
+    assert (
+        "50.0% of the gap in Rouge-LSum to the teacher was closed, 40.0% without multilevelot: it"
+        in said
+    )
+    assert "it contributed +10.0 points" in said and "note:" not in said
     said = shown("qa", "f1", 10.0, 50.0, 50.0, 40.0)
-    assert "133.3% of the gap to the teacher was closed" in said
-    assert "it contributed 0.0%; note: the student's F1 (50) has passed the teacher's (40)" in said
+    assert "133.3% of the gap in F1 to the teacher was closed" in said
+    assert (
+        "it contributed +0.0 points; note: the student's F1 (50) has passed the teacher's (40)"
+        in said
+    )
     said = shown("qa", "f1", 10.0, 50.0, 42.0, 5.0)
     assert "multilevelot changed F1 by +8 (after, less control)" in said
     assert "note: the teacher's F1 (5) is no better than the student's before training (10)" in said
     said = shown("lm", "bits_per_byte", 2.5, 1.7, 1.6, 0.5)
-    assert "40.0% of the gap to the teacher was closed, 45.0% without" in said
-    assert "it contributed -5.0%" in said
+    assert "40.0% of the gap in bits per byte to the teacher was closed, 45.0% without" in said
+    assert "it contributed -5.0 points" in said
     assert ["bits", "per", "byte", "2.500", "1.700", "1.600", "0.500"] in [
         line.split() for line in said.splitlines()
     ]
