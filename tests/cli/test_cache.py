@@ -7,6 +7,7 @@ from ctkd.distill.config import CacheSettings, TrainConfig
 from ctkd.distill.options import default_text
 from ctkd.distill.teachers import cache_writing
 from ctkd.distill.teachers.cache import TeacherCache
+from ctkd.distill.training import measuring
 from tests.distill.tiny_caches import CachePlace
 from tests.distill.tiny_runs import error_of, finish, invoke, record
 
@@ -65,7 +66,8 @@ def test_a_cache_of_the_teachers_own_answers(place, tmp_path):
     assert "20 texts" in finish(*words).stdout
 
 
-def test_the_command_that_trains_takes_what_it_wrote(place, made, tmp_path):
+def test_the_command_that_trains_takes_what_it_wrote(place, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
     cache, output = str(place.folder / "made"), str(tmp_path / "run")
     words = place.words("train", "--teacher-cache", cache, "--output", output, "--max-steps", "2")
     shown = finish(*words, "--loss", "uld")

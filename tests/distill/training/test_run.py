@@ -358,7 +358,7 @@ def test_weights_in_bfloat16_are_warned_about(place, undrawn):
     assert "--dtype bfloat16 keeps them in float32" in warned[0]
 
 
-def test_only_answers_to_questions_end_at_a_line_break(place, monkeypatch):
+def test_only_answers_to_questions_end_at_a_line_break(place, undrawn, monkeypatch):
     rules = {}
 
     def answered(*arguments, one_line, progress, **settings):
