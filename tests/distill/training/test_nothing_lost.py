@@ -73,7 +73,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_step(place, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))
     monkeypatch.setattr(CrossTokenizerTrainer, "train", lambda *_, **__: pytest.fail("trained"))
     said = error_of(invoke(*place.train("too-small", "--measure", "nothing")))
-    assert "there are only 0.0 GB left for" in said
+    assert "there are only 0.0 MB left for" in said
 
 
 @pytest.mark.parametrize("way", ["--resume", "--overwrite"])
