@@ -193,9 +193,8 @@ def not_traced(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments, 
 
     @functools.wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Answer:
-        # A compiler that is not loaded compiles nothing. While it traces, it would look at every
-        # module that there is.
-        if not torch.compiler.is_compiling() and "torch._dynamo" not in sys.modules:
+        # A compiler that is not loaded compiles nothing.
+        if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not left_alone:
             left_alone.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
