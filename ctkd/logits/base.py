@@ -24,8 +24,8 @@ __all__ = [
     "check_ids",
     "check_k",
     "check_rows",
-    "check_whole",
     "checked_mask",
+    "sharded",
 ]
 
 
@@ -150,13 +150,12 @@ class Logits(ABC):
         return probs.masked_fill(~self.mask.unsqueeze(-1), 0.0)
 
 
-def check_whole(name: str, tensor: Tensor, way_out: str) -> None:
-    """Refuse a DTensor, of which every device holds a part: rows are read where they lie."""
-    if hasattr(tensor, "full_tensor"):
-        raise BatchError(
-            f"{name} is a DTensor, of which this device holds a part (FSDP2, tensor parallelism); "
-            f"{way_out}"
-        )
+def sharded(name: str, way_out: str) -> BatchError:
+    """The error for a DTensor, of which a device holds a part: rows are read where they lie."""
+    return BatchError(
+        f"{name} is a DTensor, of which this device holds a part (FSDP2, tensor parallelism); "
+        f"{way_out}"
+    )
 
 
 def check_ids(ids: Tensor, shape: tuple[int, int, int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ctkd.errors import BatchError
-from ctkd.logits.base import check_rows, check_whole
+from ctkd.logits.base import check_rows, sharded
 from ctkd.logits.rows import RowLogits
 from ctkd.logits.sources import TensorRows
 
@@ -46,7 +46,8 @@ class DenseLogits(RowLogits):
             raise BatchError(f"logits must be (B, S, V), got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise BatchError(f"logits must be floating point, got {tensor.dtype}")
-        check_whole("the tensor of logits", tensor, "give its full_tensor()")
+        if hasattr(tensor, "full_tensor"):
+            raise sharded("the tensor of logits", "give its full_tensor()")
         super().__init__(TensorRows(tensor), mask=mask, rows=rows, vocab_size=vocab_size)
         check_rows(rows, self.mask, tensor.shape[1])
 

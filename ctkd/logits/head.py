@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ctkd.errors import BatchError
-from ctkd.logits.base import check_rows, check_whole
+from ctkd.logits.base import check_rows, sharded
 from ctkd.logits.rows import RowLogits
 from ctkd.logits.sources import HeadRows
 from ctkd.settings import check_positive
@@ -91,12 +91,12 @@ def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("hidden states", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        check_whole(
-            "the head's weight" if name == "weight" else f"the {name}",
-            tensor,
-            "give the logits that the model itself computes, calling what holds the shards "
-            "(model(ids).logits), as ctkd.distill.models.ModelLogits does",
-        )
+        if hasattr(tensor, "full_tensor"):
+            raise sharded(
+                "the head's weight" if name == "weight" else f"the {name}",
+                "give the logits that the model itself computes, calling what holds the shards "
+                "(model(ids).logits), as ctkd.distill.models.ModelLogits does",
+            )
         if not tensor.is_floating_point():
             raise BatchError(f"the {name} must be floating point, got {tensor.dtype}")
         if tensor.device != hidden.device:
