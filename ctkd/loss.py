@@ -114,7 +114,12 @@ class Loss(nn.Module, ABC):
             PluginError: If `forward` returns anything but a `LossOutput` of tensors.
         """
         output: LossOutput = super().__call__(batch)
-        _check_output(type(self).__name__, output)
+        is_output = isinstance(output, LossOutput)
+        # A loop, not a function of its own: this is run at every step.
+        for entry in (output.value, output.count, *output.parts.values()) if is_output else ():
+            is_output &= isinstance(entry, Tensor)
+        if not is_output:
+            raise _no_output(type(self).__name__, output)
         value = output.value
         # Tensors of another class, such as those of functorch, may hold no values.
         if can_inspect(value) and type(value) is Tensor and not bool(value.isfinite().all()):
@@ -122,15 +127,13 @@ class Loss(nn.Module, ABC):
         return output
 
 
-def _check_output(name: str, output: object) -> None:
+def _no_output(name: str, output: object) -> PluginError:
     what = type(output).__name__
     if isinstance(output, LossOutput):
         entries = {"value": output.value, "count": output.count, **output.parts}
-        wrong = [one for one, entry in entries.items() if not isinstance(entry, Tensor)]
-        if not wrong:
-            return
-        what = f"a LossOutput whose {wrong[0]} is {type(entries[wrong[0]]).__name__}"
-    raise PluginError(
+        wrong = next(one for one, entry in entries.items() if not isinstance(entry, Tensor))
+        what = f"a LossOutput whose {wrong} is {type(entries[wrong]).__name__}"
+    return PluginError(
         f"{name}.forward returned {what}; a loss returns ctkd.loss.LossOutput(value, count, parts) "
         "of tensors: the mean, how many units it is over, and its detached parts by name, as "
         "ctkd.loss.average makes it of sums"
