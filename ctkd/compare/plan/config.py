@@ -38,7 +38,7 @@ SAVE_STEPS = 20
 """Steps between checkpoints, unless they are given: the most that a kill makes repeated."""
 
 DEMONSTRATION_STEPS = 30
-"""Most steps on the embedded data, unless a length is given: two cores are done in 12 minutes."""
+"""Most steps on the embedded data, unless a length is given: it takes two cores half an hour."""
 
 DEMONSTRATION = {
     "student": "smollm2-135m-instruct",
