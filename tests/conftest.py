@@ -32,6 +32,7 @@ TOGETHER = {
             "compare/run/test_resume",
             "distill/data/test_rows",
             "distill/teachers/test_cache_kill",
+            "distill/test_devices",
             "distill/training/test_resume",
             "distill/training/test_trainer",
         ),

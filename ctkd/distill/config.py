@@ -14,6 +14,7 @@ from ctkd.distill.devices import Device
 from ctkd.distill.options import (
     check_names,
     check_types,
+    default_of,
     option,
     parse_column,
     parse_loss_option,
@@ -28,7 +29,7 @@ from ctkd.tokenizers import Pair, PlaceholderPair
 
 __all__ = [
     "DTYPES",
-    "GIVEN",
+    "GIVEN_IN_TRAINING",
     "SFT",
     "UNTRAINED",
     "CacheSettings",
@@ -45,7 +46,7 @@ SFT = "sft"
 UNTRAINED = "pocket-llama"
 """The packaged student that begins from random weights."""
 
-GIVEN = frozenset({"chunks", "pair"})
+GIVEN_IN_TRAINING = frozenset({"chunks", "pair"})
 """What training gives to a loss besides logits and ids, of `Loss.needs`."""
 
 Template = Literal["plain", "chat"]
@@ -163,6 +164,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         simplify_sources(self, "data", "eval_data")
+        # Defaults that follow from other settings; nothing is None any more afterwards.
         from_nothing = self.student == UNTRAINED
         for name, value in (
             ("task", usual_task(self.data)),
@@ -214,8 +216,7 @@ class TrainConfig:
                 + ("name a loss" if not self.distils else "leave measure nothing out")
                 + ", or leave control out"
             )
-        if self.task == "lm" and "chat" in (self.student_template, self.teacher_template):
-            raise SettingError("task lm reads documents as they are; leave the template plain")
+        _check_templates(self.task, self.student_template, self.teacher_template)
         if self.task == "lm" and self.answers == "teacher":
             raise SettingError(
                 "task lm has no prompts that a teacher could answer; take the answers of the data"
@@ -373,6 +374,8 @@ class EvaluateRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be at least 1, got {value}")
+        task = self.task or usual_task(self.data or default_of(TrainConfig, "data"))
+        _check_templates(task, self.template, self.teacher_template)
         of_loss = (self.teacher, self.teacher_template, self.loss_options or None)
         if self.loss is None and any(given is not None for given in of_loss):
             raise SettingError(
@@ -415,13 +418,19 @@ def usual_task(data: str | Sequence[str]) -> str:
     return "lm" if data == "pydocs" else "qa"
 
 
+def _check_templates(task: str, *templates: str | None) -> None:
+    """Refuse a chat on documents, which have no turns."""
+    if task == "lm" and "chat" in templates:
+        raise SettingError("task lm reads documents as they are; leave the template plain")
+
+
 def check_needs(loss: Loss, name: str) -> None:
     """Refuse a loss that needs what training does not give.
 
     Raises:
         SettingError: If there is such a need; the message says what to do instead.
     """
-    lacking = sorted(loss.needs - GIVEN)
+    lacking = sorted(loss.needs - GIVEN_IN_TRAINING)
     if lacking:
         raise SettingError(
             f"the loss {name!r} needs {' and '.join(lacking)}, which ctkd does not give to it in "

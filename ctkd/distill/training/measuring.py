@@ -10,14 +10,13 @@ from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctkd.distill.config import TrainConfig
-from ctkd.distill.data.collator import StoredTeacher, padding_id
+from ctkd.distill.data.collator import StoredTeacher
 from ctkd.distill.data.encoding import EncodedSide
 from ctkd.distill.data.prompts import PromptForm
 from ctkd.distill.data.tasks import Example, get_task
 from ctkd.distill.evaluation.bits import BITS_PER_BYTE, text_bits
 from ctkd.distill.evaluation.evaluate import answer, score_predictions
 from ctkd.distill.evaluation.metrics import METRICS, Prediction, write_predictions
-from ctkd.distill.models.loading import head_width
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.distill.training.curves import plot_curves
@@ -127,10 +126,9 @@ class Measure:
         if name not in self.folder.results:
             bits = text_bits(
                 logits,
+                tokenizer,
                 self.held_out,
                 sides,
-                pad_id=padding_id(tokenizer),
-                vocab_size=min(len(tokenizer), head_width(logits.model)),
                 stored=stored,
                 progress=f"{name}: reading",
             )

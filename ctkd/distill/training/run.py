@@ -100,7 +100,7 @@ def train(
     settings = config.as_dict()
     folder_before = OutputFolder.check(config.folder, settings, resume=resume, overwrite=overwrite)
     if "finished" in folder_before.results:
-        if not OutputFolder.record_of(config.folder)["settings"].get("keep_checkpoints", True):
+        if not folder_before.record["settings"].get("keep_checkpoints", True):
             # A kill may have left some.
             with alone(config.folder):
                 Checkpoints(config.folder, say).remove()
@@ -114,9 +114,12 @@ def train(
         folder.record["date"] = inputs.date
         _check_same_rows(folder, inputs)
         folder.write()
-        if config.control:
-            _prepare_control(config, check=True)
+        # Before hours of training: what stands in its way is found now.
+        control = _control_folder(config) if config.control else None
         _run(config, inputs, folder, device, resume=resume, say=say)
+        if control is not None:
+            _train_control(config, inputs, folder, control, device, say)
+        _finish(config, folder, say)
     return folder
 
 
@@ -233,11 +236,13 @@ def _run(
         measure.losses("losses after", trainer)
         keep_history(folder, trainer)
         _measure_student("student after", measure, inputs, trainer)
-    if config.control:
-        _train_control(config, inputs, folder, device, say)
+
+
+def _finish(config: TrainConfig, folder: OutputFolder, say: Callable[[str], None]) -> None:
+    """Mark a run as finished, and delete what only served to go on with it."""
     folder.keep("finished", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     if not config.keep_checkpoints:
-        trainer.checkpoints.remove()
+        Checkpoints(folder.path, say).remove()
 
 
 def _check_can_be_saved(
@@ -346,10 +351,12 @@ def _remembered(
     passes = config.epochs
     if config.max_steps is not None:
         passes = config.max_steps * config.batch_size * config.grad_accumulation / len(rows)
-    sides = [row.teacher for row in (*rows, *inputs.encoded_held_out.rows) if row.teacher]
     logits = ModelLogits(cast(PreTrainedModel, teacher.to(device)))
+    if passes <= 1 or logits.why_whole is not None:
+        return None
+    sides = [row.teacher for row in (*rows, *inputs.encoded_held_out.rows) if row.teacher]
     needed = memory_bytes(teacher, sides, score_eos=config.score_eos)
-    if passes <= 1 or logits.why_whole is not None or needed > config.teacher_memory * 1e9:
+    if needed > config.teacher_memory * 1e9:
         return None
     say(f"teacher: reading {len(sides)} rows, once; hidden states take {needed / 1e6:.0f} MB")
     return TeacherMemory(
@@ -376,43 +383,44 @@ def _control_of(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _prepare_control(config: TrainConfig, *, check: bool = False) -> OutputFolder:
+def _control_folder(config: TrainConfig) -> OutputFolder:
     """The control's folder below the run's, as it was left if it was begun."""
     control = _control_of(config)
-    way = OutputFolder.check if check else OutputFolder.prepare
     begun = bool(OutputFolder.record_of(control.folder)["settings"])
-    return way(control.folder, control.as_dict(), resume=begun, overwrite=False)
+    return OutputFolder.prepare(control.folder, control.as_dict(), resume=begun, overwrite=False)
 
 
 def _train_control(
     config: TrainConfig,
     inputs: _Inputs,
     folder: OutputFolder,
+    below: OutputFolder,
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
-    """Train the same student on the same rows without the loss."""
+    """Train the same student on the same rows without the loss, in a folder below the run's."""
 
     def say_whose(line: str) -> None:
         say(f"control: {line}")
 
     say("control: training once more, without the loss")
-    below = _prepare_control(config)
     if "finished" not in below.results:
         below.record.update({name: folder.record[name] for name in ("environment", "date")})
         _check_same_rows(below, inputs)
         below.results["student before"] = folder.results["student before"]
         below.write()
         control = _control_of(config)
-        alone = load_models(control, say_whose, teacher=False)
-        if alone.student is None:
+        untrained = load_models(control, say_whose, teacher=False)
+        student = untrained.student
+        if student is None:
             raise ModelError(f"{config.student} was not loaded")
-        make_savable(alone.student, say_whose)
+        make_savable(student, say_whose)
         set_seed(config.seed)
         without = replace(
-            inputs, models=alone, student=alone.student, cache=None, loss=None, pair=None
+            inputs, models=untrained, student=student, cache=None, loss=None, pair=None
         )
         _run(control, without, below, device, resume=True, say=say_whose)
+        _finish(control, below, say_whose)
     folder.keep("control", below.results["student after"])
 
 

@@ -37,7 +37,7 @@ def test_bits_are_those_of_a_loop_whatever_the_batch_and_wherever_they_come_from
     memory = TeacherMemory(logits, sides, pad_id=pad, vocab_size=width)
     for stored in (None, memory):
         found = text_bits(
-            logits, texts, sides, pad_id=pad, vocab_size=width, stored=stored, batch_size=2
+            logits, setup.teacher_tokenizer, texts, sides, stored=stored, batch_size=2
         )
         assert found.bits == pytest.approx(expected, abs=1e-9)
     bytes_ = [len(text.answer.encode()) for text in texts]
@@ -54,10 +54,10 @@ def test_bits_are_those_of_a_loop_whatever_the_batch_and_wherever_they_come_from
 
 def test_columns_past_the_vocabulary_get_no_probability(setup):
     sides = [row.student for row in setup.rows]
-    logits, pad = ModelLogits(setup.student), padding_id(setup.student_tokenizer)
+    logits = ModelLogits(setup.student)
     width = len(setup.student_tokenizer)
     expected = [by_hand(setup.student, side, width) for side in sides]
     setup.student.train()
-    found = text_bits(logits, tiny.examples(5), sides, pad_id=pad, vocab_size=width)
+    found = text_bits(logits, setup.student_tokenizer, tiny.examples(5), sides)
     assert found.bits == pytest.approx(expected, abs=1e-9)
     assert setup.student.training

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-# So that no process has to.
+# The command imports these as it goes: here, so that no fork has to.
 import accelerate  # noqa: F401
 import rouge_score.rouge_scorer  # noqa: F401
 from transformers import LlamaForCausalLM  # noqa: F401
