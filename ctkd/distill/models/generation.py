@@ -9,7 +9,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -28,11 +27,10 @@ from ctkd.distill.models.loading import (
     below_wrappers,
     evaluating,
     reads_padding,
-    supports_logits_to_keep,
 )
 from ctkd.errors import DataError, ModelError, SettingError
 
-__all__ = ["BATCH_SIZE", "Generated", "generate", "reading_order"]
+__all__ = ["BATCH_SIZE", "Generated", "generate"]
 
 BATCH_SIZE = 16
 """Prompts decoded together, unless a number is given."""
@@ -73,9 +71,8 @@ def generate(
     ends is removed, special tokens are left out.
 
     Prompts are padded on the left and masked, so an answer does not depend on its batch, up to
-    rounding. A row leaves its batch soon after it has ended, and what prompts of a batch have in
-    common at their beginning, such as a passage with several questions, is read once. The model
-    comes back as it was: training mode per module, generation config and `config.use_cache` alike.
+    rounding. A row leaves its batch soon after it has ended. The model comes back as it was:
+    training mode per module, generation config and `config.use_cache` alike.
 
     Args:
         model: A decoder-only model; it runs where it lies and in its own dtype.
@@ -83,8 +80,8 @@ def generate(
             token is not needed.
         prompts: Token ids of each prompt, at least one each, ids below the model's vocabulary.
         max_new_tokens: Most tokens per answer, at least 1. The paper uses 150.
-        batch_size: Prompts decoded together, at least 1; see `reading_order`. A model that pays
-            heed to padding answers one prompt after another.
+        batch_size: Prompts decoded together, at least 1. Similar lengths share a batch. A model
+            that pays heed to padding answers one prompt after another.
         stop_at_newline: Whether an answer is a single line.
         ends: Further tokens that end a text, such as the end of a turn, see `PromptForm.ends`.
         progress: Whether to show a bar on stderr; a text is shown as its description.
@@ -126,7 +123,8 @@ def generate(
 
     if batch_size > 1 and reads_padding(model):
         batch_size = 1
-    order = reading_order(prompts)
+    # Longest first: a batch that does not fit in memory fails at once, and the bar speeds up.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [Generated("", True)] * len(prompts)
     bar = tqdm(
         total=len(prompts),
@@ -147,37 +145,6 @@ def generate(
     return texts
 
 
-def reading_order(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Places of prompts: longest first, and those that share half of their tokens side by side.
-
-    A batch that does not fit in memory then fails at once, and bars speed up. The order depends on
-    the prompts alone, not on the order in which they come.
-
-    Example:
-        >>> reading_order([[1, 2], [7, 8, 9], [5], [1, 2, 3, 4]])
-        [3, 0, 1, 2]
-    """
-    alphabetical = sorted(range(len(prompts)), key=lambda index: list(prompts[index]))
-    clusters: list[list[int]] = []
-    for index in alphabetical:
-        if clusters and _begin_alike(prompts[clusters[-1][0]], prompts[index]):
-            clusters[-1].append(index)
-        else:
-            clusters.append([index])
-    for cluster in clusters:
-        cluster.sort(key=lambda index: -len(prompts[index]))
-    clusters.sort(key=lambda cluster: -len(prompts[cluster[0]]))
-    return [index for cluster in clusters for index in cluster]
-
-
-def _begin_alike(one: Sequence[int], other: Sequence[int]) -> bool:
-    return 2 * _shared([one, other]) >= max(len(one), len(other))
-
-
-def _shared(prompts: Sequence[Sequence[int]]) -> int:
-    return len(commonprefix([list(prompt) for prompt in prompts]))
-
-
 def _continued(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -189,7 +156,7 @@ def _continued(
     """Tokens that follow each prompt; those behind the last one of a text are any."""
     rows_can_leave = _has_plain_cache(model)
     ids, mask = _left_padded(prompts, padding, model.device)
-    cache = _read_ahead(model, prompts) if rows_can_leave else None
+    cache = None
     written: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     some = copy.copy(greedy)
@@ -230,56 +197,6 @@ def _has_plain_cache(model: PreTrainedModel) -> bool:
         return False
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
-def _read_ahead(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> DynamicCache | None:
-    """Keys and values of all but the last few tokens of each prompt, padded on the left.
-
-    What neighbors have in common is read once. As many tokens of each are left to be read as lets
-    all rows go on side by side; None where that saves little.
-    """
-    clusters: list[list[Sequence[int]]] = []
-    for prompt in prompts:
-        if clusters and _begin_alike(clusters[-1][0], prompt):
-            clusters[-1].append(prompt)
-        else:
-            clusters.append([prompt])
-    # Of a prompt that shares nothing, all but the last token may be read ahead.
-    shared = [min(_shared(one), min(map(len, one)) - 1) for one in clusters]
-    last = max(
-        len(prompt) - common for one, common in zip(clusters, shared, strict=True) for prompt in one
-    )
-    ahead = [max(map(len, one)) - last for one in clusters]
-    widest, shortest = max(map(len, prompts)), min(map(len, prompts))
-    if shortest <= last:
-        return None
-    if 4 * (len(clusters) * max(ahead) + len(prompts) * last) > 3 * len(prompts) * widest:
-        return None
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if any(layer.is_sliding and layer.sliding_window <= max(ahead) for layer in cache.layers):
-        return None
-    # Padded on the right: nothing that comes before it sees it.
-    ids = torch.zeros(len(clusters), max(ahead), dtype=torch.long)
-    for row, (one, length) in enumerate(zip(clusters, ahead, strict=True)):
-        ids[row, :length] = torch.tensor(one[0][:length])
-    ids = ids.to(model.device)
-    one_logit = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
-    model(input_ids=ids, past_key_values=cache, use_cache=True, **one_logit)
-    if cache.get_seq_length() != max(ahead):
-        return None
-    lengths = torch.tensor([len(prompt) - last for prompt in prompts], device=ids.device)
-    source = torch.tensor(
-        [number for number, one in enumerate(clusters) for _ in one], device=ids.device
-    )[:, None]
-    width = widest - last
-    column = torch.arange(width, device=ids.device) - (width - lengths)[:, None]
-    column = column.clamp_min(0)
-    for layer in cache.layers:
-        layer.keys = layer.keys[source, :, column].transpose(1, 2)
-        layer.values = layer.values[source, :, column].transpose(1, 2)
-        if layer.is_sliding:
-            layer.cumulative_length = width
-    return cache
 
 
 class _NewlineSeen(StoppingCriteria):  # type: ignore[misc]

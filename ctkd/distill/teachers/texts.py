@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctkd.distill.models.generation import Generated, generate, reading_order
+from ctkd.distill.models.generation import Generated, generate
 from ctkd.errors import OutputError
 
 __all__ = ["TeacherTexts"]
@@ -96,10 +96,9 @@ class TeacherTexts:
         Raises:
             OutputError: If the file cannot be written.
         """
-        # Equal prompts have one answer.
+        # Equal prompts have one answer; longest first, as memory is needed most then.
         distinct = {self._key(prompt): prompt for prompt in prompts}
-        keys = list(distinct)
-        order = [keys[place] for place in reading_order(list(distinct.values()))]
+        order = sorted(distinct, key=lambda key: (-len(distinct[key]), key))
         groups = [order[start : start + _GROUP] for start in range(0, len(order), _GROUP)]
         if all(key in self._texts for key in order):
             return
