@@ -16,9 +16,9 @@ _EXAMPLES = """
 \b
 Examples:
   ctkd cache --output teacher-cache
-  ctkd cache --teacher runs/teacher --data rows.jsonl --k 512 --output teacher-cache
   ctkd train --loss multilevelot --teacher-cache teacher-cache
-  ctkd cache --texts all --output teacher-cache    for ctkd train --answers teacher
+  ctkd cache --student my-model --teacher runs/teacher --data rows.jsonl --k 512 --output rows-cache
+  ctkd cache --student my-model --data rows.jsonl --texts all --output with-answers
 """
 # Settings of a run on which the contents of a cache depend, and those of reading the teacher.
 _OF_RUN = (

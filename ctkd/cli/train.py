@@ -14,12 +14,12 @@ __all__ = ["train"]
 _EXAMPLES = """
 \b
 Examples:
-  ctkd train --loss multilevelot
-  ctkd train --loss uld --kd-weight 1.5 --data rows.jsonl --epochs 3
+  ctkd train
   ctkd train --loss multilevelot --loss-option k=20 --loss-option matching=greedy
-  ctkd train --loss sft --student gemma-3-270m --output runs/teacher
+  ctkd train --loss sft --student gemma-3-270m --data rows.jsonl --output runs/teacher
+  ctkd train --loss uld --kd-weight 1.5 --student my-model --teacher runs/teacher --data rows.jsonl
   ctkd train --loss uld --teacher-cache teacher-cache
-  ctkd train --loss sft --answers teacher
+  ctkd train --loss sft --answers teacher --student my-model --data rows.jsonl
   ctkd train --config run.yaml --seed 1
 """
 

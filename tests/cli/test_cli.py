@@ -252,7 +252,7 @@ def test_the_version_is_shown():
     ("words", "lines"),
     [
         ([], ["Start here:", "  ctkd train                          a small model learns"]),
-        (["train"], ["Examples:", "  ctkd train --loss multilevelot\n", "--overwrite  "]),
+        (["train"], ["Examples:", "  ctkd train\n", "--overwrite  "]),
         (["evaluate"], ["Examples:", "  ctkd evaluate --predictions answers.jsonl\n"]),
         (["losses"], ["Examples:", "  ctkd losses multilevelot\n"]),
     ],

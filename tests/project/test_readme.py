@@ -65,6 +65,23 @@ def test_checks_run_as_the_readme_says():
     assert "-c constraints.txt" in SHELL[0] and "ctkd train --loss shared_kl" in SHELL[0]
 
 
+def test_examples_of_training_are_no_runs_that_are_refused():
+    from ctkd.cli import main
+    from ctkd.cli.options import given
+    from ctkd.distill.config import UNTRAINED, TrainConfig
+    from ctkd.distill.data.tasks import get_task
+
+    helps = [command.epilog or "" for command in main.commands.values()]
+    lines = "\n".join([*SHELL[2:], *helps]).replace("\\\n", " ").splitlines()
+    examples = [line.partition("#")[0].split() for line in lines if "ctkd train" in line]
+    assert len(examples) > 8
+    for words in examples:
+        command = main.commands["train"]
+        options = command.make_context("train", words[2:], help_option_names=["-h"]).params
+        config = TrainConfig.from_mapping(given(options, TrainConfig))
+        assert config.student != UNTRAINED or not get_task(config.task).answered, words
+
+
 def test_options_in_the_readme_exist():
     from ctkd.cli import main
 

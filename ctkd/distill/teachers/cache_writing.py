@@ -162,14 +162,15 @@ def _write(
     written = TeacherTexts(
         folder / TEXTS_FILE, max_new_tokens=config.max_new_tokens, one_line=one_line
     )
-    if taught or settings.texts == "all":
+    answered = get_task(config.task).answered
+    if taught or (settings.texts == "all" and answered):
         chosen, prompts = answerable(config, models, training, forms, "training", say)
         written.complete(
             prompts, teacher.with_tokenizer, ends=ends, progress="teacher, training prompts"
         )
         if taught:
             training = answered_by_teacher(chosen, prompts, written, say)
-    if settings.texts != "none" and get_task(config.task).answered:
+    if settings.texts != "none" and answered:
         _, prompts = answerable(config, models, held_out, forms, "held-out", say)
         written.complete(
             prompts, teacher.with_tokenizer, ends=ends, progress="teacher, held-out prompts"
