@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ctkd.cli.options import config_option, options_of, quieten, read_settings, say, show
-from ctkd.compare.plan.config import DEMONSTRATION, NOT_SHARED, SAVE_STEPS, CompareConfig
+from ctkd.compare.plan.config import NOT_SHARED, SAVE_STEPS, CompareConfig
 from ctkd.distill.config import TrainConfig
 
 __all__ = ["compare"]
@@ -18,10 +18,11 @@ _EXAMPLES = """
 \b
 Examples:
   ctkd compare
-  ctkd compare --losses sft,seqkd,uld,mined,multilevelot --seeds 3 --data rows.jsonl
+  ctkd compare --losses sft,seqkd,uld,mined --seeds 3 --student smollm2-135m-instruct \\
+      --teacher gemma-3-270m --data rows.jsonl
   ctkd compare --losses sft,uld:kd_weight=0.15,uld:kd_weight=1.5
   ctkd compare --losses sft,strong=uld:kd_weight=1.5:top_k=64 --teacher-cache teacher-cache
-  ctkd compare --losses sft,uld --sweep sft.learning_rate=5e-5,1e-4 --sweep uld.kd_weight=0.15,1.5
+  ctkd compare --losses sft,uld --sweep sft.learning_rate=1e-3,2e-3 --sweep uld.kd_weight=0.15,1.5
   ctkd compare --config compare.yaml --format json
 """
 # Settings of a method, or of one run's folder, besides those that a comparison sets.
@@ -29,7 +30,7 @@ _NOT_OPTIONS = {*NOT_SHARED, "ce_weight", "score_eos", "keep_checkpoints", "repo
 _SHARED = [one.name for one in fields(TrainConfig) if one.name not in _NOT_OPTIONS]
 _HELP = {
     "eval_data": "The test split. Default: a part of --data, by passage.",
-    "eval_limit": "Most examples of a split that are answered.",
+    "eval_limit": "Most examples of a split that are measured.",
     "seed": "The first of the seeds.",
     "save_steps": "Steps between checkpoints: the most that a run repeats after a kill.",
 }
@@ -37,7 +38,7 @@ _HELP = {
 
 @click.command(epilog=_EXAMPLES)
 @options_of(CompareConfig)
-@options_of(TrainConfig, _SHARED, help=_HELP, defaults={"save_steps": SAVE_STEPS, **DEMONSTRATION})
+@options_of(TrainConfig, _SHARED, help=_HELP, defaults={"save_steps": SAVE_STEPS})
 @config_option
 @click.option(
     "--format",
@@ -51,7 +52,7 @@ def compare(config_file: str | None, form: str, **options: Any) -> None:
     """Train one student with several losses on equal terms, and report how they did.
 
     Stopped at any moment, the same command goes on where it was; losses and seeds may be added.
-    Without --data, --max-steps and --epochs it is a demonstration of at most 30 steps.
+    Without --data it is a demonstration on embedded texts.
     """
     quieten()
     from ctkd.compare.report.report import as_json, terminal

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctkd.distill.config import TrainConfig
+from ctkd.distill.config import UNTRAINED, TrainConfig
 from ctkd.distill.data.encoding import EncodedExamples, EncodedSide, encode_examples
 from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PromptForm, choose_shots
@@ -31,6 +31,7 @@ __all__ = [
     "Models",
     "answerable",
     "answered_by_teacher",
+    "check_student",
     "encode",
     "load_examples",
     "load_models",
@@ -149,6 +150,19 @@ def load_models(
     return Models(student_model, student_tokenizer, model, teacher_tokenizer, pair, width)
 
 
+def check_student(config: TrainConfig) -> None:
+    """Refuse to teach random weights what they cannot learn.
+
+    Raises:
+        SettingError: If the task asks them to answer.
+    """
+    if config.student == UNTRAINED and get_task(config.task).answered:
+        raise SettingError(
+            f"{UNTRAINED} begins from random weights and cannot learn to answer in a short run; "
+            f"name a --student, such as smollm2-135m-instruct, or train it on texts (--task lm)"
+        )
+
+
 def teacher_dtype(config: TrainConfig) -> torch.dtype:
     """The dtype in which the teacher is asked, live or for a cache."""
     return torch.float32 if config.dtype == "float32" else torch.bfloat16
@@ -232,10 +246,10 @@ def encode(
     forms: Forms,
     what: str,
     say: Callable[[str], None],
-    *,
-    reserved: int = 0,
 ) -> EncodedExamples:
     """Tokenize examples for all sides, align them, and report what was lost.
+
+    Held-out rows leave models room to answer, if the task asks for answers.
 
     Args:
         config: The settings.
@@ -244,14 +258,14 @@ def encode(
         forms: The prompt form of each side.
         what: "training" or "held-out", for the report.
         say: Prints one line of progress.
-        reserved: Positions to keep free behind each row.
     """
+    answered = what == "held-out" and get_task(config.task).answered
     encoded = encode_examples(
         chosen,
         models.student_tokenizer,
         # A teacher that only wrote the answers scores nothing.
         models.teacher_tokenizer if config.distils else None,
-        max_length=_longest(config, models, reserved),
+        max_length=_longest(config, models, config.max_new_tokens if answered else 0),
         score_eos=config.score_eos,
         # The references of a held-out row are whole answers.
         on_long=config.on_long if what == "training" else "drop",

@@ -133,10 +133,10 @@ def test_markdown_is_the_report(given):
     ("words", "said"),
     [
         (["--losses", "sft,udl"], "unknown loss 'udl', did you mean 'uld'?"),
-        (["--sweep", "uld.kd_weight=1,2"], "add --sweep sft.learning_rate=5e-05,0.0001"),
+        (["--sweep", "uld.kd_weight=1,2"], "add --sweep sft.learning_rate=0.002,0.004"),
         (["--sweep", "uld"], "a sweep is METHOD.SETTING=VALUE,VALUE"),
         (["--column", "id"], "a column is FIELD=COLUMN"),
-        (["--metric", "bleu"], "unknown metric 'bleu'"),
+        (["--metric", "bleu"], "task lm has no metric 'bleu'"),
         (["--config", "nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
         (["--on-long", "cut"], "use drop or refuse"),
     ],

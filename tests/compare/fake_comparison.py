@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from ctkd.compare.records import TEACHER, UNTRAINED, Answer, Comparison, Record
-from ctkd.distill.evaluation.metrics import METRICS
+from ctkd.distill.evaluation.metrics import ANSWER_METRICS
 
 METHODS = ("sft", "uld kd_weight=1.5", "mined", "multilevelot")
 WORDS = (
@@ -144,7 +144,9 @@ def _record(
     method: str, quality: float, seed: int | None, *, examples: list[Answer], salt: str
 ) -> Record:
     answers = tuple(_answer(one, quality, f"{salt} {method} {seed}") for one in examples)
-    metrics = {name: math.fsum(a.scores[name] for a in answers) / len(answers) for name in METRICS}
+    metrics = {
+        name: math.fsum(a.scores[name] for a in answers) / len(answers) for name in ANSWER_METRICS
+    }
     return Record(
         key=f"{method} seed={seed}",
         method=method,

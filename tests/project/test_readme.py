@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,19 +68,26 @@ def test_checks_run_as_the_readme_says():
 
 def test_examples_of_training_are_no_runs_that_are_refused():
     from ctkd.cli import main
-    from ctkd.cli.options import given
-    from ctkd.distill.config import UNTRAINED, TrainConfig
-    from ctkd.distill.data.tasks import get_task
+    from ctkd.cli.options import read_settings
+    from ctkd.compare.plan.config import CompareConfig
+    from ctkd.distill.config import TrainConfig
+    from ctkd.distill.preparing import check_student
+
+    def settings(command: str, words: list[str], *kinds: type) -> dict[str, Any]:
+        context = main.commands[command].make_context(command, words, help_option_names=["-h"])
+        return read_settings(None, context.params, *kinds)
 
     helps = [command.epilog or "" for command in main.commands.values()]
     lines = "\n".join([*SHELL[2:], *helps]).replace("\\\n", " ").splitlines()
-    examples = [line.partition("#")[0].split() for line in lines if "ctkd train" in line]
-    assert len(examples) > 8
-    for words in examples:
-        command = main.commands["train"]
-        options = command.make_context("train", words[2:], help_option_names=["-h"]).params
-        config = TrainConfig.from_mapping(given(options, TrainConfig))
-        assert config.student != UNTRAINED or not get_task(config.task).answered, words
+    examples = [line.partition("#")[0].split() for line in lines if re.match(" *ctkd", line)]
+    trained = [words[2:] for words in examples if words[1] == "train"]
+    compared = [words[2:] for words in examples if words[1] == "compare"]
+    assert len(trained) > 8 and len(compared) > 6
+    for words in trained:
+        check_student(TrainConfig.from_mapping(settings("train", words, TrainConfig)))
+    for words in compared:
+        given_settings = settings("compare", words, CompareConfig, TrainConfig)
+        check_student(CompareConfig.from_mapping(given_settings).base)
 
 
 def test_options_in_the_readme_exist():

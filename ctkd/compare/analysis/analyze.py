@@ -26,7 +26,7 @@ from ctkd.compare.analysis.statistics import (
     smallest_detectable_difference,
 )
 from ctkd.compare.records import Comparison, Record
-from ctkd.distill.evaluation.metrics import METRICS
+from ctkd.distill.evaluation.metrics import METRICS, Metric
 from ctkd.errors import DataError, SettingError
 
 __all__ = ["Analysis", "Difference", "MethodResult", "analyze", "listed", "sentences_of"]
@@ -42,7 +42,7 @@ class Difference:
     """A method minus the baseline, over the seeds that both have.
 
     Args:
-        mean: Of the seed-averaged differences over all examples; above 0 is better.
+        mean: Of the seed-averaged differences over all examples, in the metric's unit.
         seeds: Those that both have, ascending.
         seed_means: Mean over examples for each of `seeds`.
         interval: From the bootstrap over groups, not adjusted; None if it cannot be given. It
@@ -194,7 +194,8 @@ def analyze(
     for method, one in differences.items():
         detectable = _detectable(boots[method], alpha, comparisons) if can_decide else None
         differences[method] = replace(one, smallest_detectable=detectable)
-    differences |= _tested({name: (boots[name], differences[name]) for name in tested}, alpha)
+    family = {name: (boots[name], differences[name]) for name in tested}
+    differences |= _tested(family, alpha, METRICS[metric].sign)
 
     def result(runs: Sequence[Record], difference: Difference | None = None) -> MethodResult:
         interval = bootstrap(_seed_averaged(runs, metric)).interval(1 - alpha)
@@ -249,7 +250,9 @@ def _untested(boot: Bootstrap, seeds: tuple[int, ...], each: Scores, level: floa
     )
 
 
-def _tested(family: dict[str, tuple[Bootstrap, Difference]], alpha: float) -> dict[str, Difference]:
+def _tested(
+    family: dict[str, tuple[Bootstrap, Difference]], alpha: float, sign: int
+) -> dict[str, Difference]:
     """Differences with Holm's decision over all of them."""
     p_values = [boot.p_value or 1.0 for boot, _ in family.values()]
     decided = {}
@@ -259,7 +262,7 @@ def _tested(family: dict[str, tuple[Bootstrap, Difference]], alpha: float) -> di
         interval = boot.interval(level)
         verdict: Verdict = "undecided"
         if interval is not None and interval.excludes_zero:
-            verdict = "better" if interval.low > 0 else "worse"
+            verdict = "better" if sign * interval.low > 0 else "worse"
         decided[name] = replace(
             one,
             p_value=p_value,
@@ -381,7 +384,7 @@ def sentences_of(analysis: Analysis) -> list[str]:
         if result.difference is not None
     }
     lines = [
-        f"{METRICS[analysis.metric]} over {_count(analysis.examples, 'held-out example')} in "
+        f"{METRICS[analysis.metric].title} over {_count(analysis.examples, 'held-out example')} in "
         f"{_count(analysis.clusters, 'cluster')} (examples about one text), "
         f"{_count(len(analysis.seeds), 'seed')}, differences taken to {baseline}."
     ]
@@ -395,7 +398,7 @@ def sentences_of(analysis: Analysis) -> list[str]:
     if differences and not analysis.is_demonstration:
         lines += _verdicts(analysis, differences)
         lines += _over_seeds(analysis, differences)
-        lines += _disagreements(differences)
+        lines += _disagreements(differences, METRICS[analysis.metric])
     lines += _missing_seeds(analysis, differences)
     if differences and not analysis.is_demonstration:
         lines.append(
@@ -431,10 +434,11 @@ def _detectable_sentence(analysis: Analysis, differences: Sequence[Difference]) 
             "What this design could detect cannot be estimated: no difference to "
             f"{analysis.baseline} varies between clusters."
         )
-    low, high = f"{detectable[0]:.1f}", f"{detectable[-1]:.1f}"
-    points = f"{low} points or more"
+    metric = METRICS[analysis.metric]
+    low, high = f"{detectable[0]:.{metric.digits}f}", f"{detectable[-1]:.{metric.digits}f}"
+    points = f"{low} {metric.unit} or more"
     if low != high:
-        points = f"{low} to {high} points or more, depending on the method"
+        points = f"{low} to {high} {metric.unit} or more, depending on the method"
     design = "Several seeds on these examples" if analysis.is_demonstration else "This design"
     return (
         f"{design} could detect true differences of about {points} "
@@ -476,7 +480,7 @@ def _verdicts(analysis: Analysis, differences: Mapping[str, Difference]) -> list
 def _over_seeds(analysis: Analysis, differences: Mapping[str, Difference]) -> list[str]:
     """Intervals over seeds, which the verdicts do not count."""
     intervals = [
-        f"{name} {one.seed_interval.low:+.1f} to {one.seed_interval.high:+.1f}"
+        f"{name} {_ends(one.seed_interval, METRICS[analysis.metric])}"
         for name, one in differences.items()
         if one.seed_interval is not None
     ]
@@ -489,14 +493,18 @@ def _over_seeds(analysis: Analysis, differences: Mapping[str, Difference]) -> li
     ]
 
 
-def _disagreements(differences: Mapping[str, Difference]) -> list[str]:
+def _ends(interval: Interval, metric: Metric) -> str:
+    return f"{interval.low:+.{metric.digits}f} to {interval.high:+.{metric.digits}f}"
+
+
+def _disagreements(differences: Mapping[str, Difference], metric: Metric) -> list[str]:
     """Where the interval over examples and the one over seeds say different things."""
     lines = []
     for name, one in differences.items():
         spread = one.seed_interval
         if spread is None or one.verdict == "not tested":
             continue
-        ends = f"over {_count(len(one.seeds), 'seed')} ({spread.low:+.1f} to {spread.high:+.1f})"
+        ends = f"over {_count(len(one.seeds), 'seed')} ({_ends(spread, metric)})"
         if one.verdict == "undecided" and spread.excludes_zero:
             lines.append(
                 f"{name} is undecided by the examples, although its interval {ends} excludes 0: "

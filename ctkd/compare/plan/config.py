@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,34 +18,26 @@ from ctkd.compare.plan.methods import (
 )
 from ctkd.distill.config import SFT, TrainConfig, simplify_sources
 from ctkd.distill.data.tasks import get_task
-from ctkd.distill.evaluation.metrics import METRICS
 from ctkd.distill.options import option
 from ctkd.errors import CtkdError, SettingError
+from ctkd.loss import Loss
 from ctkd.settings import check_count
+from ctkd.tokenizers import Pair
 
 __all__ = [
     "DEFAULT_LOSSES",
-    "DEMONSTRATION",
-    "DEMONSTRATION_STEPS",
     "NOT_SHARED",
     "SAVE_STEPS",
     "CompareConfig",
 ]
 
-DEFAULT_LOSSES = ("sft", "uld", "mined", "multilevelot")
+DEFAULT_LOSSES = ("sft", "uld", "multilevelot", "shared_kl")
 
 SAVE_STEPS = 20
 """Steps between checkpoints, unless they are given: the most that a kill makes repeated."""
 
-DEMONSTRATION_STEPS = 30
-"""Most steps on the embedded data, unless a length is given: it takes two cores half an hour."""
-
-DEMONSTRATION = {
-    "student": "smollm2-135m-instruct",
-    "teacher": "gemma-3-270m",
-    "data": "pocketqa",
-}
-"""Models and data of a comparison that is given none."""
+TOP_K = 256
+"""Entries that a cache keeps per position, unless they are given."""
 
 NOT_SHARED = {
     "loss": "name the losses in losses",
@@ -67,10 +59,9 @@ class CompareConfig:
 
     Each field's help says what it is for. `common` holds the settings of `TrainConfig` that all
     runs share: ``eval_data`` is the test split, ``eval_limit`` the most examples of each split that
-    are answered, and ``save_steps`` is `SAVE_STEPS` unless it is given. Without data of your own,
-    ``max_steps`` and ``epochs``, a run ends after a pass or `DEMONSTRATION_STEPS`. The sweep is a
-    mapping, ``{"uld.kd_weight": (0.15, 1.5)}``. The method "seqkd" leaves out the rows to which the
-    teacher writes nothing.
+    are measured, and ``save_steps`` is `SAVE_STEPS` unless it is given. The sweep is a mapping,
+    ``{"uld.kd_weight": (0.15, 1.5)}``. The method "seqkd" leaves out the rows to which the teacher
+    writes nothing.
 
     Raises:
         SettingError: If a setting is unknown or out of range, or methods would be tried with
@@ -100,7 +91,9 @@ class CompareConfig:
         None, "Method that the others are compared with.", unset="sft, else the first"
     )
     metric: str | None = option(
-        None, "f1, exact_match or rouge_lsum.", unset="f1 for qa, else rouge_lsum"
+        None,
+        "f1, exact_match or rouge_lsum; bits_per_byte for lm.",
+        unset="f1 for qa, bits_per_byte for lm, else rouge_lsum",
     )
     common: dict[str, Any] = field(default_factory=dict)
     dev_data: str | list[str] | None = option(
@@ -112,15 +105,18 @@ class CompareConfig:
     output: str = option("comparison", "Folder of the comparison.")
     cache: str | None = option(
         None,
-        "Folder of `ctkd cache`. Default: one is made in the output.",
+        "Folder of `ctkd cache`. Default: one is made in the output, unless the teacher is live.",
         flag="--teacher-cache",
     )
     live_teacher: bool = option(
         False,
-        "Ask the teacher at every step, for losses that need whole rows of its logits.",
+        "Ask the teacher itself. So it is anyway if a loss needs whole rows of its logits and "
+        "there is neither a cache nor --top-k.",
         flag="--live-teacher",
     )
-    top_k: int = option(256, "Largest logits that the cache keeps per position.")
+    top_k: int | None = option(
+        None, "Largest logits that the cache keeps per position.", unset=f"{TOP_K}"
+    )
     curve_points: int = option(4, "Held-out losses while training, at most.")
     published: tuple[str, ...] = option(
         (),
@@ -153,10 +149,11 @@ class CompareConfig:
                 f"the baseline {self.baseline!r} is not compared"
                 f"{did_you_mean(self.baseline or '', names)}; methods: {', '.join(names)}"
             )
-        if self.metric is not None and self.metric not in METRICS:
+        metrics = get_task(self.base.task).metrics
+        if self.metric is not None and self.metric not in metrics:
             raise SettingError(
-                f"unknown metric {self.metric!r}{did_you_mean(self.metric, METRICS)}; "
-                f"metrics: {', '.join(METRICS)}"
+                f"task {self.base.task} has no metric {self.metric!r}"
+                f"{did_you_mean(self.metric, metrics)}; metrics: {', '.join(metrics)}"
             )
         check_equal_trials(methods, self.base.learning_rate)
         for method in methods:
@@ -227,7 +224,22 @@ class CompareConfig:
     @property
     def metric_name(self) -> str:
         """The metric that methods are compared by."""
-        return self.metric or ("f1" if self.base.task == "qa" else "rouge_lsum")
+        return self.metric or get_task(self.base.task).metrics[0]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether losses ask the teacher itself, and no cache of its logits."""
+        if self.live_teacher or self.cache is not None or self.top_k is not None:
+            return self.live_teacher
+        return any(loss.teacher_needs == "rows" for _, loss in self.made_losses())
+
+    def made_losses(self, pair: Pair | None = None) -> Iterator[tuple[str, Loss]]:
+        """Every loss of every trial, with a name for messages."""
+        for method in self.methods:
+            for varied in method.points() if method.distils else []:
+                loss = self.train_config(method, varied, self.seed_values[0]).make_loss(pair)
+                if loss is not None:
+                    yield method.name, loss
 
     @property
     def baseline_name(self) -> str:
@@ -257,14 +269,8 @@ class CompareConfig:
         return TrainConfig(**{**self._shared, **method.training(varied), "seed": seed, **places})
 
     @property
-    def most_steps(self) -> int | None:
-        """Bound on the steps of a run that nobody has given a length."""
-        is_demonstration = not {"data", "max_steps", "epochs"} & self.common.keys()
-        return DEMONSTRATION_STEPS if is_demonstration else None
-
-    @property
     def _shared(self) -> dict[str, Any]:
-        return {"save_steps": SAVE_STEPS, "control": False, **DEMONSTRATION, **self.common}
+        return {"save_steps": SAVE_STEPS, "control": False, **self.common}
 
     def _check_types(self) -> None:
         for name in ("losses", "published"):
@@ -277,8 +283,8 @@ class CompareConfig:
             value = getattr(self, name)
             if not isinstance(value, dict) or not all(isinstance(one, str) for one in value):
                 raise SettingError(f"{name} must be a mapping of names to values, got {value!r}")
-        for name in ("seeds", "top_k"):
-            check_count(name, getattr(self, name))
+        check_count("seeds", self.seeds)
+        check_count("top_k", TOP_K if self.top_k is None else self.top_k)
         points = self.curve_points
         if isinstance(points, bool) or not isinstance(points, int) or points < 0:
             raise SettingError(f"curve_points must be a whole number of at least 0, got {points!r}")
@@ -310,11 +316,6 @@ class CompareConfig:
                     f"known: {', '.join(one for one in names if one not in NOT_SHARED)}"
                 )
         base = self.base
-        if not get_task(base.task).answered:
-            raise SettingError(
-                f"a comparison measures answers, and task {base.task} asks no questions; train "
-                "with `ctkd train` on it, or compare on another task"
-            )
         if base.on_long == "cut":
             raise SettingError(
                 "on_long cut would cut rows at other places for sft than for a loss with a "

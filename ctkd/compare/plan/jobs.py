@@ -20,6 +20,7 @@ from ctkd.compare.plan.methods import Method
 from ctkd.compare.plan.splits import COLUMNS, Splits
 from ctkd.compare.records import Record
 from ctkd.distill.config import TrainConfig
+from ctkd.distill.evaluation.metrics import METRICS
 from ctkd.errors import SettingError
 from ctkd.registry import describe
 
@@ -90,7 +91,8 @@ class Plan:
         splits: Its rows.
         fingerprints: Of what else the results depend on: "student" and "teacher".
         cache: Folder of the teacher cache that runs with a teacher use; None for a live teacher.
-        texts: Folder of the teacher cache that holds what the teacher wrote.
+        texts: Folder of the teacher cache that holds what the teacher wrote; None if it writes
+            nothing.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class Plan:
         fingerprints: Mapping[str, str],
         *,
         cache: Path | None,
-        texts: Path,
+        texts: Path | None,
     ) -> None:
         self.config = config
         self.splits = splits
@@ -228,7 +230,8 @@ def best_trial(trials: Sequence[Record], metric: str) -> Record:
 
     def quality(record: Record) -> tuple[float, float]:
         ce = record.losses.get("ce", math.nan)
-        return record.metrics[metric], -math.inf if math.isnan(ce) else -ce
+        best = METRICS[metric].gain(0.0, record.metrics[metric])
+        return best, -math.inf if math.isnan(ce) else -ce
 
     return max(trials, key=quality)
 
@@ -273,5 +276,4 @@ def _steps(config: CompareConfig, rows: int) -> int:
     if base.max_steps is not None:
         return base.max_steps
     batches = math.ceil(rows / base.batch_size)
-    steps = math.ceil(math.ceil(batches / base.grad_accumulation) * base.epochs)
-    return steps if config.most_steps is None else min(steps, config.most_steps)
+    return math.ceil(math.ceil(batches / base.grad_accumulation) * base.epochs)

@@ -25,7 +25,7 @@ from ctkd.errors import DataError, OutputError
 __all__ = ["COLUMNS", "CURVE_ROWS", "Split", "Splits", "prepare_splits"]
 
 CURVE_ROWS = 32
-COLUMNS = {"id": "id", "group": "group"}
+COLUMNS = {"id": "id", "group": "group", "ends": "ends"}
 """Columns of the files written here that a run has to map."""
 
 Say = Callable[[str], None]
@@ -37,7 +37,7 @@ class Split:
 
     Args:
         name: Of the split.
-        path: The file, JSON Lines with ``id``, ``group`` and the fields of the task.
+        path: The file, JSON Lines with ``id``, ``group``, ``ends`` and the fields of the task.
         examples: What the file holds.
         fingerprint: SHA-256 of the file.
         cut: What it was cut to, "first 200 of 5,000"; None where all rows were taken.
@@ -149,6 +149,10 @@ def _cut(
 def _load(source: Source, base: TrainConfig, say: Say, *, held_out: bool = False) -> list[_Row]:
     rows = read_rows(source, base.task, base.columns, say=say, held_out=held_out)
     parsed = examples(rows, base.task, base.columns)
+    task = get_task(base.task)
+    if task.window:
+        # Each part of a document is a row of its own.
+        return [_Row(example, {task.target: example.answer}) for example in parsed]
     return [
         _Row(example, _fields(base, row, example))
         for row, example in zip(rows, parsed, strict=True)
@@ -187,10 +191,7 @@ def _readable_training(
 def _readable(
     teacher_base: TrainConfig, models: Models, rows: list[_Row], forms: Forms, what: str, say: Say
 ) -> list[_Row]:
-    reserved = teacher_base.max_new_tokens if what == "held-out" else 0
-    encoded = encode(
-        teacher_base, models, [row.example for row in rows], forms, what, say, reserved=reserved
-    )
+    encoded = encode(teacher_base, models, [row.example for row in rows], forms, what, say)
     kept = {row.id for row in encoded.rows}
     readable = [row for row in rows if row.example.id in kept]
     if not readable:
@@ -221,6 +222,7 @@ def _write(
             {
                 "id": row.example.id if ids else str(number),
                 "group": row.example.group,
+                "ends": row.example.ends,
                 **row.fields,
             },
             ensure_ascii=False,

@@ -24,7 +24,7 @@ from ctkd.compare.report.drawing import (
     svg_text,
     tell,
 )
-from ctkd.compare.report.tables import decimal
+from ctkd.compare.report.tables import decimal, metric_value
 from ctkd.distill.evaluation.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -269,13 +269,14 @@ def metric_intervals(comparison: Comparison, analysis: Analysis) -> str:
             seeds, [row + 0.3] * len(seeds), linestyle="", marker="o", markersize=4.5,
             markerfacecolor="none", color=color,
         )  # fmt: skip
-    title = METRICS[comparison.metric]
+    metric = METRICS[comparison.metric]
+    title = metric.title if metric.sign > 0 else f"{metric.title} (less is better)"
     dress(axes, "", across=f"{title} on the held-out test split")
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     _name_rows(axes, comparison, results)
     for row, result in enumerate(results):
-        _value_beside(axes, row, result)
-    _draw_references(axes, analysis.references)
+        _value_beside(axes, row, result, comparison.metric)
+    _draw_references(axes, analysis.references, comparison.metric)
     heading = f"{title}: mean (diamond), 95 % interval (bar), seeds (circles)"
     axes.set_title(heading, loc="left", color=INK, fontsize=11, fontweight="bold", pad=36)
     return svg_text(figure, "metric")
@@ -293,17 +294,18 @@ def _name_rows(axes: Any, comparison: Comparison, results: Sequence[MethodResult
     axes.set_ylim(len(results) - 0.4, -0.6)
 
 
-def _value_beside(axes: Any, row: int, result: MethodResult) -> None:
-    text = f"{result.mean:.1f}"
+def _value_beside(axes: Any, row: int, result: MethodResult, metric: str) -> None:
+    text = metric_value(result.mean, metric)
     if result.interval is not None:
-        text += f" [{result.interval.low:.1f}, {result.interval.high:.1f}]"
+        low, high = result.interval.low, result.interval.high
+        text += f" [{metric_value(low, metric)}, {metric_value(high, metric)}]"
     axes.text(
         1.02, row, text, transform=axes.get_yaxis_transform(), color=INK, fontsize=9,
         fontweight="bold", va="center",
     )  # fmt: skip
 
 
-def _draw_references(axes: Any, references: Sequence[MethodResult]) -> None:
+def _draw_references(axes: Any, references: Sequence[MethodResult], metric: str) -> None:
     low, high = axes.get_xlim()
     values = [one.mean for one in references if math.isfinite(one.mean)]
     low, high = min([low, *values]), max([high, *values])
@@ -317,7 +319,7 @@ def _draw_references(axes: Any, references: Sequence[MethodResult]) -> None:
         axes.axvline(result.mean, color=color, linewidth=1.3, linestyle=style, zorder=1)
         right_half = result.mean > (low + high) / 2
         axes.annotate(
-            f"{result.method} {result.mean:.1f}",
+            f"{result.method} {metric_value(result.mean, metric)}",
             (result.mean, 1),
             # One line of text for each, as their values may be close.
             (3 if not right_half else -3, 4 + 13 * line),

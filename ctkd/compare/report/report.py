@@ -23,9 +23,9 @@ from ctkd.compare.report.document import (
     html_page,
     markdown,
 )
-from ctkd.compare.report.tables import NOTHING, Column, Table, decimal
+from ctkd.compare.report.tables import NOTHING, Column, Table, metric_value
 from ctkd.distill.data.rows import names_of
-from ctkd.distill.evaluation.metrics import METRICS
+from ctkd.distill.evaluation.metrics import ANSWER_METRICS, METRICS
 from ctkd.distill.printable import printable
 from ctkd.errors import OutputError
 
@@ -152,7 +152,7 @@ def _title(comparison: Comparison) -> str:
 
 
 def _pictures(comparison: Comparison, analysis: Analysis) -> list[Picture]:
-    metric = METRICS[comparison.metric]
+    metric = METRICS[comparison.metric].title
     held_out = _curve_rows(comparison)
     return [
         Picture(
@@ -218,8 +218,9 @@ def _blocks(
     yield Heading("What this shows")
     yield Bullets(analysis.sentences())
     yield from drawn
-    yield Heading("Answers side by side")
-    yield from generation_blocks(comparison)
+    if comparison.metric in ANSWER_METRICS:
+        yield Heading("Answers side by side")
+        yield from generation_blocks(comparison)
     shown = tables.trials(comparison)
     yield Heading("Chosen settings and trials")
     yield shown or Text("No settings were tried: every method ran with the settings below.")
@@ -410,13 +411,13 @@ def _answers(
     columns = (
         Column("model", words=True),
         Column("answer", words=True),
-        Column(METRICS[comparison.metric]),
+        Column(METRICS[comparison.metric].title),
     )
-    rows = []
+    rows, name = [], comparison.metric
     for record, answer in zip(records, answers, strict=True):
         if answer is None:
             rows.append((record.method, NOTHING, NOTHING))
             continue
         text = answer.prediction.strip() or "(nothing)"
-        rows.append((record.method, text, decimal(answer.scores.get(comparison.metric), 1)))
+        rows.append((record.method, text, metric_value(answer.scores.get(name), name)))
     return Table(title="Answers", columns=columns, rows=tuple(rows))

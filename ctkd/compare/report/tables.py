@@ -33,6 +33,7 @@ __all__ = [
     "common_settings",
     "decimal",
     "markdown_text",
+    "metric_value",
     "own_settings",
     "preparation_costs",
     "published_numbers",
@@ -157,12 +158,13 @@ def markdown_text(text: str) -> str:
 
 def results(comparison: Comparison, analysis: Analysis) -> Table:
     """Quality, difference to the baseline, and cost of each method; the two references first."""
-    others = [name for name in METRICS if name != comparison.metric]
+    measured = {name for result in analysis.methods for name in result.means}
+    others = [name for name in METRICS if name in measured and name != comparison.metric]
     baseline = comparison.baseline
     columns = (
         Column("method", words=True),
-        Column(f"{METRICS[comparison.metric]}\n[95 % interval]"),
-        *(Column(METRICS[name].replace(" ", "\n")) for name in others),
+        Column(f"{METRICS[comparison.metric].title}\n[95 % interval]"),
+        *(Column(METRICS[name].title.replace(" ", "\n")) for name in others),
         Column("held-out\nCE"),
         Column(f"difference to {baseline}\n[Holm-adjusted]"),
         Column("verdict", words=True),
@@ -178,10 +180,10 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
         rows.append(
             (
                 result.method,
-                _with_interval(result.mean, result.interval),
-                *(decimal(result.means.get(name), 1) for name in others),
+                _with_interval(comparison.metric, result.mean, result.interval),
+                *(metric_value(result.means.get(name), name) for name in others),
                 decimal(ce, 3),
-                *_difference(result, baseline, is_reference),
+                *_difference(result, comparison, is_reference),
                 decimal(result.seconds_per_step, 2),
                 _gib(result.peak_memory),
             )
@@ -189,15 +191,18 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
     return Table(title="Results on the held-out test split", columns=columns, rows=tuple(rows))
 
 
-def _difference(result: MethodResult, baseline: str, is_reference: bool) -> tuple[str, str]:
-    if not is_reference and result.method == baseline:
+def _difference(
+    result: MethodResult, comparison: Comparison, is_reference: bool
+) -> tuple[str, str]:
+    if not is_reference and result.method == comparison.baseline:
         return NOTHING, "baseline"
     difference: Difference | None = result.difference
     if difference is None:
         return NOTHING, NOTHING
-    return _with_interval(
-        difference.mean, difference.adjusted_interval, signed=True
-    ), difference.verdict
+    shown = _with_interval(
+        comparison.metric, difference.mean, difference.adjusted_interval, signed=True
+    )
+    return shown, difference.verdict
 
 
 def trials(comparison: Comparison) -> Table | None:
@@ -211,7 +216,7 @@ def trials(comparison: Comparison) -> Table | None:
             trial.method,
             _settings_text(trial.varied),
             NOTHING if trial.seed is None else str(trial.seed),
-            decimal(trial.metrics.get(metric), 1),
+            metric_value(trial.metrics.get(metric), metric),
             decimal(trial.losses.get("ce"), 3),
             "chosen" if chosen.get(trial.method) == trial.varied else "",
         )
@@ -221,7 +226,7 @@ def trials(comparison: Comparison) -> Table | None:
         Column("method", words=True),
         Column("tried", words=True),
         Column("seed"),
-        Column(f"{METRICS[metric]}\n(development)"),
+        Column(f"{METRICS[metric].title}\n(development)"),
         Column("CE\n(development)"),
         Column("", words=True),
     )
@@ -313,7 +318,7 @@ def _published(
     metrics = [name for name in dict.fromkeys(cell.metric for cell in cells) if name in measured]
     columns = [Column("published as", words=True)]
     columns += [Column(_setting_title(*setting)) for setting in settings]
-    columns += [Column(f"this comparison, {METRICS[name]}") for name in metrics]
+    columns += [Column(f"this comparison, {METRICS[name].title}") for name in metrics]
     rows = tuple(
         (
             label,
@@ -331,7 +336,7 @@ def _published(
 
 
 def _means(results: Sequence[MethodResult], metric: str) -> str:
-    return " / ".join(decimal(one.means.get(metric), 1) for one in results) or NOTHING
+    return " / ".join(metric_value(one.means.get(metric), metric) for one in results) or NOTHING
 
 
 def _results_by_loss(comparison: Comparison, analysis: Analysis) -> dict[str, list[MethodResult]]:
@@ -348,7 +353,8 @@ def _results_by_loss(comparison: Comparison, analysis: Analysis) -> dict[str, li
 
 def _setting_title(teacher: str | None, student: str | None, task: str, metric: str) -> str:
     models = " → ".join(name for name in (teacher, student) if name)
-    return ", ".join(part for part in (models, task, METRICS.get(metric, metric)) if part)
+    title = METRICS[metric].title if metric in METRICS else metric
+    return ", ".join(part for part in (models, task, title) if part)
 
 
 def decimal(value: float | None, digits: int, *, signed: bool = False) -> str:
@@ -365,11 +371,23 @@ def decimal(value: float | None, digits: int, *, signed: bool = False) -> str:
     return text.lstrip("+-") if not text.strip("+-0.") else text
 
 
-def _with_interval(mean: float, interval: Interval | None, *, signed: bool = False) -> str:
-    text = decimal(mean, 1, signed=signed)
+def metric_value(value: float | None, metric: str, *, signed: bool = False) -> str:
+    """Write a metric's value, or `NOTHING` where there is none.
+
+    Example:
+        >>> metric_value(81.25, "f1"), metric_value(2.25, "bits_per_byte")
+        ('81.2', '2.250')
+    """
+    return decimal(value, METRICS[metric].digits, signed=signed)
+
+
+def _with_interval(
+    metric: str, mean: float, interval: Interval | None, *, signed: bool = False
+) -> str:
+    text = metric_value(mean, metric, signed=signed)
     if interval is None:
         return text
-    ends = (decimal(end, 1, signed=signed) for end in (interval.low, interval.high))
+    ends = (metric_value(end, metric, signed=signed) for end in (interval.low, interval.high))
     return f"{text} [{', '.join(ends)}]"
 
 

@@ -1,4 +1,4 @@
-"""Answers of a student on disk to a split; each is computed once."""
+"""Measurements of models on a held-out split; each answer is computed once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctkd.compare.plan.splits import Split
 from ctkd.compare.records import Answer
 from ctkd.distill.config import TrainConfig
-from ctkd.distill.data.encoding import EncodedExample, encode_examples
+from ctkd.distill.data.encoding import EncodedExample, EncodedSide, encode_examples
 from ctkd.distill.data.prompts import PromptForm
 from ctkd.distill.data.tasks import Example, get_task
 from ctkd.distill.devices import choose_device, is_cpu
+from ctkd.distill.evaluation.bits import text_bits
 from ctkd.distill.evaluation.evaluate import held_out_losses
-from ctkd.distill.evaluation.metrics import METRICS, Prediction, score, write_predictions
+from ctkd.distill.evaluation.metrics import (
+    ANSWER_METRICS,
+    BITS_PER_BYTE,
+    Prediction,
+    score,
+    write_predictions,
+)
 from ctkd.distill.models.loading import check_token_ids, load_model
+from ctkd.distill.models.model_logits import ModelLogits
+from ctkd.distill.preparing import teacher_dtype
 from ctkd.distill.teachers.texts import TeacherTexts
 
 __all__ = ["Evaluator", "means", "scored"]
@@ -27,11 +36,11 @@ Say = Callable[[str], None]
 
 
 class Evaluator:
-    """Measures students that share a tokenizer and a prompt form.
+    """Measures models on held-out splits: students, and a teacher on texts.
 
     Args:
         base: The settings that all runs share.
-        tokenizer: The student's.
+        tokenizer: The students'.
         say: Prints one line of progress.
     """
 
@@ -44,12 +53,12 @@ class Evaluator:
     def measure(
         self, source: str, folder: Path, split: Split
     ) -> tuple[tuple[Answer, ...], dict[str, float]]:
-        """Let a student answer a split, and average its cross-entropy over it.
+        """Measure a student on a split, and average its cross-entropy over it.
 
         Args:
             source: Name or folder of the student.
             folder: Keeps its answers as they come: a folder for this student alone.
-            split: What to answer.
+            split: What to measure on.
         """
         model: PreTrainedModel | None = None
 
@@ -60,6 +69,34 @@ class Evaluator:
                 check_token_ids(model, self.tokenizer)
             return model, self.tokenizer
 
+        if get_task(self.base.task).answered:
+            answers = self._answered(load, folder, split)
+        else:
+            sides = [row.student for row in self._encoded(split)]
+            answers = _read(load()[0], self.tokenizer, split, sides)
+        losses = held_out_losses(
+            load()[0],
+            self.tokenizer,
+            self._encoded(split),
+            batch_size=self.base.batch_size,
+            use_cpu=is_cpu(self.device),
+        )
+        return answers, losses
+
+    def measure_teacher(
+        self, tokenizer: PreTrainedTokenizerBase, split: Split
+    ) -> tuple[Answer, ...]:
+        """Measure the teacher on the texts of a split."""
+        model = load_model(self.base.teacher, device=self.device, dtype=teacher_dtype(self.base))
+        sides = [row.student for row in self._encode(split, tokenizer)]
+        return _read(model, tokenizer, split, sides)
+
+    def _answered(
+        self,
+        load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+        folder: Path,
+        split: Split,
+    ) -> tuple[Answer, ...]:
         prompts = self.form.ids(self.tokenizer, split.examples)
         texts = TeacherTexts(
             folder / ANSWERS,
@@ -69,14 +106,6 @@ class Evaluator:
         ends = self.form.ends(self.tokenizer)
         texts.complete(prompts, load, ends=ends, progress=f"answering the {split.name} split")
         answers = scored(split.examples, [texts.text(prompt) or "" for prompt in prompts])
-        student, _ = load()
-        losses = held_out_losses(
-            student,
-            self.tokenizer,
-            self._encoded(split),
-            batch_size=self.base.batch_size,
-            use_cpu=is_cpu(self.device),
-        )
         predictions = [
             Prediction(
                 prediction=one.prediction, id=one.id, references=one.references, prompt=one.prompt
@@ -84,24 +113,55 @@ class Evaluator:
             for one in answers
         ]
         write_predictions(folder / f"predictions-{split.name}.jsonl", predictions)
-        return answers, losses
+        return answers
 
     def _encoded(self, split: Split) -> list[EncodedExample]:
         if split.name not in self._rows:
-            self._rows[split.name] = encode_examples(
-                list(split.examples),
-                self.tokenizer,
-                None,
-                max_length=self.base.max_length,
-                student_form=self.form,
-            ).rows
+            self._rows[split.name] = self._encode(split, self.tokenizer)
         return self._rows[split.name]
+
+    def _encode(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> list[EncodedExample]:
+        return encode_examples(
+            list(split.examples),
+            tokenizer,
+            None,
+            max_length=self.base.max_length,
+            student_form=self.form,
+        ).rows
+
+
+def _read(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    sides: Sequence[EncodedSide],
+) -> tuple[Answer, ...]:
+    """The texts of a split, each with its bits over the mean bytes of a text.
+
+    So their mean is all bits over all bytes.
+    """
+    logits = ModelLogits(model)
+    found = text_bits(
+        logits, tokenizer, split.examples, sides, progress=f"reading the {split.name} split"
+    )
+    size = sum(found.bytes) / len(found.bytes)
+    return tuple(
+        Answer(
+            id=one.id,
+            group=one.group,
+            prompt=one.prompt,
+            prediction="",
+            references=one.references,
+            scores={BITS_PER_BYTE: bits / size},
+        )
+        for one, bits in zip(split.examples, found.bits, strict=True)
+    )
 
 
 def scored(examples: Sequence[Example], texts: Sequence[str]) -> tuple[Answer, ...]:
     """Examples with their answers and scores."""
     scores = score(list(texts), [one.references for one in examples])
-    each = {name: getattr(scores, f"{name}_each") for name in METRICS}
+    each = {name: getattr(scores, f"{name}_each") for name in ANSWER_METRICS}
     return tuple(
         Answer(
             id=one.id,
@@ -109,7 +169,7 @@ def scored(examples: Sequence[Example], texts: Sequence[str]) -> tuple[Answer, .
             prompt=one.prompt,
             prediction=text,
             references=one.references,
-            scores={name: each[name][place] for name in METRICS},
+            scores={name: each[name][place] for name in ANSWER_METRICS},
         )
         for place, (one, text) in enumerate(zip(examples, texts, strict=True))
     )
@@ -117,4 +177,5 @@ def scored(examples: Sequence[Example], texts: Sequence[str]) -> tuple[Answer, .
 
 def means(answers: Sequence[Answer]) -> dict[str, float]:
     """Mean of each metric."""
-    return {name: sum(one.scores[name] for one in answers) / len(answers) for name in METRICS}
+    names = answers[0].scores
+    return {name: sum(one.scores[name] for one in answers) / len(answers) for name in names}

@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ctkd.compare.plan.config import NOT_SHARED, CompareConfig
+from ctkd.compare.plan.config import NOT_SHARED, TOP_K, CompareConfig
 from ctkd.compare.records import Record
 from ctkd.distill.teachers.cache import read_record
 from ctkd.distill.training.output_folder import LOCK, alone, check_name, try_to_write
@@ -187,10 +187,9 @@ def _planned(config: CompareConfig) -> dict[str, Any]:
 
     settings = {
         **{name: value for name, value in config.base.as_dict().items() if name not in NOT_SHARED},
-        **{
-            name: getattr(config, name)
-            for name in ("dev_data", "dev_fraction", "live_teacher", "top_k", "curve_points")
-        },
+        **{name: getattr(config, name) for name in ("dev_data", "dev_fraction", "curve_points")},
+        "live_teacher": config.is_live,
+        "top_k": config.top_k or TOP_K,
         # A metric that chose settings is a setting of the result; else it is one more column.
         "metric": config.metric_name if config.sweep else None,
         "sweep": bool(config.sweep),

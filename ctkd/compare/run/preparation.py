@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ctkd.compare.plan.config import CompareConfig
+from ctkd.compare.plan.config import TOP_K, CompareConfig
 from ctkd.compare.plan.methods import SEQKD, Method
 from ctkd.compare.plan.splits import COLUMNS, Splits, prepare_splits
 from ctkd.compare.run.folder import ROWS_FOLDER, ComparisonFolder
 from ctkd.distill.config import CacheSettings, TrainConfig
+from ctkd.distill.data.tasks import get_task
 from ctkd.distill.models.fingerprint import model_fingerprint
 from ctkd.distill.models.loading import (
     check_token_ids,
@@ -30,15 +32,14 @@ from ctkd.distill.preparing import (
     Models,
     answerable,
     answered_by_teacher,
+    check_student,
     encode,
     teacher_dtype,
 )
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.cache_writing import write_cache
 from ctkd.errors import DataError, OutputError, SettingError
-from ctkd.loss import Loss
 from ctkd.tokenization.pair import TokenizerPair
-from ctkd.tokenizers import Pair
 
 __all__ = ["Prepared", "prepare"]
 
@@ -53,19 +54,20 @@ class Prepared:
 
     Args:
         splits: The rows.
-        student_tokenizer: The student's.
+        student_tokenizer, teacher_tokenizer: Of each side.
         fingerprints: Of the "student" and the "teacher", as the results depend on them.
-        cache: The teacher's answers, in logits and in texts.
+        cache: The teacher's answers, in logits and in texts; None if neither is needed.
         teacher_logits: How losses see the teacher, for a person.
-        teacher_texts: What the teacher wrote to each test prompt.
+        teacher_texts: What the teacher wrote to each test prompt; None if the task asks nothing.
     """
 
     splits: Splits
     student_tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase
     fingerprints: dict[str, str]
-    cache: Path
+    cache: Path | None
     teacher_logits: str
-    teacher_texts: list[str]
+    teacher_texts: list[str] | None
 
 
 def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepared:
@@ -75,39 +77,86 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
         CtkdError: If something that was given cannot be used. Nothing was trained then.
     """
     base = config.base
+    check_student(base)
     with _timed("fetching models", folder):
         for name in (base.student, base.teacher):
             resolve(name)
     models = _models(base)
-    _check_needs(config, models)
-    splits = prepare_splits(config, models, folder.path / ROWS_FOLDER, say)
-    folder.check_same("data", splits.fingerprints())
-    with _timed("teacher cache", folder):
-        cache = _cache(config, splits, folder, say)
-    pair = models.pair
-    tokenizer = models.teacher_tokenizer
+    pair, tokenizer = models.pair, models.teacher_tokenizer
     if pair is None or tokenizer is None:
         raise SettingError("a comparison needs the tokenizers of both sides")
-    cache.check_teacher(base.teacher, pair.teacher_bytes)
-    if cache.record["max_new_tokens"] != base.max_new_tokens:
-        raise SettingError(
-            f"the teacher cache {cache.path} holds answers of {cache.record['max_new_tokens']} "
-            f"tokens, but max_new_tokens is {base.max_new_tokens}; give the same"
-        )
+    _check_needs(config, pair)
+    splits = prepare_splits(config, models, folder.path / ROWS_FOLDER, say)
+    folder.check_same("data", splits.fingerprints())
+    cache = None
+    if not config.is_live or get_task(base.task).answered:
+        with _timed("teacher cache", folder):
+            cache = _cache(config, splits, folder, say)
+        cache.check_teacher(base.teacher, pair.teacher_bytes)
+        _check_rows(config, cache, models, splits)
+        with _timed("vocabulary maps", folder):
+            _check_losses(config, cache, models, pair)
+    fingerprints = {
+        "student": model_fingerprint(base.student),
+        "teacher": model_fingerprint(base.teacher) if cache is None else cache.fingerprint,
+    }
+    folder.check_same("models", fingerprints)
+    texts = None
+    if cache is not None and get_task(base.task).answered:
+        texts = _teacher_texts(config, cache, tokenizer, splits)
+    student_tokenizer = models.student_tokenizer
+    del models, pair
+    gc.collect()
+    return Prepared(
+        splits=splits,
+        student_tokenizer=student_tokenizer,
+        teacher_tokenizer=tokenizer,
+        fingerprints=fingerprints,
+        cache=None if cache is None else cache.path,
+        teacher_logits=_told(config, cache),
+        teacher_texts=texts,
+    )
+
+
+def _check_rows(config: CompareConfig, cache: TeacherCache, models: Models, splits: Splits) -> None:
+    """Refuse a cache of other rows, or without the texts that a method is trained on.
+
+    Else a run would find it out after hours of others.
+    """
     teacher_base = config.teacher_base
     forms = Forms.of(teacher_base, splits.train.examples)
-    if config.cache is not None and not config.live_teacher:
+    if config.cache is not None and not config.is_live:
         for split, what in ((splits.train, "training"), (splits.curve, "held-out")):
             encoded = encode(
                 teacher_base, models, list(split.examples), forms, what, lambda line: None
             )
             cache.check_rows(encoded.rows, what)
     if _teaches_in_words(config):
-        # Else a run would find out, after hours of others, that the cache lacks training texts.
         chosen, prompts = answerable(
             teacher_base, models, splits.train.examples, forms, "training", lambda line: None
         )
         answered_by_teacher(chosen, prompts, cache.texts, lambda line: None)
+
+
+def _teacher_texts(
+    config: CompareConfig,
+    cache: TeacherCache,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+) -> list[str]:
+    """What the teacher wrote to each test prompt.
+
+    Raises:
+        SettingError: If its answers are of another length.
+        DataError: If some are missing.
+    """
+    most = config.base.max_new_tokens
+    if cache.record["max_new_tokens"] != most:
+        raise SettingError(
+            f"the teacher cache {cache.path} holds answers of {cache.record['max_new_tokens']} "
+            f"tokens, but max_new_tokens is {most}; give the same"
+        )
+    forms = Forms.of(config.teacher_base, splits.train.examples)
     prompts = forms.teacher.ids(tokenizer, splits.test.examples, side="teacher")
     texts = [cache.texts.text(prompt) for prompt in prompts]
     if None in texts:
@@ -116,20 +165,7 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
             f"{texts.count(None)} of {len(texts)} test prompts; make it with `ctkd cache --texts "
             "held-out` and the same options, or leave it out"
         )
-    with _timed("vocabulary maps", folder):
-        _check_losses(config, cache, models, pair)
-    fingerprints = {"student": model_fingerprint(base.student), "teacher": cache.fingerprint}
-    folder.check_same("models", fingerprints)
-    del models, pair
-    gc.collect()
-    return Prepared(
-        splits=splits,
-        student_tokenizer=load_tokenizer(base.student),
-        fingerprints=fingerprints,
-        cache=cache.path,
-        teacher_logits=_told(config, cache),
-        teacher_texts=[text or "" for text in texts],
-    )
+    return [text or "" for text in texts]
 
 
 @contextmanager
@@ -158,6 +194,11 @@ def _cache(
 ) -> TeacherCache:
     if config.cache is not None:
         return TeacherCache.open(config.cache, say=say)
+    texts: Literal["none", "held-out", "all"] = "held-out"
+    if not get_task(config.base.task).answered:
+        texts = "none"
+    elif _teaches_in_words(config):
+        texts = "all"
     teacher_base = config.train_config(
         Method(name="uld", loss="uld"),
         {},
@@ -172,9 +213,9 @@ def _cache(
         folder.path / TEACHER_FOLDER,
         CacheSettings(
             # A live teacher gives its logits itself; only its texts are kept.
-            k=0 if config.live_teacher else config.top_k,
+            k=0 if config.is_live else config.top_k or TOP_K,
             temperatures=_temperatures(config, folder),
-            texts="all" if _teaches_in_words(config) else "held-out",
+            texts=texts,
         ),
         say=say,
     )
@@ -184,21 +225,12 @@ def _teaches_in_words(config: CompareConfig) -> bool:
     return any(method.loss == SEQKD for method in config.methods)
 
 
-def _told(config: CompareConfig, cache: TeacherCache) -> str:
+def _told(config: CompareConfig, cache: TeacherCache | None) -> str:
     """A description of the teacher's logits, for a person."""
-    if config.live_teacher:
+    if cache is None or config.is_live:
         return f"live, asked in {str(teacher_dtype(config.base)).removeprefix('torch.')}"
     kept = "all" if cache.k == cache.vocab_size else f"top {cache.k}"
     return f"{kept} of {cache.vocab_size}, cached, asked in {cache.record['dtype']}"
-
-
-def _losses(config: CompareConfig, pair: Pair | None) -> Iterator[tuple[str, Loss]]:
-    """Every loss of every trial, with a name for messages."""
-    for method in config.methods:
-        for varied in method.points() if method.distils else []:
-            loss = config.train_config(method, varied, config.seed_values[0]).make_loss(pair)
-            if loss is not None:
-                yield method.name, loss
 
 
 def _temperatures(config: CompareConfig, folder: ComparisonFolder) -> list[float]:
@@ -208,10 +240,10 @@ def _temperatures(config: CompareConfig, folder: ComparisonFolder) -> list[float
         OutputError: If a loss was added that asks for another than the cache was made for.
     """
     usual = list(default_of(CacheSettings, "temperatures"))
-    if config.live_teacher:
+    if config.is_live:
         # It gives its logits itself, at any temperature.
         return usual
-    queried = {float(one) for _, loss in _losses(config, None) for one in loss.teacher_temperatures}
+    queried = {float(one) for _, loss in config.made_losses() for one in loss.teacher_temperatures}
     kept: list[float] = folder.record.get("temperatures") or sorted({*usual, *queried})
     if queried <= set(kept):
         folder.keep("temperatures", kept)
@@ -223,16 +255,16 @@ def _temperatures(config: CompareConfig, folder: ComparisonFolder) -> list[float
     )
 
 
-def _check_needs(config: CompareConfig, models: Models) -> None:
+def _check_needs(config: CompareConfig, pair: TokenizerPair) -> None:
     """Refuse, before the teacher is asked about every row, what no such cache can serve."""
-    if config.live_teacher or config.cache is not None or models.pair is None:
+    if config.is_live or config.cache is not None:
         return
-    size = models.pair.teacher_size
-    for name, loss in _losses(config, None):
-        if loss.teacher_needs == "rows" and config.top_k < size:
+    size, top_k = pair.teacher_size, config.top_k or TOP_K
+    for name, loss in config.made_losses():
+        if loss.teacher_needs == "rows" and top_k < size:
             raise SettingError(
                 f"{name} needs whole rows of the teacher's logits, and a cache of the top "
-                f"{config.top_k} does not hold them; compare with --live-teacher, or keep all of "
+                f"{top_k} does not hold them; compare with --live-teacher, or keep all of "
                 f"them with --top-k {size}"
             )
 
@@ -244,8 +276,8 @@ def _check_losses(
     if models.student is None:
         return
     narrowed = pair.narrowed(head_width(models.student), cache.teacher_width)
-    for name, loss in _losses(config, narrowed):
-        if not config.live_teacher:
+    for name, loss in config.made_losses(narrowed):
+        if not config.is_live:
             if loss.teacher_needs == "rows" and cache.k < cache.vocab_size:
                 raise SettingError(
                     f"{name} needs whole rows of the teacher's logits, but {cache.path} keeps "

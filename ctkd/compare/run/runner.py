@@ -25,6 +25,7 @@ from ctkd.compare.report.report import write_report
 from ctkd.compare.run.evaluating import Evaluator, means, scored
 from ctkd.compare.run.folder import ComparisonFolder, append_record, read_records
 from ctkd.compare.run.preparation import Prepared, prepare
+from ctkd.distill.data.tasks import get_task
 from ctkd.distill.devices import give_back_freed_memory
 from ctkd.distill.training.checkpoints import Checkpoints
 from ctkd.distill.training.output_folder import RECORD, OutputFolder
@@ -90,7 +91,7 @@ class _Comparing:
             config,
             prepared.splits,
             prepared.fingerprints,
-            cache=None if config.live_teacher else prepared.cache,
+            cache=None if config.is_live else prepared.cache,
             texts=prepared.cache,
         )
         self.evaluator = Evaluator(config.base, prepared.student_tokenizer, say)
@@ -135,11 +136,15 @@ class _Comparing:
         base = self.config.base
 
         def untrained() -> tuple[tuple[Answer, ...], dict[str, float]]:
-            self.say(f"the untrained student, {base.student}: answering the test split")
+            doing = "answering" if get_task(base.task).answered else "reading"
+            self.say(f"the untrained student, {base.student}: {doing} the test split")
             return self.evaluator.measure(base.student, self.folder.path / "untrained", test)
 
         def teacher() -> tuple[tuple[Answer, ...], dict[str, float]]:
-            return scored(test.examples, self.prepared.teacher_texts), {}
+            if self.prepared.teacher_texts is not None:
+                return scored(test.examples, self.prepared.teacher_texts), {}
+            self.say(f"the teacher, {base.teacher}: reading the test split")
+            return self.evaluator.measure_teacher(self.prepared.teacher_tokenizer, test), {}
 
         references = []
         for name, measure in ((UNTRAINED, untrained), (TEACHER, teacher)):

@@ -17,7 +17,7 @@ from ctkd.errors import DataError, SettingError
 
 __all__ = ["TASKS", "Example", "Task", "examples", "get_task", "split_off"]
 
-_EXTRA_FIELDS = ("id", "group", "title")
+_EXTRA_FIELDS = ("id", "group", "title", "ends")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,8 @@ class Task:
         target: The field that holds the answer or answers.
         answer_prefix: What stands in front of the answer; where it is empty, answers are taken as
             they are, else without white space at their ends.
+        metrics: What models are measured by, the main one first; names of
+            `ctkd.distill.evaluation.metrics.METRICS`.
         one_line: Whether what a model writes ends at its first line break.
         window: If above 0, rows are documents, which are cut into examples of up to so many bytes.
     """
@@ -62,6 +64,7 @@ class Task:
     bodies: Mapping[tuple[str, ...], str]
     target: str
     answer_prefix: str
+    metrics: tuple[str, ...] = ("rouge_lsum", "f1", "exact_match")
     one_line: bool = False
     window: int = 0
 
@@ -72,7 +75,7 @@ class Task:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every field of the task that `columns` can map; id, group and title are optional."""
+        """Every field of the task that `columns` can map; those of all tasks are optional."""
         fields = dict.fromkeys(field for needed in self.bodies for field in needed)
         return (*fields, self.target, *_EXTRA_FIELDS)
 
@@ -84,6 +87,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             bodies={("context", "question"): "Context: {context}\nQuestion: {question}\nAnswer:"},
             target="answers",
             answer_prefix=" ",
+            metrics=("f1", "exact_match", "rouge_lsum"),
             # Models that were not made for chatting go on with questions of their own.
             one_line=True,
         ),
@@ -99,7 +103,14 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "text": Task(
             name="text", bodies={("prompt",): "{prompt}"}, target="answer", answer_prefix=""
         ),
-        "lm": Task(name="lm", bodies={(): ""}, target="text", answer_prefix="", window=400),
+        "lm": Task(
+            name="lm",
+            bodies={(): ""},
+            target="text",
+            answer_prefix="",
+            metrics=("bits_per_byte",),
+            window=400,
+        ),
     }
 )
 """The tasks by name."""
@@ -113,7 +124,7 @@ def get_task(name: str) -> Task:
 
     Example:
         >>> get_task("qa").columns
-        ('context', 'question', 'answers', 'id', 'group', 'title')
+        ('context', 'question', 'answers', 'id', 'group', 'title', 'ends')
     """
     if name not in TASKS:
         raise SettingError(f"unknown task {name!r}{_suggest(name, TASKS)}; tasks: {_list(TASKS)}")
@@ -140,7 +151,8 @@ def examples(
         columns: Where the data calls a field by another name: field to column. The optional fields
             are "id", "group" (rows of equal value stay on one side of a split; by default those
             with the same context, dialogue, document or prompt do; where that is blank, those with
-            the same question or answer) and "title".
+            the same question or answer), "title", and "ends" (read only if it is named here: false
+            where the answer was cut, and its end is not to be learned).
         use_title: Put ``Title: ...`` in front of each prompt. Without it titles are not read.
 
     Raises:
@@ -171,7 +183,8 @@ def examples(
 def _windows(document: Example, size: int) -> list[Example]:
     """The text of a document in pieces of up to so many bytes, which end at a space if they can.
 
-    Nothing is left out: one after the other they are the document. Only the last one ends.
+    Nothing is left out: one after the other they are the document. Only the last one ends as it
+    does.
     """
     text = document.answer.encode()
     pieces: list[str] = []
@@ -192,7 +205,7 @@ def _windows(document: Example, size: int) -> list[Example]:
             answer=piece,
             references=(piece,),
             where=f"{document.where}, part {number}",
-            ends=number == len(pieces),
+            ends=document.ends and number == len(pieces),
         )
         for number, piece in enumerate(pieces, 1)
     ]
@@ -255,6 +268,7 @@ class _Reader:
     use_title: bool
     grouped: bool
     id_named: bool
+    end_named: bool
 
     @classmethod
     def prepare(
@@ -297,6 +311,7 @@ class _Reader:
             use_title=use_title,
             grouped="group" in mapping,
             id_named="id" in mapping,
+            end_named="ends" in mapping,
         )
 
     @staticmethod
@@ -327,7 +342,17 @@ class _Reader:
             references=references,
             group=group,
             where=where,
+            ends=not self.end_named or self.end(row, where),
         )
+
+    def end(self, row: Mapping[str, Any], where: str) -> bool:
+        value = row.get(self.column["ends"])
+        if not isinstance(value, bool):
+            raise DataError(
+                f"{where}: column {self.column['ends']!r} holds {_what(value)}; expected true or "
+                "false"
+            )
+        return value
 
     def text(self, row: Mapping[str, Any], field: str, where: str) -> str:
         value = row.get(self.column[field])

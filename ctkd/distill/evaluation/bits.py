@@ -17,13 +17,12 @@ from ctkd.batch import Side
 from ctkd.distill.data.collator import StoredTeacher, padded_sides, padding_id, stored_side
 from ctkd.distill.data.encoding import EncodedSide
 from ctkd.distill.data.tasks import Example
+from ctkd.distill.evaluation.metrics import BITS_PER_BYTE
 from ctkd.distill.models.loading import evaluating, head_width
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.errors import ModelError
 
-__all__ = ["BITS_PER_BYTE", "TextBits", "text_bits"]
-
-BITS_PER_BYTE = "bits_per_byte"
+__all__ = ["TextBits", "text_bits"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Metrics of answers, given the answers that count as right.
+"""Metrics of answers, given the answers that count as right, and what a table writes of a metric.
 
 Exact match and F1 follow SQuAD's evaluation, Rouge-LSum follows `rouge-score` with Porter stemming.
 All three take the best of an example's references. The single-example functions return a fraction
@@ -20,7 +20,10 @@ from typing import Any, Protocol
 from ctkd.errors import DataError, OutputError
 
 __all__ = [
+    "ANSWER_METRICS",
+    "BITS_PER_BYTE",
     "METRICS",
+    "Metric",
     "Prediction",
     "Referenced",
     "Scores",
@@ -34,8 +37,43 @@ __all__ = [
     "write_predictions",
 ]
 
-METRICS = {"f1": "F1", "exact_match": "exact match", "rouge_lsum": "Rouge-LSum"}
-"""Metrics by name, with their titles."""
+BITS_PER_BYTE = "bits_per_byte"
+"""Name of the metric of given texts; `ctkd.distill.evaluation.bits` measures it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A metric, for tables, pictures and sentences.
+
+    Attributes:
+        title: Its name for a person.
+        unit: Of a difference.
+        digits: Behind the point.
+        sign: 1 where more is better, -1 where less is.
+
+    Example:
+        >>> METRICS["bits_per_byte"].gain(2.5, 2.25)
+        0.25
+    """
+
+    title: str
+    unit: str = "points"
+    digits: int = 1
+    sign: int = 1
+
+    def gain(self, before: float, after: float) -> float:
+        """How much better the second value is than the first."""
+        return self.sign * (after - before)
+
+
+ANSWER_METRICS = ("f1", "exact_match", "rouge_lsum")
+METRICS = {
+    "f1": Metric(title="F1"),
+    "exact_match": Metric(title="exact match"),
+    "rouge_lsum": Metric(title="Rouge-LSum"),
+    BITS_PER_BYTE: Metric(title="bits per byte", unit="bits per byte", digits=3, sign=-1),
+}
+"""Metrics by name."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -63,7 +101,7 @@ class Scores:
 
     def summary(self) -> dict[str, float]:
         """Return the three means and `n`, without the lists: what a table or a log shows."""
-        return {name: getattr(self, name) for name in ("exact_match", "f1", "rouge_lsum", "n")}
+        return {name: getattr(self, name) for name in (*ANSWER_METRICS, "n")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,15 @@ from ctkd.distill.data.collator import StoredTeacher
 from ctkd.distill.data.encoding import EncodedSide
 from ctkd.distill.data.prompts import PromptForm
 from ctkd.distill.data.tasks import Example, get_task
-from ctkd.distill.evaluation.bits import BITS_PER_BYTE, text_bits
+from ctkd.distill.evaluation.bits import text_bits
 from ctkd.distill.evaluation.evaluate import answer, score_predictions
-from ctkd.distill.evaluation.metrics import METRICS, Prediction, write_predictions
+from ctkd.distill.evaluation.metrics import (
+    BITS_PER_BYTE,
+    METRICS,
+    Metric,
+    Prediction,
+    write_predictions,
+)
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.distill.training.curves import plot_curves
@@ -28,7 +34,6 @@ from ctkd.errors import OutputError
 __all__ = ["CURVES", "Measure", "keep_history", "summarize"]
 
 CURVES = "curves.png"
-_TITLES = {**METRICS, BITS_PER_BYTE: "bits per byte"}
 
 
 def keep_history(folder: OutputFolder, trainer: CrossTokenizerTrainer) -> None:
@@ -161,9 +166,6 @@ class Measure:
         self.say(f"{name}, held-out: {loss_line(self.folder.results[name])}")
 
 
-_MAIN_METRIC = {"qa": "f1", "lm": BITS_PER_BYTE}
-
-
 def summarize(folder: OutputFolder) -> str:
     """Metrics and losses before and after, speed, and where the model lies.
 
@@ -189,7 +191,13 @@ def _summary(folder: OutputFolder) -> str:
     if "losses before" in results and "losses after" in results:
         lines += [_losses(results, config.loss), ""]
     if "student before" in results and "student after" in results:
-        lines += _gap(results, _MAIN_METRIC.get(config.task, "rouge_lsum"), config)
+        name = get_task(config.task).metrics[0]
+        scores: dict[str, float] = {
+            stage: results[stage][name]
+            for stage in ("student before", "student after", "control", "teacher")
+            if stage in results
+        }
+        lines += _gap(scores, METRICS[name], config)
     if "seconds per step" in results:
         lines.append(f"{results['seconds per step']:.2f} s per step, {results['steps']} steps")
     lines.append(f"model, settings (ctkd.json) and curves (curves.png): {folder.path}")
@@ -204,12 +212,16 @@ def _metrics(results: dict[str, Any]) -> str:
             columns[name] = results[name]
     return tabulate(
         [
-            [title, *(scores[name] for scores in columns.values())]
-            for name, title in _TITLES.items()
+            [
+                metric.title,
+                *(f"{scores[name]:.{metric.digits}f}" for scores in columns.values()),
+            ]
+            for name, metric in METRICS.items()
             if name in before
         ],
         headers=[f"held-out, {before['n']} examples", *columns],
-        floatfmt=".3f" if BITS_PER_BYTE in before else ".1f",
+        disable_numparse=True,
+        colalign=["left", *("right" for _ in columns)],
     )
 
 
@@ -235,22 +247,20 @@ def _loss_title(name: str, loss: str) -> str:
     return f"- {name.removeprefix('kd/')}"
 
 
-def _gap(results: dict[str, Any], metric: str, config: TrainConfig) -> list[str]:
+def _gap(scores: dict[str, float], metric: Metric, config: TrainConfig) -> list[str]:
     """Say what share of the way from the student to the teacher was gone, and through what."""
-    before, after = results["student before"][metric], results["student after"][metric]
-    title = _TITLES[metric]
-    # Of answers more is better, of bits less.
-    sign = -1 if metric == BITS_PER_BYTE else 1
+    before, after = scores["student before"], scores["student after"]
+    control, title = scores.get("control"), metric.title
     lines = []
-    if "control" in results:
-        gain = after - results["control"][metric] + 0.0
-        lines.append(f"{config.loss} changed {title} by {gain:+.4g} (after, less control)")
+    if control is not None:
+        change = after - control + 0.0
+        lines.append(f"{config.loss} changed {title} by {change:+.4g} (after, less control)")
     elif config.distils:
         lines.append(f"--control tells what {config.loss} contributed")
-    if "teacher" not in results:
+    if "teacher" not in scores:
         return lines
-    teacher = results["teacher"][metric]
-    gap = sign * (teacher - before)
+    teacher = scores["teacher"]
+    gap = metric.gain(before, teacher)
     if gap <= 0:
         return [
             *lines,
@@ -258,19 +268,18 @@ def _gap(results: dict[str, Any], metric: str, config: TrainConfig) -> list[str]
             f"training ({before:.4g}): on this task it has little to teach. Fine-tune it first "
             "(ctkd train --loss sft --student TEACHER), or take another.",
         ]
-    closed = (
-        f"{_share(sign * (after - before) / gap)} of the gap in {title} to the teacher was closed"
-    )
-    if "control" in results:
-        without = sign * (results["control"][metric] - before) / gap
-        points = round(100 * sign * (after - results["control"][metric]) / gap, 1) + 0.0
+    share = metric.gain(before, after) / gap
+    closed = f"{_share(share)} of the gap in {title} to the teacher was closed"
+    if control is not None:
+        without = metric.gain(before, control) / gap
+        points = round(100 * metric.gain(control, after) / gap, 1) + 0.0
         closed += f", {_share(without)} without {config.loss}: it contributed {points:+.1f} points"
-    if sign * (after - teacher) > 0:
+    if metric.gain(teacher, after) > 0:
         closed += (
             f"; note: the student's {title} ({after:.4g}) has passed the teacher's "
             f"({teacher:.4g}), what lies beyond it comes from the data"
         )
-    return [closed, *([] if "control" in results else lines)]
+    return [closed, *([] if control is not None else lines)]
 
 
 def _share(value: float) -> str:

@@ -27,7 +27,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ctkd import __version__
 from ctkd.cache_folder import cache_dir
-from ctkd.distill.config import SFT, UNTRAINED, TrainConfig
+from ctkd.distill.config import SFT, TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExamples
 from ctkd.distill.data.rows import Source, paths_of
@@ -41,6 +41,7 @@ from ctkd.distill.preparing import (
     Models,
     answerable,
     answered_by_teacher,
+    check_student,
     encode,
     load_examples,
     load_models,
@@ -89,11 +90,7 @@ def train(
             checkpoint is there.
     """
     device = choose_device(config.device)
-    if config.student == UNTRAINED and get_task(config.task).answered:
-        raise SettingError(
-            f"{UNTRAINED} begins from random weights and cannot learn to answer in a short run; "
-            f"name a --student, such as smollm2-135m-instruct, or train it on texts (--task lm)"
-        )
+    check_student(config)
     _check_tracker(config.report_to)
     if overwrite:
         _check_nothing_needed_is_deleted(config)
@@ -163,8 +160,7 @@ def _load(config: TrainConfig, begun: str | None, say: Callable[[str], None]) ->
     if config.answers == "teacher":
         training = _as_the_teacher_answers(config, models, training, forms, cache, say)
     encoded = encode(config, models, training, forms, "training", say)
-    reserved = config.max_new_tokens if get_task(config.task).answered else 0
-    encoded_held_out = encode(config, models, held_out, forms, "held-out", say, reserved=reserved)
+    encoded_held_out = encode(config, models, held_out, forms, "held-out", say)
     kept = {row.id for row in encoded_held_out.rows}
     held_out = [one for one in held_out if one.id in kept]
     pair = _narrowed(config, models, student)

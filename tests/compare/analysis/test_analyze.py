@@ -368,3 +368,22 @@ def test_other_comparisons_that_cannot_be_made():
         analyze(compared(apart))
     with pytest.raises(SettingError, match="alpha must lie between 0 and 1, got 5"):
         analyze(compared(finals), alpha=5)
+
+
+def test_of_bits_per_byte_less_is_better():
+    def measured(record, sign):
+        scores = [{"bits_per_byte": 2 + sign * one.scores["f1"] / 100} for one in record.answers]
+        each = zip(record.answers, scores, strict=True)
+        return dataclasses.replace(
+            record, answers=tuple(dataclasses.replace(one, scores=found) for one, found in each)
+        )
+
+    runs = noisy({"sft": 0, "up": 12, "down": -12})
+    for sign, better in ((1, "down"), (-1, "up")):
+        found = analyze(
+            compared([measured(one, sign) for one in runs], metric="bits_per_byte"), resamples=500
+        )
+        verdicts = {one.method: one.difference.verdict for one in found.methods if one.difference}
+        assert sorted(verdicts.values()) == ["better", "worse"] and verdicts[better] == "better"
+        assert any(f"{better} is better than sft" in one for one in found.sentences())
+        assert any("bits per byte or more" in one for one in found.sentences())

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from ctkd.compare.plan.config import DEMONSTRATION_STEPS, SAVE_STEPS, CompareConfig
+from ctkd.compare.plan.config import SAVE_STEPS, CompareConfig
 from ctkd.compare.plan.methods import Method, parse_method, parse_sweep
 from ctkd.distill.config import TrainConfig
 from ctkd.errors import SettingError
@@ -19,10 +19,10 @@ def refused(**settings) -> str:
 
 def test_without_settings_four_losses_are_compared_once():
     config = CompareConfig()
-    assert [one.name for one in config.methods] == ["sft", "uld", "mined", "multilevelot"]
+    assert [one.name for one in config.methods] == ["sft", "uld", "multilevelot", "shared_kl"]
     assert config.seed_values == (0,)
-    assert (config.baseline_name, config.metric_name) == ("sft", "f1")
-    assert config.base.student == "smollm2-135m-instruct"
+    assert (config.baseline_name, config.metric_name) == ("sft", "bits_per_byte")
+    assert (config.base.student, config.base.task) == ("pocket-llama", "lm")
     assert str(config.folder) == "comparison"
 
 
@@ -117,7 +117,7 @@ def test_settings_of_the_loss_are_told_from_those_of_training():
 
 
 def test_seqkd_is_cross_entropy_on_the_teachers_text():
-    config = CompareConfig(losses=("seqkd",))
+    config = CompareConfig(losses=("seqkd",), common={"task": "qa"})
     trained = config.train_config(config.methods[0], {}, 0)
     assert (trained.loss, trained.answers) == ("sft", "teacher")
     assert config.baseline_name == "seqkd"
@@ -126,8 +126,8 @@ def test_seqkd_is_cross_entropy_on_the_teachers_text():
 def test_unequal_numbers_of_trials_are_refused_with_what_to_add():
     said = refused(losses=("sft", "uld", "mined"), sweep={"uld.kd_weight": (0.15, 1.5, 3)})
     assert "1 of sft, 3 of uld, 1 of mined" in said
-    assert "--sweep sft.learning_rate=5e-05,0.0001,0.0002" in said
-    assert "--sweep mined.learning_rate=5e-05,0.0001,0.0002" in said
+    assert "--sweep sft.learning_rate=0.002,0.004,0.008" in said
+    assert "--sweep mined.learning_rate=0.002,0.004,0.008" in said
     # What it says to add is enough.
     added = dict(parse_sweep(one) for one in said.split("add ")[1].split("--sweep ")[1:])
     CompareConfig(losses=("sft", "uld", "mined"), sweep={"uld.kd_weight": (0.15, 1.5, 3), **added})
@@ -138,7 +138,7 @@ def test_what_it_says_to_add_can_be_pasted_into_a_shell():
     sweep = {"mined.k": (5, 10)}
     said = refused(losses=losses, sweep=sweep)
     words = shlex.split(said.split("add ")[1])
-    assert words == ["--sweep", "uld kd_weight=1.5.learning_rate=5e-05,0.0001"]
+    assert words == ["--sweep", "uld kd_weight=1.5.learning_rate=0.002,0.004"]
     CompareConfig(losses=losses, sweep={**sweep, **dict([parse_sweep(words[1])])})
 
 
@@ -157,7 +157,8 @@ def test_runs_are_saved_more_often_than_a_single_run_is_unless_told_otherwise():
         ({"losses": ()}, "there is nothing to compare"),
         ({"losses": ("sft", "sft")}, "two methods are called 'sft'"),
         ({"baseline": "ult"}, "the baseline 'ult' is not compared, did you mean 'uld'?"),
-        ({"metric": "rouge"}, "unknown metric 'rouge', did you mean 'rouge_lsum'?"),
+        ({"metric": "rouge", "common": {"task": "qa"}}, "no metric 'rouge', did you mean"),
+        ({"metric": "f1"}, "task lm has no metric 'f1'; metrics: bits_per_byte"),
         ({"sweep": {"ult.kd_weight": (1,)}}, "names no method of this comparison, did you mean"),
         ({"sweep": {"uld.kdweight": (1,)}}, "uld has no setting 'kdweight', did you mean"),
         ({"sweep": {"kd_weight": (1,)}}, "sft has no setting 'kd_weight'"),
@@ -213,6 +214,7 @@ def test_the_baseline_may_be_named_as_it_was_given_or_as_it_is_shown():
 
 
 def test_the_metric_follows_the_task():
+    assert CompareConfig().metric_name == "bits_per_byte"
     assert CompareConfig(common={"task": "summarization"}).metric_name == "rouge_lsum"
     assert CompareConfig(common={"task": "text"}, metric="f1").metric_name == "f1"
 
@@ -251,8 +253,9 @@ def test_a_file_that_says_something_else_is_refused(settings, said):
     assert said in str(caught.value)
 
 
-def test_a_run_that_nobody_gave_a_length_is_bounded():
-    assert CompareConfig().most_steps == DEMONSTRATION_STEPS
-    assert CompareConfig(common={"learning_rate": 1e-4}).most_steps == DEMONSTRATION_STEPS
-    for given in ({"data": "rows.jsonl"}, {"epochs": 1.0}, {"max_steps": 90}):
-        assert CompareConfig(common=given).most_steps is None
+def test_a_loss_of_whole_rows_makes_the_teacher_live_unless_there_is_a_cache_of_some_kind():
+    assert CompareConfig(losses=("sft", "shared_kl")).is_live
+    assert not CompareConfig(losses=("sft", "uld")).is_live
+    assert CompareConfig(losses=("sft", "uld"), live_teacher=True).is_live
+    for given in ({"cache": "folder"}, {"top_k": 49152}):
+        assert not CompareConfig(losses=("sft", "shared_kl"), **given).is_live

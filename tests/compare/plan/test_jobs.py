@@ -16,6 +16,7 @@ from ctkd.registry import describe
 from tests.distill import tiny
 
 MODELS = {"student": "s", "teacher": "t"}
+COMMON = {"student": "s", "teacher": "t", "data": "rows.jsonl"}
 SWEEP = {"learning_rate": (1e-5, 1e-4)}
 
 
@@ -40,7 +41,8 @@ def splits(*, dev: bool = False, **fingerprints: str) -> Splits:
 def plan(
     losses=("sft", "uld"), *, rows: Splits | None = None, models=MODELS, live=False, **settings
 ) -> Plan:
-    config = CompareConfig(losses=losses, **settings)
+    common = {**COMMON, **settings.pop("common", {})}
+    config = CompareConfig(losses=losses, common=common, **settings)
     rows = rows or splits(dev=bool(config.sweep))
     cache = Path("cache")
     return Plan(config, rows, models, cache=None if live else cache, texts=cache)
@@ -147,14 +149,14 @@ def test_a_run_reads_the_written_rows_and_asks_the_cache():
     sft, uld, seqkd = finals(plan(("sft", "uld", "seqkd"), output="out", common={"task": "text"}))
     config = uld.training.config
     assert (config.data, config.eval_data) == ("data/train.jsonl", "data/curve.jsonl")
-    assert config.columns == {"id": "id", "group": "group"}
+    assert config.columns == {"id": "id", "group": "group", "ends": "ends"}
     assert (config.measure, config.teacher_cache) == ("nothing", "cache")
     assert sft.training.config.teacher_cache is None
     assert seqkd.training.config.teacher_cache == "cache"
     assert config.folder.parent == Path("out", "runs")
     assert config.folder.name.startswith("uld-seed0-")
     # What a record shows names the user's own data.
-    assert uld.training.settings["data"] == "pocketqa"
+    assert uld.training.settings["data"] == "rows.jsonl"
     assert "output" not in uld.training.settings
 
 
@@ -234,12 +236,14 @@ def test_the_metric_decides_then_cross_entropy_then_the_order(trials, best):
     assert best_trial(trials, "f1").key == best
 
 
+def test_of_bits_less_is_better():
+    wordy, terse = (
+        dataclasses.replace(trial(name, bits, 1.0), metrics={"bits_per_byte": bits})
+        for name, bits in (("wordy", 2.5), ("terse", 2.25))
+    )
+    assert best_trial([wordy, terse], "bits_per_byte").key == "terse"
+
+
 def test_there_is_nothing_to_choose_from_without_trials():
     with pytest.raises(SettingError):
         best_trial([], "f1")
-
-
-def test_the_demonstration_is_shorter_than_a_pass(monkeypatch):
-    monkeypatch.setattr("ctkd.compare.plan.config.DEMONSTRATION_STEPS", 2)
-    assert plan().steps == 2
-    assert plan(common={"epochs": 1.0}).steps == 3

@@ -19,7 +19,7 @@ def opened(tmp_path, **settings):
 
 
 def temperatures(tmp_path, **settings) -> list[float]:
-    config = CompareConfig(output=str(tmp_path / "out"), **settings)
+    config = CompareConfig(output=str(tmp_path / "out"), **{"top_k": 256, **settings})
     with ComparisonFolder.opened(config) as folder:
         return preparation._temperatures(config, folder)
 

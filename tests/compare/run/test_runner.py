@@ -10,13 +10,18 @@ import torch
 import ctkd
 from ctkd.compare.plan.config import CompareConfig
 from ctkd.compare.records import TEACHER, UNTRAINED
+from ctkd.compare.report.report import terminal
 from ctkd.compare.run import evaluating, runner
 from ctkd.compare.run.folder import read_records
+from ctkd.distill.config import EvaluateRequest
+from ctkd.distill.evaluation.evaluate import run_evaluation
+from ctkd.distill.evaluation.metrics import BITS_PER_BYTE
 from ctkd.distill.models import loading as models
 from ctkd.distill.training import measuring
 from ctkd.distill.training import run as training
 from ctkd.errors import DataError, OutputError, SettingError, TrainingError
 from ctkd.registry import describe
+from tests.distill import tiny
 from tests.distill.tiny_runs import Workplace, record
 
 pytestmark = pytest.mark.slow
@@ -307,6 +312,49 @@ def test_whole_rows_are_asked_of_a_live_teacher(place, worked):
     assert record(folder)["settings"]["teacher_cache"] is None
     assert outcome.comparison.settings["teacher logits"] == "live, asked in float32"
     assert "kd" in run.history[0]
+
+
+def test_documents_are_compared_in_bits_per_byte(place, worked):
+    rows = place.folder / "documents.jsonl"
+    texts = [f"{tiny.TEXTS[n % 4]} {n}{' the' * 120 * (n % 2)}" for n in range(12)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lm = {"task": "lm", "data": str(rows), "learning_rate": 0.03}
+    outcomes = {}
+    for output, losses in (("lm-live", ("sft", "shared_kl")), ("lm-cached", ("sft", "uld"))):
+        settings = config(place, output, losses=losses, common=lm)
+        outcomes[output] = runner.compare(settings, say=lambda line: None)
+    assert not (place.folder / "lm-live" / "teacher").exists()
+    kept = (place.folder / "lm-live" / "data" / "train.jsonl").read_text().splitlines()
+    parts = [json.loads(line) for line in kept]
+    assert {one["ends"] for one in parts} == {True, False}
+    live, cached = (outcomes[name].comparison for name in ("lm-live", "lm-cached"))
+    assert (live.settings["teacher logits"], live.metric) == (
+        "live, asked in float32",
+        BITS_PER_BYTE,
+    )
+    assert "cached" in cached.settings["teacher logits"]
+    # What is asked of the teacher's logits moves nothing of plain training, nor of references.
+    for ours, theirs in zip(
+        (*live.references, live.finals[0]), (*cached.references, cached.finals[0]), strict=True
+    ):
+        assert ours.method == theirs.method and ours.answers == theirs.answers
+    untrained, teacher = live.references
+    sft, shared_kl = live.finals
+    assert sft.metrics[BITS_PER_BYTE] < untrained.metrics[BITS_PER_BYTE] - 0.1
+    assert shared_kl.metrics != sft.metrics
+    # The teacher's figure, and the untrained student's, are those of `ctkd evaluate`.
+    test = place.folder / "lm-live" / "data" / "test.jsonl"
+    for reference, model in ((untrained, place.student), (teacher, place.teacher)):
+        found = run_evaluation(
+            EvaluateRequest(model=str(model), data=str(test), task="lm", device="cpu"),
+            say=lambda line: None,
+        )
+        assert reference.metrics[BITS_PER_BYTE] == pytest.approx(found[BITS_PER_BYTE], rel=1e-5)
+    shown = terminal(live, outcomes["lm-live"].analysis)
+    assert f"{sft.metrics[BITS_PER_BYTE]:.3f}" in shown and "F1" not in shown
+    refused = config(place, "lm-random", common={"student": "pocket-llama"})
+    with pytest.raises(SettingError, match="cannot learn to answer in a short run"):
+        runner.compare(refused, say=lambda line: None)
 
 
 def test_a_temperature_that_the_cache_was_not_made_for_is_refused(place, copied, worked):
