@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ctkd.errors import BatchError
 from ctkd.logits import DenseLogits, Logits, RowLogits
-from ctkd.ops import can_inspect
+from ctkd.ops import can_inspect, pack_scored
 
 __all__ = ["IGNORE_INDEX", "Batch", "Side"]
 
@@ -216,27 +216,23 @@ class Side:
     ) -> Side:
         if isinstance(logits, Tensor):
             logits = DenseLogits(logits)
-        scored = targets != IGNORE_INDEX
         size = targets.shape[1] if max_scored is None else min(max_scored, targets.shape[1])
-        if can_inspect(scored) and scored.shape[1]:
-            most = int(scored.sum(1).max()) if scored.shape[0] else 0
+        if can_inspect(targets) and targets.numel():
+            most = int((targets != IGNORE_INDEX).sum(1).max())
             if most > size:
                 raise BatchError(
                     f"a sequence scores {most} tokens, max_scored is {max_scored}; "
                     "give the largest number of labels other than -100"
                 )
-        rows = torch.argsort((~scored).to(torch.int8), dim=1, stable=True)[:, :size]
-        mask = scored.gather(1, rows)
-        token_ids = targets.gather(1, rows).masked_fill(~mask, 0)
-        if chunk_ids is not None:
-            chunk_ids = chunk_ids.gather(1, rows).masked_fill(~mask, -1)
+        packed = pack_scored(targets, IGNORE_INDEX, size, logits.shape[1], chunk_ids)
         if hidden is not None:
-            hidden = hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+            rows = packed.rows.unsqueeze(-1)
+            hidden = hidden.gather(1, rows.expand(-1, -1, hidden.shape[-1]))
         return cls(
-            logits=logits.at(rows, mask, vocab_size),
-            token_ids=token_ids,
-            mask=mask,
-            chunk_ids=chunk_ids,
+            logits=logits.at(packed.rows, packed.mask, vocab_size, packed.index),
+            token_ids=packed.ids,
+            mask=packed.mask,
+            chunk_ids=packed.chunk_ids,
             hidden=hidden,
         )
 

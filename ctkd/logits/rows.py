@@ -65,10 +65,18 @@ class RowLogits(Logits):
     def masked(self, mask: Tensor) -> Self:
         return self if mask is self.mask else self.at(self.rows, mask, self.shape[2])
 
-    def at(self, rows: Tensor | None, mask: Tensor, vocab_size: int | None = None) -> Self:
+    def at(
+        self,
+        rows: Tensor | None,
+        mask: Tensor,
+        vocab_size: int | None = None,
+        index: Tensor | None = None,
+    ) -> Self:
         """The same source at other positions; both share normalizers and a backward pass."""
         view = type(self).__new__(type(self))
         RowLogits.__init__(view, self.source, mask=mask, rows=rows, vocab_size=vocab_size)
+        if index is not None:
+            view.index = index
         return view
 
     @cached_property
@@ -82,7 +90,12 @@ class RowLogits(Logits):
     @cached_property
     def index(self) -> Tensor:
         """Row of the source that holds each scored position, (B * S,) int64, -1 elsewhere."""
-        return self.all_rows.masked_fill(~self.mask.flatten(), -1)
+        return self.all_rows.masked_fill(self.padding.flatten(), -1)
+
+    @cached_property
+    def padding(self) -> Tensor:
+        """Positions that are not scored, (B, S, 1) bool."""
+        return ~self.mask.unsqueeze(-1)
 
     @cached_property
     def _sequence(self) -> Tensor:
@@ -116,7 +129,7 @@ class RowLogits(Logits):
         ids = self.index.new_zeros((self.index.shape[0], k))
         for which, rows in self.source.chunks(self.index, self.shape[2]):
             ids[which] = ops.top_k(rows, k)[0]
-        return ids.view(*self.shape[:2], k).masked_fill_(~self.mask.unsqueeze(-1), 0)
+        return ids.view(*self.shape[:2], k).masked_fill_(self.padding, 0)
 
     @ops.not_traced
     def sorted_probs(self, k: int, *, temperature: float = 1.0) -> Tensor:
@@ -185,10 +198,12 @@ class RowLogits(Logits):
 
     def deviations(self) -> Tensor:
         """Standard deviation of the row at each scored position, (B * S,), unbiased."""
-        answers = self._zeros(self.index.shape[0])
-        for which, rows in self.source.chunks(self.index, self.shape[2]):
-            answers[which] = ops.deviations(rows)
-        return answers
+        return self._joined(
+            [
+                (which, ops.deviations(rows))
+                for which, rows in self.source.chunks(self.index, self.shape[2])
+            ]
+        )
 
     def log_normalizers(
         self, temperatures: Sequence[float], standardize: bool, columns: Tensor | None = None
@@ -196,18 +211,34 @@ class RowLogits(Logits):
         """Log of the softmax denominator at each position, (T, B * S); undefined if not scored."""
         known, width = self.source.normalizers(), self.shape[2]
         if columns is not None:
-            answers = self._zeros(len(temperatures), self.index.shape[0])
-            for which, rows in self.source.chunks(self.index, width):
-                answers[:, which] = ops.log_normalizers(rows, temperatures, columns=columns)
-            return answers
+            parts = [
+                (which, ops.log_normalizers(rows, temperatures, columns=columns))
+                for which, rows in self.source.chunks(self.index, width)
+            ]
+            return self._joined(parts, len(temperatures))
         answers, index = known.look_up(self.index, temperatures, standardize, width)
         if index is None:
-            return answers
-        for which, rows in self.source.chunks(index, width):
-            new = ops.log_normalizers(rows, temperatures, standardize=standardize)
-            # What is known stays as it is: a second answer must not differ in its last digit.
-            answers[:, which] = torch.where(answers[:, which].isnan(), new, answers[:, which])
+            return answers  # type: ignore[return-value]
+        parts = [
+            (which, ops.log_normalizers(rows, temperatures, standardize=standardize))
+            for which, rows in self.source.chunks(index, width)
+        ]
+        if answers is None:
+            answers = self._joined(parts, len(temperatures))
+        else:
+            for which, new in parts:
+                # What is known stays as it is: a second answer must not differ in its last digit.
+                answers[:, which] = torch.where(answers[:, which].isnan(), new, answers[:, which])
         known.keep(index, temperatures, standardize, width, answers)
+        return answers
+
+    def _joined(self, parts: Sequence[tuple[Which, Tensor]], *size: int) -> Tensor:
+        """Answers (*size, N) from those for chunks of rows."""
+        if len(parts) == 1 and isinstance(parts[0][0], slice) and parts[0][0] == slice(None):
+            return parts[0][1]
+        answers = self._zeros(*size, self.index.shape[0])
+        for which, part in parts:
+            answers[..., which] = part
         return answers
 
     def _zeros(self, *size: int) -> Tensor:
@@ -231,19 +262,14 @@ class _LogSoftmax(torch.autograd.Function):
         raw: Tensor | None,
         _: Tensor,
     ) -> tuple[Tensor, ...]:
-        source, shape = logits.source, logits.shape[:2]
-        if ids is None:
-            raw = logits._zeros(*shape, 1)
-        elif raw is None:
-            raw = source.pick(logits.index.view(shape), ids)
-        if standardize:
-            raw = raw / (logits.deviations().view(*shape, 1) + ops.STANDARD_DEVIATION_EPSILON)
+        source, index = logits.source, logits.index
         normalizers = logits.log_normalizers(temperatures, standardize, columns)
-        padding = ~logits.mask.unsqueeze(-1)
-        answers = []
-        for temperature, normalizer in zip(temperatures, normalizers, strict=True):
-            log_probs = raw / temperature - normalizer.view(*shape, 1)
-            answers.append(log_probs.masked_fill_(padding, 0.0))
+        known = normalizers, temperatures, logits.deviations() if standardize else None
+        if ids is not None and raw is None:
+            answers = source.chosen_log_probs(index, ids, logits.shape[1], *known)
+        else:
+            entries = logits._zeros(*logits.shape[:2], 1) if raw is None else raw
+            answers = ops.log_probs_of(entries, index, *known)
         # Kept only so that torch sees it if one of them is overwritten.
         queried = columns if ids is None else ids
         is_seen = queried is not None and not queried.is_inference()
@@ -258,14 +284,13 @@ class _LogSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         logits: RowLogits = ctx.logits
-        padding = ~logits.mask.unsqueeze(-1)
         ids = logits.index.new_zeros((*logits.shape[:2], 0)) if ctx.ids is None else ctx.ids
         ids = ids.expand(-1, logits.shape[1], -1).flatten(0, 1)
         terms = []
         for temperature, normalizer, gradient in zip(
             ctx.temperatures, ctx.normalizers, gradients, strict=True
         ):
-            weights = gradient.masked_fill(padding, 0.0).flatten(0, 1)
+            weights = gradient.masked_fill(logits.padding, 0.0).flatten(0, 1)
             terms.append(
                 SoftmaxTerm(
                     temperature=temperature,
@@ -273,7 +298,7 @@ class _LogSoftmax(torch.autograd.Function):
                     width=logits.shape[2],
                     columns=ctx.columns,
                     log_normalizers=normalizer,
-                    totals=weights.sum(-1),
+                    totals=weights.squeeze(1) if weights.shape[1] == 1 else weights.sum(-1),
                     ids=ids,
                     weights=weights[:, : ids.shape[1]],
                 )

@@ -53,7 +53,9 @@ def version_of(tensors: Iterable[Tensor]) -> int | None:
 class _KnownNormalizers:
     """Log-normalizers of the rows of a source, kept until the rows change.
 
-    One for each softmax: temperature, whether standardized, columns.
+    One for each softmax: temperature, whether standardized, columns. Where values may be inspected,
+    they are known by row; elsewhere rows are known if something was kept for this very index, as a
+    table of all rows would cost several launches a look.
 
     Args:
         source: The rows.
@@ -62,30 +64,34 @@ class _KnownNormalizers:
 
     def __init__(self, source: RowSource, version: int | None) -> None:
         self.version = version
-        size = source.num_rows + 1
+        self._size, self._dtype, self._device = source.num_rows + 1, source.dtype, source.device
         # A number for each row, and one more for -1; nan where it is unknown.
-        self._nothing = torch.full((size,), torch.nan, dtype=source.dtype, device=source.device)
         self._tables: dict[Any, Tensor] = {}
-        # By identity of an index: the index, and the keys for which all its rows are known.
-        self._complete: dict[int, tuple[Tensor, set[Any]]] = {}
+        # By identity of an index: the index, and the normalizers of its rows.
+        self._kept: dict[int, tuple[Tensor, dict[Any, Tensor]]] = {}
 
     def look_up(
         self, index: Tensor, temperatures: Sequence[float], standardize: bool, width: int
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Normalizers (T, N) of rows (N,), nan where unknown; and the rows that lack one.
 
-        These are an index (N,), -1 for the others, or None. Where values may not be inspected, rows
-        are known if something was kept for this very index.
+        These are an index (N,), -1 for the others, or None. The former are None if none is known.
         """
         keys = list(zip(temperatures, repeat(standardize), repeat(width), strict=False))
-        known = self._nothing.new_empty(len(keys), len(index))
+        if not ops.can_inspect(index):
+            _, kept = self._kept.get(id(index), (index, {}))
+            if not all(key in kept for key in keys):
+                return None, index
+            if len(keys) == 1:
+                return kept[keys[0]].unsqueeze(0), None
+            return torch.stack([kept[key] for key in keys]), None
+        unknown = torch.full((), torch.nan, dtype=self._dtype, device=self._device)
+        known = unknown.new_empty(len(keys), len(index))
         for values, key in zip(known, keys, strict=True):
-            values.copy_(self._tables.get(key, self._nothing)[index])
-        if ops.can_inspect(index):
-            missing = known.isnan().any(0).logical_and_(index >= 0)
-            return known, index.masked_fill(~missing, -1) if missing.any() else None
-        _, complete = self._complete.get(id(index), (index, set()))
-        return known, None if complete.issuperset(keys) else index
+            table = self._tables.get(key)
+            values.copy_(unknown if table is None else table[index])
+        missing = known.isnan().any(0).logical_and_(index >= 0)
+        return known, index.masked_fill(~missing, -1) if missing.any() else None
 
     def keep(
         self,
@@ -96,11 +102,15 @@ class _KnownNormalizers:
         values: Tensor,
     ) -> None:
         """Keep normalizers (T, N) of rows (N,); what is known stays as it is."""
-        for temperature, normalizers in zip(temperatures, values, strict=True):
+        for temperature, normalizers in zip(temperatures, values.unbind(), strict=True):
             key = temperature, standardize, width
-            table = self._tables.setdefault(key, self._nothing.clone())
+            if not ops.can_inspect(index):
+                self._kept.setdefault(id(index), (index, {}))[1].setdefault(key, normalizers)
+                continue
+            if key not in self._tables:
+                self._tables[key] = normalizers.new_full((self._size,), torch.nan)
+            table = self._tables[key]
             table[index] = torch.where(table[index].isnan(), normalizers, table[index])
-            self._complete.setdefault(id(index), (index, set()))[1].add(key)
 
 
 class RowSource(ABC):
@@ -117,7 +127,7 @@ class RowSource(ABC):
 
     def __init__(self, shape: tuple[int, int, int], *inputs: Tensor) -> None:
         self.shape, self.inputs, self.device = shape, inputs, inputs[0].device
-        self.dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+        self.dtype = ops.statistics_dtype(inputs[0].dtype)
         self.num_rows = shape[0] * shape[1]
         self.anchor = _Anchor(None, {}, None)
         # What is made in inference mode may not be written to later.
@@ -143,8 +153,16 @@ class RowSource(ABC):
         """
 
     @abstractmethod
-    def pick(self, index: Tensor, ids: Tensor) -> Tensor:
-        """Entries of rows, (B, S) and (B, S or 1, K) give (B, S, K); any where there is no row."""
+    def chosen_log_probs(
+        self,
+        index: Tensor,
+        ids: Tensor,
+        positions: int,
+        normalizers: Tensor,
+        temperatures: Sequence[float],
+        deviations: Tensor | None,
+    ) -> list[Tensor]:
+        """See `ctkd.ops.reference.chosen_log_probs`."""
 
     def gradient_buffer(self, index: Tensor) -> Tensor | None:
         """Memory for a gradient of all rows, see `ctkd.ops.gradient_rows`; None for a head."""
@@ -176,9 +194,17 @@ class TensorRows(RowSource):
     def chunks(self, index: Tensor, width: int) -> Iterable[tuple[Which, Rows]]:
         return [(slice(None), Rows(self.inputs[0].detach(), index, width))]
 
-    def pick(self, index: Tensor, ids: Tensor) -> Tensor:
-        index, length = index.clamp_min(0).unsqueeze(-1), max(self.shape[1], 1)
-        return self.inputs[0].detach()[index // length, index % length, ids].to(self.dtype)
+    def chosen_log_probs(
+        self,
+        index: Tensor,
+        ids: Tensor,
+        positions: int,
+        normalizers: Tensor,
+        temperatures: Sequence[float],
+        deviations: Tensor | None,
+    ) -> list[Tensor]:
+        rows = Rows(self.inputs[0].detach(), index, self.shape[2])
+        return ops.chosen_log_probs(rows, ids, positions, normalizers, temperatures, deviations)
 
     def gradient_buffer(self, index: Tensor) -> Tensor:
         return ops.gradient_rows(self.inputs[0], index)
@@ -225,7 +251,20 @@ class HeadRows(RowSource):
                 numbers.masked_fill_(index[which] < 0, -1)
             yield which, Rows(logits, numbers, width)
 
-    def pick(self, index: Tensor, ids: Tensor) -> Tensor:
+    def chosen_log_probs(
+        self,
+        index: Tensor,
+        ids: Tensor,
+        positions: int,
+        normalizers: Tensor,
+        temperatures: Sequence[float],
+        deviations: Tensor | None,
+    ) -> list[Tensor]:
+        entries = self._entries(index.view(ids.shape[0], positions), ids)
+        return ops.log_probs_of(entries, index, normalizers, temperatures, deviations)
+
+    def _entries(self, index: Tensor, ids: Tensor) -> Tensor:
+        """Entries of rows, (B, S) and (B, S or 1, K) give (B, S, K); any where there is no row."""
         shape, answers = (*index.shape, ids.shape[2]), []
         # One product where a sequence's rows share their ids, else a few rows at a time.
         size = ops.head_rows(self.inputs[0].shape[2] * max(ids.shape[2], 1), self.device)

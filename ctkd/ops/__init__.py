@@ -1,44 +1,48 @@
 """Arithmetic on rows of logits: tensors in, tensors out, by the backend that serves them.
 
 ``reference`` (torch) is the definition and serves every device and dtype; ``cpu`` (numba) serves
-float32 and bfloat16 rows on a CPU, where they lie. This module is the only place that chooses. The
-environment variable ``CTKD_BACKEND`` and `use_backend` override it, for tests and for anyone who
-suspects a kernel.
+float32 and bfloat16 rows on a CPU, ``cuda`` (Triton) those and float16 on a CUDA device, where they
+lie. Tensors on the meta device go the way of CUDA, whose costs are counted there. This module is
+the only place that chooses. The environment variable ``CTKD_BACKEND`` and `use_backend` override
+it, for tests and for anyone who suspects a kernel.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from ctkd.errors import SettingError
-from ctkd.ops import reference
+from ctkd.ops import cuda, reference
 from ctkd.ops.blocks import block_rows, head_rows
+from ctkd.ops.choice import BACKENDS, VARIABLE, chosen_backend, use_backend
 from ctkd.ops.costs import cost_of
-from ctkd.ops.reference import add_rows_
+from ctkd.ops.reference import add_rows_, log_probs_of
 from ctkd.ops.rows import (
     STANDARD_DEVIATION_EPSILON,
+    Packed,
     RowLoss,
     Rows,
     RowValues,
     SoftmaxTerm,
     Which,
     can_inspect,
+    statistics_dtype,
 )
 
 __all__ = [
     "BACKENDS",
     "STANDARD_DEVIATION_EPSILON",
+    "VARIABLE",
+    "Packed",
     "RowLoss",
     "RowValues",
     "Rows",
@@ -48,6 +52,7 @@ __all__ = [
     "backend_for",
     "block_rows",
     "can_inspect",
+    "chosen_log_probs",
     "column_mass",
     "cost_of",
     "deviations",
@@ -56,59 +61,30 @@ __all__ = [
     "head_rows",
     "host_zero",
     "log_normalizers",
+    "log_probs_of",
     "not_traced",
+    "pack_scored",
     "pass_rows",
     "row_loss",
     "softmax_backward",
+    "statistics_dtype",
     "top_k",
     "use_backend",
 ]
 
-BACKENDS = ("auto", "reference", "cpu")
-VARIABLE = "CTKD_BACKEND"
-
 _Arguments = ParamSpec("_Arguments")
 _Answer = TypeVar("_Answer")
-
-_chosen: str | None = None
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Send every operation to one backend; what it cannot serve goes to the reference.
-
-    This is for the whole process: the backward pass may run in threads of torch's own.
-
-    Args:
-        name: One of `BACKENDS`; ``"auto"`` chooses by device and dtype.
-
-    Raises:
-        SettingError: If there is no such backend.
-
-    Example:
-        >>> with use_backend("reference"):
-        ...     backend_for("top_k", Rows(torch.zeros(1, 2), None, 2)).__name__
-        'ctkd.ops.reference'
-    """
-    if name not in BACKENDS:
-        raise SettingError(f"the backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    global _chosen
-    before, _chosen = _chosen, name
-    try:
-        yield
-    finally:
-        _chosen = before
 
 
 def backend_for(operation: str, *rows: Rows) -> ModuleType:
     """The module that serves an operation, or the row loss of that name, on these rows."""
-    name = _chosen or os.environ.get(VARIABLE, "auto")
-    if name not in BACKENDS:
-        raise SettingError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    name = chosen_backend()
     if name != "reference" and can_inspect(rows[0].tensor):
         cpu = _cpu()
         if cpu is not None and cpu.serves(operation, rows):
             return cpu
+    elif name in ("auto", "cuda") and cuda.serves(operation, rows):
+        return cuda
     return reference
 
 
@@ -141,12 +117,22 @@ def _dispatched(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments,
     return operation
 
 
+chosen_log_probs = _dispatched(reference.chosen_log_probs)
 log_normalizers = _dispatched(reference.log_normalizers)
 deviations = _dispatched(reference.deviations)
 column_mass = _dispatched(reference.column_mass)
 top_k = _dispatched(reference.top_k)
 softmax_backward = _dispatched(reference.softmax_backward)
 row_loss = _dispatched(reference.row_loss)
+
+
+def pack_scored(
+    targets: Tensor, ignored: int, size: int, length: int, chunk_ids: Tensor | None = None
+) -> Packed:
+    """See `ctkd.ops.reference.pack_scored`."""
+    run_kernel = not can_inspect(targets) and cuda.can_run(targets.device)
+    packing = cuda.pack_scored if run_kernel else reference.pack_scored
+    return packing(targets, ignored, size, length, chunk_ids)
 
 
 def gradient_rows(tensor: Tensor, index: Tensor) -> Tensor:
@@ -157,6 +143,9 @@ def gradient_rows(tensor: Tensor, index: Tensor) -> Tensor:
     """
     count = tensor.shape[:-1].numel()
     gradient = tensor.new_empty(count + 1, tensor.shape[-1])
+    if backend_for("clear_rows", Rows(gradient, index, tensor.shape[-1])) is cuda:
+        cuda.clear_rows(gradient, index)
+        return gradient
     others = torch.ones(count + 1, dtype=torch.bool, device=index.device)
     others[index] = False  # -1 is the last row.
     if can_inspect(others):

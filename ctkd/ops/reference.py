@@ -13,18 +13,23 @@ from torch.nn import functional as F
 
 from ctkd.ops.rows import (
     STANDARD_DEVIATION_EPSILON,
+    Packed,
     RowLoss,
     Rows,
     RowValues,
     SoftmaxTerm,
     Which,
+    statistics_dtype,
 )
 
 __all__ = [
     "add_rows_",
+    "chosen_log_probs",
     "column_mass",
     "deviations",
     "log_normalizers",
+    "log_probs_of",
+    "pack_scored",
     "row_loss",
     "softmax_backward",
     "top_k",
@@ -67,6 +72,73 @@ def deviations(rows: Rows) -> Tensor:
     for which, block in rows.blocks():
         answers[which] = block.std(-1)
     return answers
+
+
+def chosen_log_probs(
+    rows: Rows,
+    ids: Tensor,
+    positions: int,
+    normalizers: Tensor,
+    temperatures: Sequence[float],
+    deviations: Tensor | None = None,
+) -> list[Tensor]:
+    """Log-probabilities of chosen entries at each temperature, (B, S, K); 0 where there is no row.
+
+    Args:
+        rows: N = B * S rows of a tensor (B, L, V').
+        ids: (B, S or 1, K) columns.
+        positions: S.
+        normalizers: (T, N) as of `log_normalizers`.
+        temperatures: T of them.
+        deviations: (N,) what entries are divided by, less its 1e-4; None for nothing.
+    """
+    if rows.index is None:
+        raise TypeError("chosen entries are those of rows that an index names")
+    length = max(rows.tensor.shape[1], 1)
+    index = rows.index.view(ids.shape[0], positions, 1).clamp_min(0)
+    raw = rows.tensor[index // length, index % length, ids].to(statistics_dtype(rows.tensor.dtype))
+    return log_probs_of(raw, rows.index, normalizers, temperatures, deviations)
+
+
+def log_probs_of(
+    entries: Tensor,
+    index: Tensor,
+    normalizers: Tensor,
+    temperatures: Sequence[float],
+    deviations: Tensor | None = None,
+) -> list[Tensor]:
+    """As `chosen_log_probs`, of entries (B, S, K) of rows (N,), -1 for none."""
+    shape = *entries.shape[:2], 1
+    if deviations is not None:
+        entries = entries / (deviations.view(shape) + STANDARD_DEVIATION_EPSILON)
+    padding = (index < 0).view(shape)
+    return [
+        (entries / temperature - normalizer.view(shape)).masked_fill_(padding, 0.0)
+        for temperature, normalizer in zip(temperatures, normalizers, strict=True)
+    ]
+
+
+def pack_scored(
+    targets: Tensor, ignored: int, size: int, length: int, chunk_ids: Tensor | None = None
+) -> Packed:
+    """Put the scored positions of each sequence first.
+
+    Args:
+        targets: (B, L) ids that are predicted.
+        ignored: What stands where none is.
+        size: S, positions to keep.
+        length: Rows of a sequence of logits.
+        chunk_ids: (B, L) chunks of the targets.
+    """
+    scored = targets != ignored
+    rows = torch.argsort((~scored).to(torch.int8), dim=1, stable=True)[:, :size]
+    mask = scored.gather(1, rows)
+    ids = targets.gather(1, rows).masked_fill(~mask, 0)
+    if chunk_ids is not None:
+        chunk_ids = chunk_ids.gather(1, rows).masked_fill(~mask, -1)
+    first = torch.arange(targets.shape[0], device=targets.device).unsqueeze(1) * length
+    index = (first + rows).masked_fill(~mask, -1).flatten()
+    return Packed(rows, mask, ids, chunk_ids, index)
 
 
 def column_mass(

@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from ctkd.ops.blocks import block_rows
+from ctkd.ops.choice import chosen_backend
 
-__all__ = ["RowLoss", "RowValues", "Rows", "SoftmaxTerm", "Which", "can_inspect"]
+__all__ = [
+    "Packed",
+    "RowLoss",
+    "RowValues",
+    "Rows",
+    "SoftmaxTerm",
+    "Which",
+    "can_inspect",
+    "statistics_dtype",
+]
 
 STANDARD_DEVIATION_EPSILON = 1e-4
 """Added to the deviation that a row is divided by."""
@@ -20,9 +30,16 @@ Which: TypeAlias = slice | Tensor
 """A selection of N rows: a slice, or their numbers (n,) int64."""
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What statistics of rows of a dtype are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def can_inspect(tensor: Tensor) -> bool:
     """True if values may be read: elsewhere that would wait for a device, or break a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return chosen_backend() != "cuda"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +72,7 @@ class Rows:
 
     def zeros(self, *size: int) -> Tensor:
         """Zeros on the device of the rows, in the dtype of statistics."""
-        dtype = torch.promote_types(self.tensor.dtype, torch.float32)
+        dtype = statistics_dtype(self.tensor.dtype)
         return torch.zeros(size, dtype=dtype, device=self.tensor.device)
 
     def read(self, which: Which = slice(None)) -> Tensor:
@@ -70,7 +87,7 @@ class Rows:
         else:
             index, length = index[which].clamp_min(0), tensor.shape[1]
             block = tensor[index // length, index % length]
-        return block[:, : self.width].to(torch.promote_types(tensor.dtype, torch.float32))
+        return block[:, : self.width].to(statistics_dtype(tensor.dtype))
 
     def write(self, which: Which, block: Tensor) -> None:
         """Replace selected rows of a (R, V') tensor by a block (n, V), rounded to its dtype."""
@@ -144,6 +161,24 @@ class RowLoss:
     function: Callable[..., Tensor]
     parts: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Packed(NamedTuple):
+    """Scored positions of sequences, first in each and in their order, (B, S).
+
+    Attributes:
+        rows: Where each lies in its sequence.
+        mask: True where one is scored; the others come behind.
+        ids: Their targets, 0 where not scored.
+        chunk_ids: Their chunks, -1 where not scored.
+        index: Rows of the flattened logits, (B * S,), -1 where not scored.
+    """
+
+    rows: Tensor
+    mask: Tensor
+    ids: Tensor
+    chunk_ids: Tensor | None
+    index: Tensor
 
 
 class RowValues(NamedTuple):

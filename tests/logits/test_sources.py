@@ -48,6 +48,12 @@ def by_hand(source: RowSource) -> Tensor:
     return 2.0 * torch.tanh(0.5 * (hidden.reshape(-1, H) @ weight.T + bias) / 2.0)
 
 
+def entries(source, index, ids):
+    """Chosen entries: log-probabilities of which no normalizer is taken."""
+    zeros = torch.zeros(1, index.numel(), dtype=source.dtype, device=source.device)
+    return source.chosen_log_probs(index.flatten(), ids, index.shape[1], zeros, (1.0,), None)[0]
+
+
 def agree(actual: object, expected: object) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
 
@@ -72,9 +78,11 @@ def test_rows_are_read(kind, layout, monkeypatch):
             # Those that are none may be left out, or given as any row that is none.
             assert seen[real].all()
             ids = torch.tensor([[0, 4, 4]]).expand(len(index), 3)
-            agree(source.pick(index[None], ids[None])[0, real], whole[index[real]][:, [0, 4, 4]])
+            agree(
+                entries(source, index[None], ids[None])[0, real], whole[index[real]][:, [0, 4, 4]]
+            )
         groups, ids = torch.tensor([[0, 3, 1], [7, -1, 4]]), torch.tensor([[1, 2], [4, 0]])
-        picked = source.pick(groups, ids[:, None])
+        picked = entries(source, groups, ids[:, None])
         assert picked.shape == (2, 3, 2)
         for group, position in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 2)):
             agree(picked[group, position], whole[groups[group, position], ids[group]])
@@ -99,7 +107,8 @@ def test_narrow_rows_are_widened():
         ((_, rows),) = source.chunks(torch.tensor([0, 5]), V)
         assert rows.tensor.data_ptr() == tensor.data_ptr()
         assert torch.equal(rows.read(), tensor.flatten(0, 1)[[0, 5]].float())
-        assert source.pick(torch.tensor([1]), torch.tensor([[2]])).item() == tensor[0, 1, 2].item()
+        entry = entries(source, torch.tensor([[1]]), torch.tensor([[[2]]])).item()
+        assert entry == tensor[0, 1, 2].item()
 
 
 @by_kind

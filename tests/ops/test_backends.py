@@ -50,7 +50,6 @@ def test_float32_and_bfloat16_on_a_cpu_have_kernels(operation):
     [
         ("top_k", rows_of(torch.float64)),
         ("top_k", rows_of(torch.float16)),
-        ("top_k", rows_of(device="meta")),
         ("top_k", Rows(torch.zeros(3, 4).t(), None, 3)),
         ("no kernel of that name", rows_of()),
         # A plugin's function has no name.
@@ -63,6 +62,11 @@ def test_float32_and_bfloat16_on_a_cpu_have_kernels(operation):
 )
 def test_everything_else_goes_to_the_reference(operation, rows):
     assert backend_for(operation, rows) is reference
+
+
+def test_tensors_without_values_go_the_way_of_a_device():
+    assert name_of("top_k", rows_of(device="meta")) == "cuda"
+    assert name_of("top_k", rows_of(torch.float64, "meta")) == "reference"
 
 
 @needs_numba
@@ -113,7 +117,7 @@ def test_the_variable_chooses_and_the_context_goes_first(monkeypatch):
 
 def test_unknown_backends_are_refused(monkeypatch):
     with (
-        pytest.raises(SettingError, match="one of auto, reference, cpu, got 'gpu'"),
+        pytest.raises(SettingError, match="one of auto, reference, cpu, cuda, got 'gpu'"),
         use_backend("gpu"),
     ):
         raise RuntimeError("never reached")

@@ -1,1 +1,209 @@
-"""Operations on float32, bfloat16 and float16 rows on a CUDA device, by Triton kernels."""
+"""Operations on float32, bfloat16 and float16 rows on a CUDA device, by Triton kernels.
+
+Rows are read and written where they lie, in a launch or two for each operation. Importing this
+package imports no triton: tensors on the meta device are told what would be made, and cost what it
+would cost.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ctkd.ops import reference
+from ctkd.ops.cuda import operators
+from ctkd.ops.rows import Packed, RowLoss, Rows, RowValues, SoftmaxTerm
+
+__all__ = [
+    "chosen_log_probs",
+    "clear_rows",
+    "column_mass",
+    "deviations",
+    "log_normalizers",
+    "pack_scored",
+    "row_loss",
+    "serves",
+    "softmax_backward",
+    "top_k",
+]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# More ids of a row than this are compared with each other for too long, and do not fit registers.
+_MOST_IDS = 1024
+_MOST_TERMS = 4
+# Running sums of so many temperatures are kept at a time.
+_TEMPERATURES = 2
+
+
+def serves(operation: str, rows: Sequence[Rows]) -> bool:
+    """True if kernels can read and write all these rows in place."""
+    if operation not in _OPERATIONS or not can_run(rows[0].tensor.device):
+        return False
+    return all(
+        one.tensor.dtype in _DTYPES and (one.tensor.stride(-1) == 1 or one.tensor.shape[-1] < 2)
+        for one in rows
+    )
+
+
+def can_run(device: torch.device) -> bool:
+    """True if kernels run on tensors there, or nothing does."""
+    if device.type == "meta":
+        return True
+    if not _HAS_TRITON:
+        return False
+    # The interpreter runs kernels on a CPU, for tests.
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def log_normalizers(
+    rows: Rows,
+    temperatures: Sequence[float],
+    *,
+    standardize: bool = False,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """See `ctkd.ops.reference.log_normalizers`."""
+    parts = [
+        operators.row_statistics(
+            rows.tensor, rows.index, rows.width, some, standardize, columns, False
+        )[0]
+        for some in _some(temperatures)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def deviations(rows: Rows) -> Tensor:
+    """See `ctkd.ops.reference.deviations`."""
+    answers: Tensor = operators.row_statistics(
+        rows.tensor, rows.index, rows.width, [], False, None, True
+    )[1]
+    return answers
+
+
+def chosen_log_probs(
+    rows: Rows,
+    ids: Tensor,
+    positions: int,
+    normalizers: Tensor,
+    temperatures: Sequence[float],
+    deviations: Tensor | None = None,
+) -> list[Tensor]:
+    """See `ctkd.ops.reference.chosen_log_probs`."""
+    every = list(map(float, temperatures))
+    answers: list[Tensor] = operators.chosen_entries(
+        rows.tensor, rows.index, ids, positions, normalizers, every, deviations
+    )
+    return answers
+
+
+def pack_scored(
+    targets: Tensor, ignored: int, size: int, length: int, chunk_ids: Tensor | None = None
+) -> Packed:
+    """See `ctkd.ops.reference.pack_scored`."""
+    rows, mask, ids, chunks, index = operators.pack_scored(
+        targets, chunk_ids, size, length, ignored
+    )
+    return Packed(rows, mask, ids, None if chunk_ids is None else chunks, index)
+
+
+def column_mass(
+    rows: Rows,
+    sequence: Tensor,
+    sequences: int,
+    temperatures: Sequence[float],
+    *,
+    standardize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `ctkd.ops.reference.column_mass`."""
+    first, *rest = _some(temperatures)
+    normalizers, deviation = operators.row_statistics(
+        rows.tensor, rows.index, rows.width, first, standardize, None, standardize
+    )
+    mass: Tensor = operators.mass_of_columns(
+        rows.tensor,
+        rows.index,
+        rows.width,
+        sequence,
+        sequences,
+        normalizers[0],
+        deviation if standardize else None,
+        temperatures[0],
+    )
+    for some in rest:
+        more = log_normalizers(rows, some, standardize=standardize)
+        normalizers = torch.cat([normalizers, more])
+    return mass, normalizers
+
+
+def top_k(rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+    """See `ctkd.ops.reference.top_k`."""
+    if k > _MOST_IDS:
+        return reference.top_k(rows, k)
+    ids, values, _ = operators.row_top(rows.tensor, rows.index, rows.width, k, [])
+    return ids, values
+
+
+def softmax_backward(
+    rows: Rows,
+    terms: Sequence[SoftmaxTerm],
+    out: Rows,
+    known: Rows | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    """See `ctkd.ops.reference.softmax_backward`."""
+    ids = sum(term.ids.shape[1] for term in terms)
+    standardized = {term.width for term in terms if term.standardize}
+    if len(terms) > _MOST_TERMS or ids > _MOST_IDS or len(standardized) > 1:
+        reference.softmax_backward(rows, terms, out, known, weights)
+        return
+    operators.row_gradients(
+        rows.tensor,
+        rows.index,
+        out.tensor,
+        out.index,
+        out.width,
+        None if known is None else known.tensor,
+        None if known is None else known.index,
+        0 if known is None else known.width,
+        weights,
+        [term.temperature for term in terms],
+        [term.standardize for term in terms],
+        [term.width for term in terms],
+        [term.columns for term in terms if term.columns is not None],
+        [term.columns is not None for term in terms],
+        [term.log_normalizers.contiguous() for term in terms],
+        [term.totals.contiguous() for term in terms],
+        [term.ids.contiguous() for term in terms],
+        [term.weights.contiguous() for term in terms],
+    )
+
+
+def row_loss(
+    loss: RowLoss,
+    student: Rows,
+    teacher: Rows,
+    per_row: Tensor | None = None,
+    out: Rows | None = None,
+    differentiate: bool = False,
+) -> RowValues:
+    """See `ctkd.ops.reference.row_loss`."""
+    return reference.row_loss(loss, student, teacher, per_row, out, differentiate)
+
+
+def clear_rows(tensor: Tensor, index: Tensor) -> None:
+    """Write zeros to the rows of a (R, V') tensor that an index does not name."""
+    operators.clear_rows(tensor, index)
+
+
+_OPERATIONS = {*__all__} - {"pack_scored", "row_loss", "serves"}
+
+
+def _some(temperatures: Sequence[float]) -> list[list[float]]:
+    """Temperatures, as many as one reading serves at a time."""
+    every = list(map(float, temperatures))
+    return [every[start : start + _TEMPERATURES] for start in range(0, len(every), _TEMPERATURES)]

@@ -1,0 +1,554 @@
+"""Kernels that read rows where they lie: statistics, column mass, largest entries, gradients.
+
+A program works through a row in tiles of (R, C) entries, of which each lane has R. The tiles begin
+where 16 bytes can be read at once; what comes before and after them is read entry by entry. A
+loaded value is widened in the expression that loads it: a narrow one must not be computed with.
+"""
+
+# The language gives types and shapes that no annotation can name.
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ctkd.ops.cuda.addressing import row_number, row_start
+
+__all__ = ["ALIGNMENT", "gradient_rows", "clear_rows", "mass_of_columns", "statistics", "largest"]
+
+ALIGNMENT = 16
+"""Entries by whose multiples all fast reads begin."""
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_EPSILON = tl.constexpr(1e-4)
+
+
+@triton.jit
+def _bounds(start, width, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+    """Columns before the first aligned one, and the end of the last whole tile behind it."""
+    before = (16 - start % 16) % 16
+    if ALIGNED:
+        before = before * 0
+    before = tl.minimum(before, width).to(tl.int32)
+    return before, before + (width - before) // TILE * TILE
+
+
+@triton.jit
+def _lanes(R: tl.constexpr, C: tl.constexpr):
+    return tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def _part(tensor, start, columns, stop, other):
+    """Columns below an end."""
+    return tl.load(tensor + start + columns, mask=columns < stop, other=other).to(tl.float32)
+
+
+@triton.jit
+def _add_sums(x, largest, sums, inverses, T: tl.constexpr):
+    """Take a tile into the running largest entries and sums of exponentials of lanes."""
+    new = tl.maximum(largest, tl.max(x, 0))
+    # A lane that has seen nothing but -inf must not make a nan of -inf - -inf.
+    base = tl.where(new == float("-inf"), 0.0, new)
+    added = ()
+    for t in tl.static_range(T):
+        scale = inverses[t] * _LOG2_E
+        total = sums[t] * tl.exp2((largest - base) * scale)
+        added = added + (total + tl.sum(tl.exp2((x - base[None, :]) * scale), 0),)
+    return new, added
+
+
+@triton.jit
+def _add_moments(x, inside, count, mean, squares):
+    """Take a tile into the running counts, means and sums of squared deviations of lanes."""
+    number = tl.sum(inside.to(tl.float32), 0)
+    some = tl.maximum(number, 1.0)
+    center = tl.sum(tl.where(inside, x, 0.0), 0) / some
+    apart = tl.where(inside, x - center[None, :], 0.0)
+    total = tl.maximum(count + number, 1.0)
+    gap = tl.where(number > 0, center - mean, 0.0)
+    squares += tl.sum(apart * apart, 0) + gap * gap * count * (number / total)
+    return count + number, mean + gap * (number / total), squares
+
+
+@triton.jit
+def _moments(tensor, start, width, ALIGNED: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Mean and unbiased standard deviation of a row."""
+    before, stop = _bounds(start, width, ALIGNED, R * C)
+    lanes = tl.arange(0, C)[None, :]
+    count = tl.zeros((C,), tl.float32)
+    mean = tl.zeros((C,), tl.float32)
+    squares = tl.zeros((C,), tl.float32)
+    if not ALIGNED:
+        y = _part(tensor, start, lanes, before, 0.0)
+        count, mean, squares = _add_moments(y, lanes < before, count, mean, squares)
+    all_of_them = tl.full((R, C), True, tl.int1)
+    first = tl.multiple_of(start + before, 16)
+    for offset in range(0, stop - before, R * C):
+        x = tl.load(tensor + first + offset + _lanes(R, C)).to(tl.float32)
+        count, mean, squares = _add_moments(x, all_of_them, count, mean, squares)
+    columns = stop + _lanes(R, C)
+    x = _part(tensor, start, columns, width, 0.0)
+    count, mean, squares = _add_moments(x, columns < width, count, mean, squares)
+    center = tl.sum(count * mean, 0) / width
+    gap = mean - center
+    total = tl.sum(squares + count * gap * gap, 0)
+    # Of one column there is no deviation: 0 / 0.
+    return center, tl.sqrt(total / (width - 1).to(tl.float32))
+
+
+@triton.jit
+def statistics(
+    tensor,
+    index,
+    length,
+    outer,
+    inner,
+    columns_mask,
+    normalizers,
+    deviations,
+    inverses,
+    count,
+    width,
+    INDEXED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    T: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+    DEVIATIONS: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Log-normalizers (T, N) at temperatures 1 / inverses, and standard deviations (N,)."""
+    number = tl.program_id(0).to(tl.int64)
+    row = row_number(index, number, INDEXED)
+    if row >= 0:
+        start = row_start(row, length, outer, inner)
+        scale = 1.0
+        if STANDARDIZE or DEVIATIONS:
+            _, deviation = _moments(tensor, start, width, ALIGNED, R, C)
+            if DEVIATIONS:
+                tl.store(deviations + number, deviation)
+            if STANDARDIZE:
+                scale = 1.0 / (deviation + _EPSILON)
+        if T > 0:
+            before, stop = _bounds(start, width, ALIGNED, R * C)
+            lanes = tl.arange(0, C)[None, :]
+            largest = tl.full((C,), float("-inf"), tl.float32)
+            sums = ()
+            for _ in tl.static_range(T):
+                sums = sums + (tl.zeros((C,), tl.float32),)
+            if not ALIGNED:
+                y = _part(tensor, start, lanes, before, float("-inf")) * scale
+                if MASKED:
+                    counts = tl.load(columns_mask + lanes, mask=lanes < before, other=False)
+                    y = tl.where(counts, y, float("-inf"))
+                largest, sums = _add_sums(y, largest, sums, inverses, T)
+            first = tl.multiple_of(start + before, 16)
+            for offset in range(0, stop - before, R * C):
+                x = tl.load(tensor + first + offset + _lanes(R, C)).to(tl.float32) * scale
+                if MASKED:
+                    counts = tl.load(columns_mask + before + offset + _lanes(R, C))
+                    x = tl.where(counts, x, float("-inf"))
+                largest, sums = _add_sums(x, largest, sums, inverses, T)
+            columns = stop + _lanes(R, C)
+            x = _part(tensor, start, columns, width, float("-inf")) * scale
+            if MASKED:
+                counts = tl.load(columns_mask + columns, mask=columns < width, other=False)
+                x = tl.where(counts, x, float("-inf"))
+            largest, sums = _add_sums(x, largest, sums, inverses, T)
+            top = tl.max(largest, 0)
+            base = tl.where(top == float("-inf"), 0.0, top)
+            for t in tl.static_range(T):
+                weights = tl.exp2((largest - base) * (inverses[t] * _LOG2_E))
+                total = tl.sum(sums[t] * weights, 0)
+                answer = base * inverses[t] + tl.log2(total) * _LN_2
+                tl.store(normalizers + t * count + number, answer)
+
+
+@triton.jit
+def mass_of_columns(
+    tensor,
+    index,
+    length,
+    outer,
+    inner,
+    sequence,
+    normalizers,
+    deviations,
+    mass,
+    inverse,
+    count,
+    width,
+    INDEXED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Probabilities of some columns, summed over the rows of a sequence in their order."""
+    which = tl.program_id(1)
+    columns = tl.program_id(0) * C + tl.arange(0, C)
+    inside = columns < width
+    # The first row of this sequence, by bisection.
+    low = 0
+    high = count
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(sequence + middle) < which:
+            low = middle + 1
+        else:
+            high = middle
+    total = tl.zeros((C,), tl.float32)
+    number = low
+    go_on = number < count
+    while go_on:
+        row = row_number(index, number, INDEXED)
+        of_this = tl.load(sequence + number) == which
+        if of_this and row >= 0:
+            start = row_start(row, length, outer, inner)
+            if ALIGNED:
+                start = tl.multiple_of(start, 16)
+            x = tl.load(tensor + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+            if STANDARDIZE:
+                x = x / (tl.load(deviations + number) + _EPSILON)
+            total += tl.exp2((x * inverse - tl.load(normalizers + number)) * _LOG2_E)
+        number += 1
+        go_on = of_this and number < count
+    tl.store(mass + which.to(tl.int64) * width + columns, total, mask=inside)
+
+
+@triton.jit
+def _keys(x, columns):
+    """Integers in the order of values, of equal values the lower column above the higher."""
+    # A negative zero is a zero.
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    # Read as integers, negative floats run backwards: flip all but their sign.
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return ordered.to(tl.int64) * 4294967296 + (0x7FFFFFFF - columns).to(tl.int64)
+
+
+@triton.jit
+def largest(
+    tensor,
+    index,
+    length,
+    outer,
+    inner,
+    ids,
+    values,
+    normalizers,
+    inverses,
+    count,
+    width,
+    k,
+    INDEXED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Columns and values of the k largest entries, largest first, and log-normalizers, in one read.
+
+    A tile that holds nothing above the least of the K kept so far changes nothing.
+    """
+    number = tl.program_id(0).to(tl.int64)
+    row = row_number(index, number, INDEXED)
+    if row >= 0:
+        start = row_start(row, length, outer, inner)
+        if ALIGNED:
+            start = tl.multiple_of(start, 16)
+        least = tl.full((), -9223372036854775808, tl.int64)
+        kept = tl.full((K,), -9223372036854775808, tl.int64)
+        peak = tl.full((C,), float("-inf"), tl.float32)
+        sums = ()
+        for _ in tl.static_range(T):
+            sums = sums + (tl.zeros((C,), tl.float32),)
+        for begin in range(0, width, C):
+            columns = begin + tl.arange(0, C)
+            inside = columns < width
+            x = tl.load(tensor + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+            if T > 0:
+                peak, sums = _add_sums(x[None, :], peak, sums, inverses, T)
+            keys = tl.where(inside, _keys(x, columns), -9223372036854775808)
+            if tl.max(keys, 0) > least:
+                best = tl.topk(keys, K)
+                # Of two falling sequences, the larger of each and its mirror are the K largest.
+                kept = tl.sort(tl.maximum(kept, tl.flip(best, 0)), descending=True)
+                least = tl.min(kept, 0)
+        places = tl.arange(0, K)
+        ordered = (kept >> 32).to(tl.int32)
+        bits = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+        columns = 0x7FFFFFFF - (kept & 4294967295)
+        tl.store(ids + number * k + places, columns, mask=places < k)
+        tl.store(values + number * k + places, bits.to(tl.float32, bitcast=True), mask=places < k)
+        if T > 0:
+            top = tl.max(peak, 0)
+            base = tl.where(top == float("-inf"), 0.0, top)
+            for t in tl.static_range(T):
+                total = tl.sum(sums[t] * tl.exp2((peak - base) * (inverses[t] * _LOG2_E)), 0)
+                answer = base * inverses[t] + tl.log2(total) * _LN_2
+                tl.store(normalizers + t * count + number, answer)
+
+
+@triton.jit
+def clear_rows(tensor, named, stride, width, C: tl.constexpr):
+    """Write zeros to the rows that are not named."""
+    row = tl.program_id(1).to(tl.int64)
+    if tl.load(named + row) == 0:
+        columns = tl.program_id(0) * C + tl.arange(0, C)
+        zeros = tl.zeros((C,), tl.float32).to(tensor.dtype.element_ty)
+        tl.store(tensor + row * stride + columns, zeros, mask=columns < width)
+
+
+@triton.jit
+def _softmaxes(
+    x, columns, scale, terms, number,
+    T: tl.constexpr, STANDARDIZE: tl.constexpr, MASKED: tl.constexpr, WHICH: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the log-normalizers of terms: those that are standardized, or the others."""
+    normalizers, totals, inverses, widths, masks = terms
+    gradient = tl.zeros(x.shape, tl.float32)
+    for t in tl.static_range(T):
+        if STANDARDIZE[t] == WHICH:
+            y = x * scale if WHICH else x
+            # The difference comes first: it cancels large numbers.
+            exponent = y * inverses[t] - tl.load(normalizers[t] + number)
+            inside = columns < widths[t]
+            if MASKED[t]:
+                counts = tl.load(masks[t] + columns, mask=inside, other=0)
+                inside = inside & (counts != 0)
+            part = tl.exp2(exponent * _LOG2_E) * (tl.load(totals[t] + number) * -inverses[t])
+            gradient += tl.where(inside, part, 0.0)
+    return gradient
+
+
+@triton.jit
+def _named(
+    columns, ids, weights, sizes, inverses, number,
+    T: tl.constexpr, STANDARDIZE: tl.constexpr, WHICH: tl.constexpr,
+):  # fmt: skip
+    """Weights of all ids that name these columns, in the order of the ids."""
+    gradient = tl.zeros(columns.shape, tl.float32)
+    for t in tl.static_range(T):
+        if STANDARDIZE[t] == WHICH:
+            for k in range(0, sizes[t]):
+                column = tl.load(ids[t] + number * sizes[t] + k)
+                weight = tl.load(weights[t] + number * sizes[t] + k) * inverses[t]
+                gradient += tl.where(columns == column, weight, 0.0)
+    return gradient
+
+
+@triton.jit
+def _through_deviation(gradient, x, columns, standard):
+    """The gradient of a row from that of the row divided by its own deviation."""
+    scale, center, slope, width = standard
+    return tl.where(columns < width, gradient * scale - (x - center) * slope, 0.0)
+
+
+@triton.jit
+def _known(known, columns):
+    """A known gradient times a weight, of which 0 stands for nothing at all."""
+    tensor, start, width, weight = known
+    inside = (columns < width) & (weight != 0.0)
+    return weight * tl.load(tensor + start + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _gradient(
+    x, columns, terms, standard, known, number,
+    T: tl.constexpr, STANDARDIZE: tl.constexpr, ANY_STANDARDIZED: tl.constexpr,
+    MASKED: tl.constexpr, KNOWN: tl.constexpr,
+):  # fmt: skip
+    """The gradient of some entries, but for ids."""
+    scale = standard[0]
+    value = _softmaxes(x, columns, scale, terms, number, T, STANDARDIZE, MASKED, False)
+    if ANY_STANDARDIZED:
+        turned = _softmaxes(x, columns, scale, terms, number, T, STANDARDIZE, MASKED, True)
+        value += _through_deviation(turned, x, columns, standard)
+    if KNOWN:
+        value += _known(known, columns)
+    return value
+
+
+@triton.jit
+def gradient_rows(
+    tensor, index, length, outer, inner,
+    out, out_index, out_length, out_outer, out_inner,
+    known, known_index, known_length, known_outer, known_inner, known_weights,
+    normalizers, totals, inverses, widths, masks, ids, weights, sizes,
+    standard_width, out_width, known_width,
+    INDEXED: tl.constexpr, OUT_INDEXED: tl.constexpr, KNOWN_INDEXED: tl.constexpr,
+    ALIGNED: tl.constexpr, CONGRUENT: tl.constexpr,
+    KNOWN: tl.constexpr, T: tl.constexpr, SIZES: tl.constexpr,
+    STANDARDIZE: tl.constexpr, ANY_STANDARDIZED: tl.constexpr, MASKED: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a row: a sum over softmax terms, and a weighted known gradient.
+
+    However many ids there are, they cost only themselves: an entry that one names is computed on
+    its own, before anything is written, and written last.
+    """
+    number = tl.program_id(0).to(tl.int64)
+    row = row_number(index, number, INDEXED)
+    target = row_number(out_index, number, OUT_INDEXED)
+    if row >= 0 and target >= 0:
+        start = row_start(row, length, outer, inner)
+        out_start = row_start(target, out_length, out_outer, out_inner)
+        # How far behind an aligned entry the row begins, on both sides.
+        shift = (start % 16).to(tl.int32)
+        if ALIGNED or not CONGRUENT:
+            shift = shift * 0
+        terms = normalizers, totals, inverses, widths, masks
+        added = known, start, known_width, 0.0
+        if KNOWN:
+            source = row_number(known_index, number, KNOWN_INDEXED)
+            known_start = row_start(source, known_length, known_outer, known_inner)
+            added = known, known_start, known_width, tl.load(known_weights + number).to(tl.float32)
+        standard = 1.0, 0.0, 0.0, standard_width
+        if ANY_STANDARDIZED:
+            center, deviation = _moments(tensor, start, standard_width, ALIGNED, 1, C)
+            scale = 1.0 / (deviation + _EPSILON)
+            along = tl.zeros((C,), tl.float32)
+            for begin in range(0, standard_width, C):
+                lanes = begin + tl.arange(0, C)
+                y = _part(tensor, start, lanes, standard_width, 0.0)
+                dense = _softmaxes(y, lanes, scale, terms, number, T, STANDARDIZE, MASKED, True)
+                along += tl.where(lanes < standard_width, dense * y, 0.0)
+            change = tl.sum(along, 0)
+            for t in tl.static_range(T):
+                if STANDARDIZE[t]:
+                    for k in range(0, sizes[t]):
+                        place = number * sizes[t] + k
+                        entry = tl.load(tensor + start + tl.load(ids[t] + place)).to(tl.float32)
+                        change += tl.load(weights[t] + place) * inverses[t] * entry
+            # A constant row has no direction in which its deviation grows.
+            spread = deviation * (standard_width - 1).to(tl.float32)
+            slope = tl.where(deviation == 0.0, 0.0, change * scale * scale / spread)
+            standard = scale, center, slope, standard_width
+        chosen = ()
+        for t in tl.static_range(T):
+            if SIZES[t] > 0:
+                places = tl.arange(0, SIZES[t])
+                there = places < sizes[t]
+                some = tl.load(ids[t] + number * sizes[t] + places, mask=there, other=0)
+                entries = tl.load(tensor + start + some, mask=there, other=0.0).to(tl.float32)
+                value = _gradient(
+                    entries, some, terms, standard, added, number,
+                    T, STANDARDIZE, ANY_STANDARDIZED, MASKED, KNOWN,
+                )  # fmt: skip
+                value += _named(some, ids, weights, sizes, inverses, number, T, STANDARDIZE, False)
+                if ANY_STANDARDIZED:
+                    of_ids = _named(
+                        some, ids, weights, sizes, inverses, number, T, STANDARDIZE, True
+                    )
+                    value += of_ids * standard[0]
+                chosen = chosen + ((some, there, value),)
+            else:
+                chosen = chosen + (0,)
+        # The gradient may replace the logits.
+        tl.debug_barrier()
+        first = start - shift
+        out_first = out_start - shift
+        if CONGRUENT:
+            first = tl.multiple_of(first, 16)
+            out_first = tl.multiple_of(out_first, 16)
+        # The first tile may begin before the row, and the last one may end behind it.
+        columns = tl.arange(0, C) - shift
+        inside = (columns >= 0) & (columns < out_width)
+        x = tl.load(tensor + first + tl.arange(0, C), mask=inside, other=0.0).to(tl.float32)
+        gradient = _gradient(
+            x, columns, terms, standard, added, number,
+            T, STANDARDIZE, ANY_STANDARDIZED, MASKED, KNOWN,
+        )  # fmt: skip
+        narrow = gradient.to(out.dtype.element_ty)
+        tl.store(out + out_first + tl.arange(0, C), narrow, mask=inside)
+        stop = (out_width + shift) // C * C
+        for begin in range(C, stop, C):
+            columns = begin - shift + tl.arange(0, C)
+            x = tl.load(tensor + first + begin + tl.arange(0, C)).to(tl.float32)
+            gradient = _gradient(
+                x, columns, terms, standard, added, number,
+                T, STANDARDIZE, ANY_STANDARDIZED, MASKED, KNOWN,
+            )  # fmt: skip
+            narrow = gradient.to(out.dtype.element_ty)
+            tl.store(out + out_first + begin + tl.arange(0, C), narrow)
+        if stop >= C:
+            columns = stop - shift + tl.arange(0, C)
+            inside = columns < out_width
+            last = tensor + first + stop + tl.arange(0, C)
+            x = tl.load(last, mask=inside, other=0.0).to(tl.float32)
+            gradient = _gradient(
+                x, columns, terms, standard, added, number,
+                T, STANDARDIZE, ANY_STANDARDIZED, MASKED, KNOWN,
+            )  # fmt: skip
+            narrow = gradient.to(out.dtype.element_ty)
+            tl.store(out + out_first + stop + tl.arange(0, C), narrow, mask=inside)
+        tl.debug_barrier()
+        for t in tl.static_range(T):
+            if SIZES[t] > 0:
+                some, there, value = chosen[t]
+                tl.store(out + out_start + some, value.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def chosen_entries(
+    tensor, index, length, outer, inner, ids, normalizers, deviations, inverses, answers,
+    count, positions, k,
+    id_outer, id_inner, T: tl.constexpr, STANDARDIZE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Log-probabilities (N, K) of chosen entries at T temperatures, 0 where there is no row."""
+    places = tl.program_id(0) * C + tl.arange(0, C)
+    inside = places < count * k
+    number = (places // k).to(tl.int64)
+    row = tl.load(index + number, mask=inside, other=-1)
+    there = row >= 0
+    sequence, position = number // positions, number % positions
+    ids += sequence * id_outer + position * id_inner + places % k
+    column = tl.load(ids, mask=there, other=0)
+    start = row_start(row, length, outer, inner)
+    x = tl.load(tensor + start + column, mask=there, other=0.0).to(tl.float32)
+    if STANDARDIZE:
+        x = x / (tl.load(deviations + number, mask=there, other=1.0) + _EPSILON)
+    for t in tl.static_range(T):
+        normalizer = tl.load(normalizers + t * count + number, mask=there, other=0.0)
+        answer = tl.where(there, x * inverses[t] - normalizer, 0.0)
+        tl.store(answers[t] + places, answer, mask=inside)
+
+
+@triton.jit
+def pack_scored(
+    targets, chunks, rows, mask, ids, packed_chunks, index,
+    target_outer, target_inner, chunk_outer, chunk_inner, positions, size, length, ignored,
+    CHUNKS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Scored positions of a sequence first, in their order, then the others."""
+    sequence = tl.program_id(0).to(tl.int64)
+    targets += sequence * target_outer
+    chunks += sequence * chunk_outer
+    scored_in_all = tl.zeros((), tl.int32)
+    for begin in range(0, positions, C):
+        places = begin + tl.arange(0, C)
+        inside = places < positions
+        target = tl.load(targets + places * target_inner, mask=inside, other=ignored)
+        scored_in_all += tl.sum((target != ignored).to(tl.int32), 0)
+    before = tl.zeros((), tl.int32)
+    first = sequence * size
+    for begin in range(0, positions, C):
+        places = begin + tl.arange(0, C)
+        inside = places < positions
+        target = tl.load(targets + places * target_inner, mask=inside, other=ignored)
+        scored = (target != ignored).to(tl.int32)
+        rank = before + tl.cumsum(scored, 0)
+        to = tl.where(scored != 0, rank - 1, scored_in_all + places - rank)
+        kept = inside & (to < size)
+        tl.store(rows + first + to, places.to(tl.int64), mask=kept)
+        tl.store(mask + first + to, scored != 0, mask=kept)
+        tl.store(ids + first + to, tl.where(scored != 0, target, 0), mask=kept)
+        number = tl.where(scored != 0, sequence * length + places, -1)
+        tl.store(index + first + to, number, mask=kept)
+        if CHUNKS:
+            chunk = tl.load(chunks + places * chunk_inner, mask=inside, other=-1)
+            tl.store(packed_chunks + first + to, tl.where(scored != 0, chunk, -1), mask=kept)
+        before += tl.sum(scored, 0)
