@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ctkd.ops import reference
-from ctkd.ops.cuda import operators
+from ctkd.ops.cuda import row_operators
 from ctkd.ops.rows import Packed, RowLoss, Rows, RowValues, SoftmaxTerm
 
 __all__ = [
@@ -69,7 +69,7 @@ def log_normalizers(
 ) -> Tensor:
     """See `ctkd.ops.reference.log_normalizers`."""
     parts = [
-        operators.row_statistics(
+        row_operators.row_statistics(
             rows.tensor, rows.index, rows.width, some, standardize, columns, False
         )[0]
         for some in _some(temperatures)
@@ -79,7 +79,7 @@ def log_normalizers(
 
 def deviations(rows: Rows) -> Tensor:
     """See `ctkd.ops.reference.deviations`."""
-    answers: Tensor = operators.row_statistics(
+    answers: Tensor = row_operators.row_statistics(
         rows.tensor, rows.index, rows.width, [], False, None, True
     )[1]
     return answers
@@ -95,7 +95,7 @@ def chosen_log_probs(
 ) -> list[Tensor]:
     """See `ctkd.ops.reference.chosen_log_probs`."""
     every = list(map(float, temperatures))
-    answers: list[Tensor] = operators.chosen_entries(
+    answers: list[Tensor] = row_operators.chosen_entries(
         rows.tensor, rows.index, ids, positions, normalizers, every, deviations
     )
     return answers
@@ -105,7 +105,7 @@ def pack_scored(
     targets: Tensor, ignored: int, size: int, length: int, chunk_ids: Tensor | None = None
 ) -> Packed:
     """See `ctkd.ops.reference.pack_scored`."""
-    rows, mask, ids, chunks, index = operators.pack_scored(
+    rows, mask, ids, chunks, index = row_operators.pack_scored(
         targets, chunk_ids, size, length, ignored
     )
     return Packed(rows, mask, ids, None if chunk_ids is None else chunks, index)
@@ -121,10 +121,10 @@ def column_mass(
 ) -> tuple[Tensor, Tensor]:
     """See `ctkd.ops.reference.column_mass`."""
     first, *rest = _some(temperatures)
-    normalizers, deviation = operators.row_statistics(
+    normalizers, deviation = row_operators.row_statistics(
         rows.tensor, rows.index, rows.width, first, standardize, None, standardize
     )
-    mass: Tensor = operators.mass_of_columns(
+    mass: Tensor = row_operators.mass_of_columns(
         rows.tensor,
         rows.index,
         rows.width,
@@ -144,7 +144,7 @@ def top_k(rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     """See `ctkd.ops.reference.top_k`."""
     if k > _MOST_IDS:
         return reference.top_k(rows, k)
-    ids, values, _ = operators.row_top(rows.tensor, rows.index, rows.width, k, [])
+    ids, values, _ = row_operators.row_top(rows.tensor, rows.index, rows.width, k, [])
     return ids, values
 
 
@@ -161,7 +161,7 @@ def softmax_backward(
     if len(terms) > _MOST_TERMS or ids > _MOST_IDS or len(standardized) > 1:
         reference.softmax_backward(rows, terms, out, known, weights)
         return
-    operators.row_gradients(
+    row_operators.row_gradients(
         rows.tensor,
         rows.index,
         out.tensor,
@@ -197,7 +197,7 @@ def row_loss(
 
 def clear_rows(tensor: Tensor, index: Tensor) -> None:
     """Write zeros to the rows of a (R, V') tensor that an index does not name."""
-    operators.clear_rows(tensor, index)
+    row_operators.clear_rows(tensor, index)
 
 
 _OPERATIONS = {*__all__} - {"pack_scored", "row_loss", "serves"}

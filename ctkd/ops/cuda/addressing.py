@@ -25,7 +25,7 @@ class Place(NamedTuple):
     """
 
     tensor: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     length: int
     outer: int
     inner: int

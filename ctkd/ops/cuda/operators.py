@@ -1,506 +1,74 @@
-"""Operators of torch that start the kernels of this package, with what they make and cost.
-
-They are registered whether triton is there or not: tensors without values are given what an
-operator would make. It is chosen elsewhere what goes to them.
-"""
+"""Operators of torch whose answers are kernels': where they serve, and what is declared of them."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ctkd.ops.costs import DECLARED, Cost
+from ctkd.ops.costs import Cost
 
-__all__ = ["clear_rows", "kernels", "mass_of_columns", "row_gradients", "row_statistics", "row_top"]
+__all__ = ["kernel_cost", "nbytes", "operator", "power_of_two", "serves"]
 
-# Lanes of a tile that are read at once, and warps of a program.
-_LANES = 1024
-_WARPS = 4
-# A program that turns gradients through a deviation holds more than four warps have registers for.
-_MOST_WARPS = 8
+_Answers = TypeVar("_Answers")
 
 
-def kernels() -> ModuleType:
-    """The kernels; importing them imports triton."""
-    return importlib.import_module("ctkd.ops.cuda.row_kernels")
+def serves(tensor: Tensor) -> bool:
+    """True if kernels run on this tensor, or would where there are no values."""
+    if tensor.dtype == torch.float64:
+        return False
+    kind = tensor.device.type
+    if kind == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
+    return kind == "meta" or (kind == "cuda" and _has_triton())
 
 
-def _declared(cost: Callable[..., Cost]) -> Callable[[Any], Any]:
-    """Register what an operator costs, by its arguments."""
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
-    def register(operator: Any) -> Any:
-        DECLARED[operator._name if hasattr(operator, "_name") else operator.__name__] = cost
-        return operator
+
+def operator(
+    name: str, answers: Callable[..., _Answers], *, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., _Answers]], Callable[..., _Answers]]:
+    """Register an operator of torch, and what makes its answers where there are no values.
+
+    `torch.library.custom_op` would load the compiler, which takes seconds, when it is called.
+    """
+
+    def register(function: Callable[..., _Answers]) -> Callable[..., _Answers]:
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        torch.library.define(f"ctkd::{name}", schema)
+        torch.library.impl(f"ctkd::{name}", ("cpu", "cuda"), function)
+        torch.library.register_fake(f"ctkd::{name}", answers)
+        return function
 
     return register
 
 
-def _count(tensor: Tensor, index: Tensor | None) -> int:
-    return tensor.shape[0] if index is None else index.shape[0]
+def power_of_two(count: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
-def _bytes(tensor: Tensor, index: Tensor | None, width: int) -> int:
-    """What it takes to read rows once."""
-    rows = _count(tensor, index)
-    return rows * width * tensor.element_size() + (0 if index is None else index.nbytes)
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes that lie behind tensors; what is expanded counts once."""
+    total = 0
+    for one in tensors:
+        if one is not None and one.numel():
+            sizes = (n for n, stride in zip(one.shape, one.stride(), strict=True) if stride)
+            total += math.prod(sizes) * one.element_size()
+    return total
 
 
-def _place(tensor: Tensor, index: Tensor | None) -> tuple[tuple[Any, ...], bool]:
-    """Where rows lie, for a kernel, and whether all begin at aligned entries."""
-    if tensor.ndim == 2:
-        length, outer, inner = max(tensor.shape[0], 1), 0, tensor.stride(0)
-    else:
-        length, (outer, inner) = max(tensor.shape[1], 1), tensor.stride()[:2]
-    aligned = outer % 16 == 0 and inner % 16 == 0
-    return (tensor, tensor if index is None else index, length, outer, inner), aligned
-
-
-def _row_stride(tensor: Tensor) -> int | None:
-    """Entries from each row to the next, if all are as far apart."""
-    if (
-        tensor.ndim == 3
-        and tensor.shape[0] > 1
-        and tensor.stride(0) != (tensor.shape[1] * tensor.stride(1))
-    ):
-        return None
-    return tensor.stride(-2)
-
-
-def _statistics_cost(
-    tensor: Tensor,
-    index: Tensor | None,
-    width: int,
-    temperatures: Sequence[float],
-    standardize: bool,
-    columns: Tensor | None,
-    deviations: bool,
-) -> Cost:
-    rows = _count(tensor, index)
-    moments = standardize or deviations
-    reads = moments + bool(temperatures)
-    written = 4 * rows * (len(temperatures) + deviations)
-    return Cost(1, reads * _bytes(tensor, index, width) + written, 0)
-
-
-@_declared(_statistics_cost)
-@torch.library.custom_op("ctkd::row_statistics", mutates_args=())
-def row_statistics(
-    tensor: Tensor,
-    index: Tensor | None,
-    width: int,
-    temperatures: Sequence[float],
-    standardize: bool,
-    columns: Tensor | None,
-    deviations: bool,
-) -> tuple[Tensor, Tensor]:
-    """Log-normalizers (T, N) and, if wanted, standard deviations (N,)."""
-    count = _count(tensor, index)
-    normalizers = tensor.new_empty((len(temperatures), count), dtype=torch.float32)
-    answers = tensor.new_empty(count if deviations else 0, dtype=torch.float32)
-    if count:
-        place, aligned = _place(tensor, index)
-        kernels().statistics[(count,)](
-            *place,
-            tensor if columns is None else columns,
-            normalizers,
-            answers,
-            tuple(1.0 / one for one in temperatures),
-            count,
-            width,
-            INDEXED=index is not None,
-            ALIGNED=aligned,
-            T=len(temperatures),
-            STANDARDIZE=standardize,
-            MASKED=columns is not None,
-            DEVIATIONS=deviations,
-            R=2 if standardize or deviations else 4,
-            C=_LANES,
-            num_warps=_WARPS,
-        )
-    return normalizers, answers
-
-
-@row_statistics.register_fake
-def _(
-    tensor: Tensor,
-    index: Tensor | None,
-    width: int,
-    temperatures: Sequence[float],
-    standardize: bool,
-    columns: Tensor | None,
-    deviations: bool,
-) -> tuple[Tensor, Tensor]:
-    count = _count(tensor, index)
-    return (
-        tensor.new_empty((len(temperatures), count), dtype=torch.float32),
-        tensor.new_empty(count if deviations else 0, dtype=torch.float32),
-    )
-
-
-def _mass_cost(
-    tensor: Tensor,
-    index: Tensor | None,
-    width: int,
-    sequence: Tensor,
-    sequences: int,
-    normalizers: Tensor,
-    deviations: Tensor | None,
-    temperature: float,
-) -> Cost:
-    tiles = -(-width // _LANES)
-    per_row = 4 * (4 if deviations is None else 5) * tiles * _count(tensor, index)
-    return Cost(1, _bytes(tensor, index, width) + per_row + 4 * sequences * width, 0)
-
-
-@_declared(_mass_cost)
-@torch.library.custom_op("ctkd::mass_of_columns", mutates_args=())
-def mass_of_columns(
-    tensor: Tensor,
-    index: Tensor | None,
-    width: int,
-    sequence: Tensor,
-    sequences: int,
-    normalizers: Tensor,
-    deviations: Tensor | None,
-    temperature: float,
-) -> Tensor:
-    """Probabilities summed over the rows of each sequence, (B, V)."""
-    mass = tensor.new_empty((sequences, width), dtype=torch.float32)
-    if sequences:
-        place, aligned = _place(tensor, index)
-        kernels().mass_of_columns[(-(-width // _LANES), sequences)](
-            *place,
-            sequence,
-            normalizers,
-            normalizers if deviations is None else deviations,
-            mass,
-            1.0 / temperature,
-            _count(tensor, index),
-            width,
-            INDEXED=index is not None,
-            ALIGNED=aligned,
-            STANDARDIZE=deviations is not None,
-            C=_LANES,
-            num_warps=_WARPS,
-        )
-    return mass
-
-
-@mass_of_columns.register_fake
-def _(
-    tensor: Tensor,
-    index: Tensor | None,
-    width: int,
-    sequence: Tensor,
-    sequences: int,
-    normalizers: Tensor,
-    deviations: Tensor | None,
-    temperature: float,
-) -> Tensor:
-    return tensor.new_empty((sequences, width), dtype=torch.float32)
-
-
-def _top_cost(
-    tensor: Tensor, index: Tensor | None, width: int, k: int, temperatures: Sequence[float]
-) -> Cost:
-    rows = _count(tensor, index)
-    return Cost(1, _bytes(tensor, index, width) + rows * (12 * k + 4 * len(temperatures)), 0)
-
-
-@_declared(_top_cost)
-@torch.library.custom_op("ctkd::row_top", mutates_args=())
-def row_top(
-    tensor: Tensor, index: Tensor | None, width: int, k: int, temperatures: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns and values of the largest entries (N, k), and log-normalizers (T, N)."""
-    count = _count(tensor, index)
-    # Where there is no row, zeros are expected.
-    make = tensor.new_empty if index is None else tensor.new_zeros
-    ids, values = make((count, k), dtype=torch.int64), make((count, k), dtype=torch.float32)
-    normalizers = tensor.new_empty((len(temperatures), count), dtype=torch.float32)
-    if count and k:
-        place, aligned = _place(tensor, index)
-        size = 1 << max(k - 1, 1).bit_length()
-        kernels().largest[(count,)](
-            *place,
-            ids,
-            values,
-            normalizers,
-            tuple(1.0 / one for one in temperatures),
-            count,
-            width,
-            k,
-            INDEXED=index is not None,
-            ALIGNED=aligned,
-            T=len(temperatures),
-            K=size,
-            C=max(_LANES, size),
-            num_warps=_WARPS,
-        )
-    return ids, values, normalizers
-
-
-@row_top.register_fake
-def _(
-    tensor: Tensor, index: Tensor | None, width: int, k: int, temperatures: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    count = _count(tensor, index)
-    return (
-        tensor.new_empty((count, k), dtype=torch.int64),
-        tensor.new_empty((count, k), dtype=torch.float32),
-        tensor.new_empty((len(temperatures), count), dtype=torch.float32),
-    )
-
-
-def _gradients_cost(
-    tensor: Tensor,
-    index: Tensor | None,
-    out: Tensor,
-    out_index: Tensor | None,
-    out_width: int,
-    known: Tensor | None,
-    known_index: Tensor | None,
-    known_width: int,
-    known_weights: Tensor | None,
-    temperatures: Sequence[float],
-    standardize: Sequence[bool],
-    widths: Sequence[int],
-    columns: Sequence[Tensor],
-    masked: Sequence[bool],
-    normalizers: Sequence[Tensor],
-    totals: Sequence[Tensor],
-    ids: Sequence[Tensor],
-    weights: Sequence[Tensor],
-) -> Cost:
-    moved = _bytes(tensor, index, out_width) + _bytes(out, out_index, out_width)
-    # For the moments, and for what changes along the row.
-    moved += 2 * any(standardize) * _bytes(tensor, index, out_width)
-    if known is not None:
-        moved += _bytes(known, known_index, known_width)
-    # Ids and weights are read to find equal ids, and once more where one is written.
-    moved += 2 * sum(one.nbytes for one in (*ids, *weights)) + sum(map(_nbytes, columns))
-    return Cost(1, moved + sum(one.nbytes for one in (*normalizers, *totals)), 0)
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.nbytes
-
-
-@_declared(_gradients_cost)
-@torch.library.custom_op("ctkd::row_gradients", mutates_args={"out"})
-def row_gradients(
-    tensor: Tensor,
-    index: Tensor | None,
-    out: Tensor,
-    out_index: Tensor | None,
-    out_width: int,
-    known: Tensor | None,
-    known_index: Tensor | None,
-    known_width: int,
-    known_weights: Tensor | None,
-    temperatures: Sequence[float],
-    standardize: Sequence[bool],
-    widths: Sequence[int],
-    columns: Sequence[Tensor],
-    masked: Sequence[bool],
-    normalizers: Sequence[Tensor],
-    totals: Sequence[Tensor],
-    ids: Sequence[Tensor],
-    weights: Sequence[Tensor],
-) -> None:
-    """Write the gradient of rows, see `ctkd.ops.reference.softmax_backward`."""
-    count = _count(tensor, index)
-    if not count:
-        return
-    place, aligned = _place(tensor, index)
-    out_place, out_aligned = _place(out, out_index)
-    known_place, known_aligned = out_place, True
-    if known is not None:
-        known_place, known_aligned = _place(known, known_index)
-    aligned = aligned and out_aligned and known_aligned
-    # Rows of one number begin equally far behind an aligned entry in both tensors.
-    stride = _row_stride(tensor)
-    same = (
-        stride is not None and stride == _row_stride(out) and (index is None) == (out_index is None)
-    )
-    of_masks = iter(columns)
-    sizes = [one.shape[1] for one in ids]
-    wide = [width for width, one in zip(widths, standardize, strict=True) if one]
-    kernels().gradient_rows[(count,)](
-        *place,
-        *out_place,
-        *known_place,
-        tensor if known_weights is None else known_weights,
-        tuple(normalizers),
-        tuple(totals),
-        tuple(1.0 / one for one in temperatures),
-        tuple(widths),
-        tuple(next(of_masks) if one else tensor for one in masked),
-        tuple(ids),
-        tuple(weights),
-        tuple(sizes),
-        wide[0] if wide else 0,
-        out_width,
-        known_width,
-        INDEXED=index is not None,
-        OUT_INDEXED=out_index is not None,
-        KNOWN_INDEXED=known_index is not None,
-        ALIGNED=aligned,
-        CONGRUENT=aligned or same,
-        KNOWN=known is not None,
-        T=len(temperatures),
-        SIZES=tuple(1 << (one - 1).bit_length() if one else 0 for one in sizes),
-        STANDARDIZE=tuple(map(bool, standardize)),
-        ANY_STANDARDIZED=any(standardize),
-        MASKED=tuple(map(bool, masked)),
-        C=2 * _LANES,
-        num_warps=_MOST_WARPS if any(standardize) else _WARPS,
-    )
-
-
-@row_gradients.register_fake
-def _(*args: Any) -> None:
-    return None
-
-
-def _clear_cost(tensor: Tensor, index: Tensor) -> Cost:
-    # A row is written here or where its gradient is, whatever the index holds.
-    rest = max(tensor.shape[0] - index.shape[0], 0)
-    return Cost(3, 2 * tensor.shape[0] + index.nbytes + rest * tensor[0].nbytes, tensor.shape[0])
-
-
-@_declared(_clear_cost)
-@torch.library.custom_op("ctkd::clear_rows", mutates_args={"tensor"})
-def clear_rows(tensor: Tensor, index: Tensor) -> None:
-    """Write zeros to the rows of a tensor that an index does not name; -1 is the last one."""
-    rows, width = tensor.shape
-    named = torch.zeros(rows, dtype=torch.uint8, device=tensor.device)
-    named[index] = 1
-    size = 4 * _LANES
-    kernels().clear_rows[(-(-width // size), rows)](
-        tensor, named, tensor.stride(0), width, C=size, num_warps=_WARPS
-    )
-
-
-@clear_rows.register_fake
-def _(tensor: Tensor, index: Tensor) -> None:
-    return None
-
-
-def _chosen_cost(
-    tensor: Tensor,
-    index: Tensor,
-    ids: Tensor,
-    positions: int,
-    normalizers: Tensor,
-    temperatures: Sequence[float],
-    deviations: Tensor | None,
-) -> Cost:
-    entries = index.shape[0] * ids.shape[2]
-    answers = 4 * len(temperatures) * entries
-    moved = index.nbytes + ids.nbytes + normalizers.nbytes + entries * tensor.element_size()
-    return Cost(1, moved + answers + (0 if deviations is None else deviations.nbytes), 0)
-
-
-@_declared(_chosen_cost)
-@torch.library.custom_op("ctkd::chosen_entries", mutates_args=())
-def chosen_entries(
-    tensor: Tensor,
-    index: Tensor,
-    ids: Tensor,
-    positions: int,
-    normalizers: Tensor,
-    temperatures: Sequence[float],
-    deviations: Tensor | None,
-) -> list[Tensor]:
-    """Log-probabilities (B, S, K) of ids (B, S or 1, K), 0 where there is no row."""
-    count, k = index.shape[0], ids.shape[2]
-    answers = _answers(tensor, ids, positions, len(temperatures))
-    if answers[0].numel():
-        place, _ = _place(tensor, index)
-        kernels().chosen_entries[(-(-count * k // _LANES),)](
-            *place,
-            ids.contiguous(),
-            normalizers,
-            normalizers if deviations is None else deviations,
-            tuple(1.0 / one for one in temperatures),
-            tuple(answers),
-            count,
-            positions,
-            k,
-            ids.shape[1] * k,
-            0 if ids.shape[1] == 1 else k,
-            T=len(temperatures),
-            STANDARDIZE=deviations is not None,
-            C=_LANES,
-            num_warps=_WARPS,
-        )
-    return answers
-
-
-@chosen_entries.register_fake
-def _(
-    tensor: Tensor,
-    index: Tensor,
-    ids: Tensor,
-    positions: int,
-    normalizers: Tensor,
-    temperatures: Sequence[float],
-    deviations: Tensor | None,
-) -> list[Tensor]:
-    return _answers(tensor, ids, positions, len(temperatures))
-
-
-def _answers(tensor: Tensor, ids: Tensor, positions: int, number: int) -> list[Tensor]:
-    size = ids.shape[0], positions, ids.shape[2]
-    return [tensor.new_empty(size, dtype=torch.float32) for _ in range(number)]
-
-
-def _pack_cost(
-    targets: Tensor, chunk_ids: Tensor | None, size: int, length: int, ignored: int
-) -> Cost:
-    read = 2 * targets.nbytes + (0 if chunk_ids is None else chunk_ids.nbytes)
-    return Cost(1, read + targets.shape[0] * size * (25 + 8 * (chunk_ids is not None)), 0)
-
-
-@_declared(_pack_cost)
-@torch.library.custom_op("ctkd::pack_scored", mutates_args=())
-def pack_scored(
-    targets: Tensor, chunk_ids: Tensor | None, size: int, length: int, ignored: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows, mask, ids, chunk numbers and flattened rows of scored positions, each (B, S)."""
-    answers = _packed(targets, chunk_ids, size)
-    rows, mask, ids, chunks, index = answers
-    if rows.numel():
-        other = targets if chunk_ids is None else chunk_ids
-        kernels().pack_scored[(targets.shape[0],)](
-            targets, other, rows, mask, ids, chunks, index,
-            *targets.stride(), *other.stride(), targets.shape[1], size, length, ignored,
-            CHUNKS=chunk_ids is not None, C=_LANES, num_warps=_WARPS,
-        )  # fmt: skip
-    return answers
-
-
-@pack_scored.register_fake
-def _(
-    targets: Tensor, chunk_ids: Tensor | None, size: int, length: int, ignored: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _packed(targets, chunk_ids, size)
-
-
-def _packed(
-    targets: Tensor, chunk_ids: Tensor | None, size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = targets.shape[0], size
-    return (
-        targets.new_empty(shape),
-        targets.new_empty(shape, dtype=torch.bool),
-        targets.new_empty(shape),
-        targets.new_empty(shape if chunk_ids is not None else (0, 0)),
-        targets.new_empty(targets.shape[0] * size),
-    )
+def kernel_cost(moved: int, *given: Tensor | None) -> Cost:
+    """What a kernel costs that moves so many bytes, with copies of what is not contiguous."""
+    apart = [one for one in given if one is not None and not one.is_contiguous()]
+    made = sum(one.numel() * one.element_size() for one in apart)
+    return Cost(1 + len(apart), moved + nbytes(*apart) + made, made)

@@ -319,8 +319,8 @@ def _softmaxes(
             if MASKED[t]:
                 counts = tl.load(masks[t] + columns, mask=inside, other=0)
                 inside = inside & (counts != 0)
-            part = tl.exp2(exponent * _LOG2_E) * (tl.load(totals[t] + number) * -inverses[t])
-            gradient += tl.where(inside, part, 0.0)
+            exponent = tl.where(inside, exponent * _LOG2_E, float("-inf"))
+            gradient += tl.exp2(exponent) * (tl.load(totals[t] + number) * -inverses[t])
     return gradient
 
 
@@ -351,7 +351,7 @@ def _through_deviation(gradient, x, columns, standard):
 def _known(known, columns):
     """A known gradient times a weight, of which 0 stands for nothing at all."""
     tensor, start, width, weight = known
-    inside = (columns < width) & (weight != 0.0)
+    inside = columns < tl.where(weight != 0.0, width, 0)
     return weight * tl.load(tensor + start + columns, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -425,7 +425,8 @@ def gradient_rows(
                         change += tl.load(weights[t] + place) * inverses[t] * entry
             # A constant row has no direction in which its deviation grows.
             spread = deviation * (standard_width - 1).to(tl.float32)
-            slope = tl.where(deviation == 0.0, 0.0, change * scale * scale / spread)
+            varies = deviation != 0.0
+            slope = tl.where(varies, change * scale * scale / tl.where(varies, spread, 1.0), 0.0)
             standard = scale, center, slope, standard_width
         chosen = ()
         for t in tl.static_range(T):
