@@ -19,7 +19,7 @@ SERVER = "CTKD_TESTS_SERVER"
 # Of the numbers that come from the socket.
 _DIGITS = 12
 
-# Without numba there are no kernels. Transformers loads its models when they are first used.
+# Without numba there are no kernels. torch and transformers load parts when they are first used.
 _PRELOADED = [
     "ctkd.ops.cpu",
     "ctkd.cli",
@@ -29,6 +29,9 @@ _PRELOADED = [
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "pytest",
+    "torch._dynamo.backends.common",
+    "torch._inductor.pattern_matcher",
+    "torch.distributed.tensor.experimental",
     "transformers.models.gemma3.modeling_gemma3",
     "transformers.models.llama.modeling_llama",
 ]
