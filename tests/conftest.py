@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,13 +15,8 @@ if IS_WORKER:
     # Read when torch is imported, also by processes that tests start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from ctkd.cache_folder import cache_dir  # noqa: E402
-from tests.forks import Forks  # noqa: E402
+from tests.forks import SERVER, Forks, Server, keep_compiled, python  # noqa: E402
 from tests.machines import this_machine  # noqa: E402
-
-# Many tests have a cache folder of their own. Compiled loops are kept in one place all the same,
-# also by processes that tests start. numba reads this when it is imported.
-os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "tests"))
 
 MOST_WORKERS = 4
 
@@ -49,17 +46,35 @@ TOGETHER = {
 }
 
 
+# Of this process, which has no use for what is imported where it starts others.
+_servers: list[Server] = []
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Share the whole suite among processes of one thread; a part of it stays in one process."""
     if IS_WORKER:
+        keep_compiled()
         return
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     # None: pytest-xdist is there and was given no -n.
     undecided = config.getoption("numprocesses", 0) is None
     if whole and undecided and not (config.option.usepdb or config.option.collectonly):
-        config.option.numprocesses = min(MOST_WORKERS, os.cpu_count() or 1)
+        workers = min(MOST_WORKERS, os.cpu_count() or 1)
         config.option.dist = "loadfile"
+        if sys.platform == "linux":
+            _servers.append(Server())
+            config.option.tx = [f"popen//python={shlex.join(python())}"] * workers
+            if config.option.maxworkerrestart is None:
+                config.option.maxworkerrestart = str(MOST_WORKERS)
+            return
+        config.option.numprocesses = workers
+    keep_compiled()
+
+
+def pytest_unconfigure() -> None:
+    while _servers:
+        _servers.pop().close()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -96,9 +111,10 @@ def forks() -> Iterator[Forks]:
     """Processes that find the slow imports done."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    forks = Forks()
-    yield forks
-    forks.close()
+    server = None if SERVER in os.environ else Server()
+    yield Forks()
+    if server:
+        server.close()
 
 
 @pytest.fixture
@@ -117,4 +133,4 @@ def uninspected(monkeypatch) -> Callable[[], AbstractContextManager[None]]:
 
 def pytest_report_header() -> str:
     """The machine, because vector extensions and threads change the last digits of results."""
-    return f"cpu: {this_machine()}"
+    return f"cpu: {_servers[0].machine if _servers else this_machine()}"

@@ -182,10 +182,11 @@ def not_traced(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments, 
 
     @functools.wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Answer:
-        # A compiler that is not loaded compiles nothing.
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
+        # Asked first: of a list of all modules, the compiler would look at every one.
         if not left_alone:
+            # A compiler that is not loaded compiles nothing.
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
             left_alone.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
         return left_alone[0](*args, **kwargs)
 

@@ -3,13 +3,13 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.distill.tiny_runs import record
 from tests.distill.training.killed import STAGES
+from tests.forks import python
 
 ROOT = Path(__file__).parents[3]
 KILLS = len(STAGES)
@@ -20,7 +20,7 @@ KILLS = len(STAGES)
 def test_a_run_that_is_killed_ten_times_ends_like_one_that_is_not(place):
     words = place.train("killed", "--loss", "uld", "--learning-rate", "0.01")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.distill.training.killed", str(place.folder), *words],
+        [*python(), "-m", "tests.distill.training.killed", str(place.folder), *words],
         cwd=ROOT,
         # Compiled loops would be read anew in each process.
         env={
