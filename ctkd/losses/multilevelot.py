@@ -11,6 +11,7 @@ from torch import Tensor
 from ctkd.batch import Batch, Side
 from ctkd.chunks import PAIRINGS, align_positions
 from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
+from ctkd.ot.costs import l1_cost
 from ctkd.ot.matching import (
     MATCHINGS,
     ColumnMatch,
@@ -76,7 +77,7 @@ def sequence_cost(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
         >>> sequence_cost(torch.tensor([[[0.5], [0.0]]]), torch.tensor([[[1.0]]]))
         tensor([[[0.5000, 1.0000]]])
     """
-    return torch.cdist(teacher_probs, student_probs, p=1.0)
+    return l1_cost(teacher_probs, student_probs)
 
 
 @register("multilevelot")

@@ -61,6 +61,7 @@ __all__ = [
     "row_loss",
     "softmax_backward",
     "top_k",
+    "transport_kernels",
     "use_backend",
 ]
 
@@ -102,14 +103,33 @@ def use_backend(name: str) -> Iterator[None]:
 
 def backend_for(operation: str, *rows: Rows) -> ModuleType:
     """The module that serves an operation, or the row loss of that name, on these rows."""
-    name = _chosen or os.environ.get(VARIABLE, "auto")
-    if name not in BACKENDS:
-        raise SettingError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    name = _asked_for()
     if name != "reference" and can_inspect(rows[0].tensor):
         cpu = _cpu()
         if cpu is not None and cpu.serves(operation, rows):
             return cpu
     return reference
+
+
+def transport_kernels(*tensors: Tensor) -> ModuleType | None:
+    """The module that has transport and its costs as kernels; None if torch is to compute them.
+
+    Args:
+        tensors: What it would be computed from.
+    """
+    name = _asked_for()
+    on_host = any(tensor.device.type == "cpu" for tensor in tensors)
+    if name in ("reference", "cpu") or (name == "auto" and on_host):
+        return None
+    kernels = importlib.import_module("ctkd.ops.cuda.sinkhorn")
+    return kernels if all(map(kernels.serves, tensors)) else None
+
+
+def _asked_for() -> str:
+    name = _chosen or os.environ.get(VARIABLE, "auto")
+    if name not in BACKENDS:
+        raise SettingError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
 
 
 @functools.cache
