@@ -55,13 +55,13 @@ __all__ = [
     "gradient_rows",
     "head_rows",
     "host_zero",
+    "kernels_for",
     "log_normalizers",
     "not_traced",
     "pass_rows",
     "row_loss",
     "softmax_backward",
     "top_k",
-    "transport_kernels",
     "use_backend",
 ]
 
@@ -111,17 +111,18 @@ def backend_for(operation: str, *rows: Rows) -> ModuleType:
     return reference
 
 
-def transport_kernels(*tensors: Tensor) -> ModuleType | None:
-    """The module that has transport and its costs as kernels; None if torch is to compute them.
+def kernels_for(part: str, *tensors: Tensor) -> ModuleType | None:
+    """The module with a device's kernels for a part of a loss; None if torch is to compute it.
 
     Args:
+        part: Name of the module.
         tensors: What it would be computed from.
     """
     name = _asked_for()
     on_host = any(tensor.device.type == "cpu" for tensor in tensors)
     if name in ("reference", "cpu") or (name == "auto" and on_host):
         return None
-    kernels = importlib.import_module("ctkd.ops.cuda.sinkhorn")
+    kernels = importlib.import_module(f"ctkd.ops.cuda.{part}")
     return kernels if all(map(kernels.serves, tensors)) else None
 
 

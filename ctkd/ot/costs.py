@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ctkd.ops import can_inspect, transport_kernels
+from ctkd.ops import can_inspect, kernels_for
 
 __all__ = ["l1_cost"]
 
@@ -23,7 +23,7 @@ def l1_cost(rows: Tensor, columns: Tensor) -> Tensor:
         >>> l1_cost(torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[0.25, 1.0], [0.5, 0.5]]]))
         tensor([[[0.7500, 0.0000]]])
     """
-    kernels = transport_kernels(rows, columns)
+    kernels = kernels_for("sinkhorn", rows, columns)
     if kernels is not None:
         cost: Tensor = kernels.l1_cost(rows, columns)
         return cost

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ctkd.errors import BatchError, SettingError
-from ctkd.ops import transport_kernels
+from ctkd.ops import kernels_for
 from ctkd.ot.scalings import Inputs, Scale, results_without_entries
 
 __all__ = ["SinkhornResult", "sinkhorn"]
@@ -114,7 +114,7 @@ def sinkhorn(
     if 0 in cost.shape:
         results = results_without_entries(inputs)
     else:
-        kernels: Any = transport_kernels(inputs.cost)
+        kernels: Any = kernels_for("sinkhorn", inputs.cost)
         served = kernels is not None and kernels.fits(inputs.cost)
         scale = kernels.transport if served else Scale.apply
         results = scale(*inputs, float(regularization), iterations)

@@ -76,10 +76,10 @@ def test_kernels_measure_costs_in_a_launch_each_way():
 
 def test_torch_serves_what_kernels_do_not():
     float64 = torch.empty(1, 2, 3, device="meta", dtype=torch.float64)
-    assert ops.transport_kernels(float64) is None
-    assert ops.transport_kernels(torch.zeros(1, 2, 3)) is None
+    assert ops.kernels_for("sinkhorn", float64) is None
+    assert ops.kernels_for("sinkhorn", torch.zeros(1, 2, 3)) is None
     single = torch.empty(1, 2, 3, device="meta")
-    assert ops.transport_kernels(single, float64) is None
+    assert ops.kernels_for("sinkhorn", single, float64) is None
     with ops.use_backend("reference"):
-        assert ops.transport_kernels(single) is None
-    assert ops.transport_kernels(single) is not None
+        assert ops.kernels_for("sinkhorn", single) is None
+    assert ops.kernels_for("sinkhorn", single) is not None

@@ -5,25 +5,20 @@ The operators are there whether triton is or not: on the meta device they have s
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.ops.costs import DECLARED, Cost
+from ctkd.ops.cuda.operators import kernel_cost, nbytes, operator, power_of_two, serves
 
 __all__ = ["fits", "l1_cost", "serves", "transport"]
 
 MOST_POSITIONS = 512
 """Rows and columns of the largest problem that one program solves."""
-
-_Answers = TypeVar("_Answers")
 
 # Entries of a tile. A thread of the largest program has 16 of them, or 8 where rows do not begin at
 # multiples of 64 bytes: one that loads entries singly needs more registers.
@@ -32,24 +27,9 @@ _COST_TILE = 32
 _POINTS, _MOST_ENTRIES = 16, 64
 
 
-def serves(tensor: Tensor) -> bool:
-    """True if kernels run on this tensor, or would where there are no values."""
-    if tensor.dtype == torch.float64:
-        return False
-    kind = tensor.device.type
-    if kind == "cpu":
-        return os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
-    return kind == "meta" or (kind == "cuda" and _has_triton())
-
-
 def fits(cost: Tensor) -> bool:
     """True if `transport` serves problems of this size, (B, R, C)."""
     return max(cost.shape[1:]) <= MOST_POSITIONS
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def transport(
@@ -145,24 +125,6 @@ class _L1Cost(torch.autograd.Function):
         )
 
 
-def _operator(
-    name: str, answers: Callable[..., _Answers]
-) -> Callable[[Callable[..., _Answers]], Callable[..., _Answers]]:
-    """Register an operator of torch, and what makes its answers where there are no values.
-
-    `torch.library.custom_op` would load the compiler, which takes seconds, when it is called.
-    """
-
-    def register(function: Callable[..., _Answers]) -> Callable[..., _Answers]:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(f"ctkd::{name}", schema)
-        torch.library.impl(f"ctkd::{name}", ("cpu", "cuda"), function)
-        torch.library.register_fake(f"ctkd::{name}", answers)
-        return function
-
-    return register
-
-
 def _sinkhorn_answers(
     cost: Tensor,
     row_mass: Tensor | None,
@@ -182,7 +144,7 @@ def _sinkhorn_answers(
     )
 
 
-@_operator("sinkhorn", _sinkhorn_answers)
+@operator("sinkhorn", _sinkhorn_answers)
 def _sinkhorn(
     cost: Tensor,
     row_mass: Tensor | None,
@@ -214,7 +176,7 @@ def _sinkhorn(
         WITH_COLUMN_MASS=column_mass is not None,
         WITH_ROW_MASK=row_mask is not None,
         WITH_COLUMN_MASK=column_mask is not None,
-        ROWS=_power_of_two(rows),
+        ROWS=power_of_two(rows),
         **_program(columns),
     )
     return answers
@@ -238,7 +200,7 @@ def _sinkhorn_gradients(
     )
 
 
-@_operator("sinkhorn_backward", _sinkhorn_gradients)
+@operator("sinkhorn_backward", _sinkhorn_gradients)
 def _sinkhorn_backward(
     cost: Tensor,
     row_mass: Tensor | None,
@@ -290,7 +252,7 @@ def _l1_cost_answer(first: Tensor, second: Tensor) -> Tensor:
     return first.new_empty(*first.shape[:2], second.shape[1])
 
 
-@_operator("l1_cost", _l1_cost_answer)
+@operator("l1_cost", _l1_cost_answer)
 def _l1_cost(first: Tensor, second: Tensor) -> Tensor:
     """L1 distance of each of (B, R, K) to each of (B, C, K), (B, R, C)."""
     from ctkd.ops.cuda import sinkhorn_kernels
@@ -317,14 +279,14 @@ def _l1_cost_gradient(gradient: Tensor, points: Tensor, others: Tensor) -> Tenso
     return points.new_empty(points.shape)
 
 
-@_operator("l1_cost_backward", _l1_cost_gradient)
+@operator("l1_cost_backward", _l1_cost_gradient)
 def _l1_cost_backward(gradient: Tensor, points: Tensor, others: Tensor) -> Tensor:
     """Gradient of points (B, N, K) from that of their distances to others, (B, M, N)."""
     from ctkd.ops.cuda import sinkhorn_kernels
 
     answer = _l1_cost_gradient(gradient, points, others)
     batch, count, width = points.shape
-    entries = min(_power_of_two(width), _MOST_ENTRIES)
+    entries = min(power_of_two(width), _MOST_ENTRIES)
     tiles = math.ceil(count / _POINTS), math.ceil(width / entries)
     if answer.numel():
         sinkhorn_kernels.l1_cost_backward[(batch, *tiles)](
@@ -343,39 +305,14 @@ def _l1_cost_backward(gradient: Tensor, points: Tensor, others: Tensor) -> Tenso
     return answer
 
 
-def _power_of_two(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()
-
-
 def _program(columns: int) -> dict[str, int]:
     """The shape of a program whose tiles are as wide as the problem."""
-    width = max(_power_of_two(columns), 16)
+    width = max(power_of_two(columns), 16)
     warps = min(max(width // 16, 4), 16)
     tile = min(_TILE // width, 32)
     if columns % 16:
         tile = min(tile, _TILE // width // 2)
     return {"COLUMNS": width, "TILE": tile, "num_warps": warps}
-
-
-def _nbytes(*tensors: Tensor | None) -> int:
-    """Bytes that lie behind tensors; what is expanded counts once."""
-    total = 0
-    for one in tensors:
-        if one is not None and one.numel():
-            sizes = (n for n, stride in zip(one.shape, one.stride(), strict=True) if stride)
-            total += math.prod(sizes) * one.element_size()
-    return total
-
-
-def _copied(*tensors: Tensor | None) -> Cost:
-    """What `contiguous` costs."""
-    apart = [one for one in tensors if one is not None and not one.is_contiguous()]
-    made = sum(one.numel() * one.element_size() for one in apart)
-    return Cost(len(apart), _nbytes(*apart) + made, made)
-
-
-def _cost(copied: Cost, moved: int) -> Cost:
-    return Cost(copied.launches + 1, copied.bytes_moved + moved, copied.scratch)
 
 
 def _cost_of_sinkhorn(
@@ -391,8 +328,8 @@ def _cost_of_sinkhorn(
     batch, rows, columns = cost.shape
     given = row_mass, column_mass, row_mask, column_mask
     vectors = 4 * batch * ((iterations + 2) * (rows + columns) + 2)
-    moved = (iterations + 2) * _nbytes(cost) + _nbytes(*given) + vectors
-    return _cost(_copied(cost, *given), moved)
+    moved = (iterations + 2) * nbytes(cost) + nbytes(*given) + vectors
+    return kernel_cost(moved, cost, *given)
 
 
 def _cost_of_sinkhorn_backward(
@@ -408,9 +345,9 @@ def _cost_of_sinkhorn_backward(
     # Every iteration but the last reads the cost, and reads and writes its gradient.
     iterations = row_potentials.shape[1] - 1
     passes = 3 * max(iterations - 1, 0) + 2 + (iterations > 0)
-    vectors = 4 * _nbytes(row_potentials, column_potentials)
-    moved = passes * _nbytes(cost) + 2 * _nbytes(plan_grad) + _nbytes(value_grad) + vectors
-    return _cost(_copied(cost, row_mass, column_mass, plan_grad), moved)
+    vectors = 4 * nbytes(row_potentials, column_potentials)
+    moved = passes * nbytes(cost) + 2 * nbytes(plan_grad) + nbytes(value_grad) + vectors
+    return kernel_cost(moved, cost, row_mass, column_mass, plan_grad)
 
 
 def _cost_of_l1_cost(first: Tensor, second: Tensor) -> Cost:
@@ -419,14 +356,14 @@ def _cost_of_l1_cost(first: Tensor, second: Tensor) -> Cost:
     columns = second.shape[1]
     tiles = math.ceil(rows / _COST_TILE), math.ceil(columns / _COST_TILE)
     entries = rows * columns + width * (tiles[1] * rows + tiles[0] * columns)
-    return _cost(_copied(first, second), 4 * batch * entries)
+    return kernel_cost(4 * batch * entries, first, second)
 
 
 def _cost_of_l1_cost_backward(gradient: Tensor, points: Tensor, others: Tensor) -> Cost:
     tiles = math.ceil(points.shape[1] / _POINTS)
-    of_gradient = math.ceil(points.shape[2] / _MOST_ENTRIES) * _nbytes(gradient)
-    moved = 2 * _nbytes(points) + tiles * _nbytes(others) + of_gradient
-    return _cost(_copied(points, others), moved)
+    of_gradient = math.ceil(points.shape[2] / _MOST_ENTRIES) * nbytes(gradient)
+    moved = 2 * nbytes(points) + tiles * nbytes(others) + of_gradient
+    return kernel_cost(moved, points, others)
 
 
 DECLARED.update(

@@ -42,12 +42,12 @@ def by_kernels(monkeypatch):
     """Have kernels serve tensors of a CPU, and count the calls that they get."""
     calls = []
 
-    def asked(*tensors: Tensor):
+    def asked(_: str, *tensors: Tensor):
         calls.append(tensors)
         return kernels if all(map(kernels.serves, tensors)) else None
 
     for module in ("ctkd.ot.sinkhorn", "ctkd.ot.costs"):
-        monkeypatch.setattr(f"{module}.transport_kernels", asked)
+        monkeypatch.setattr(f"{module}.kernels_for", asked)
     return calls
 
 
@@ -174,9 +174,9 @@ def test_operators_are_those_that_torch_expects():
 
 def test_the_interpreter_serves_only_where_it_is_asked(monkeypatch):
     cost = torch.zeros(1, 2, 3)
-    assert kernels.serves(cost) and ops.transport_kernels(cost) is None
+    assert kernels.serves(cost) and ops.kernels_for("sinkhorn", cost) is None
     monkeypatch.setattr("ctkd.ops.BACKENDS", (*ops.BACKENDS, "cuda"))
     with ops.use_backend("cuda"):
-        assert ops.transport_kernels(cost) is kernels
+        assert ops.kernels_for("sinkhorn", cost) is kernels
         monkeypatch.setenv("TRITON_INTERPRET", "0")
-        assert ops.transport_kernels(cost) is None
+        assert ops.kernels_for("sinkhorn", cost) is None
