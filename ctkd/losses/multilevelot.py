@@ -275,7 +275,7 @@ class MultiLevelOT(Loss):
         with torch.no_grad():
             teacher_answers = batch.teacher.logits.log_probs_at(teacher_ids, temperatures)
             teacher = dict(zip(temperatures, teacher_answers, strict=True))
-        missing = ~match.matched.unsqueeze(1) | _masked(batch.student, answers[0])
+        missing = ~(match.matched.unsqueeze(1) & _possible(batch.student, answers[0]))
         aligned = align_positions(batch, self.pairing)
 
         parts = self._token_terms(student, teacher, missing, aligned)
@@ -503,7 +503,7 @@ class MultiLevelOTSequence(MultiLevelOT):
         )
 
 
-def _masked(side: Side, log_probs: Tensor) -> Tensor:
-    """Columns that are minus infinity wherever the side is scored, (B, 1, K): as if not there."""
-    impossible = (log_probs == -torch.inf) | ~side.mask.unsqueeze(-1)
-    return impossible.all(1, keepdim=True)
+def _possible(side: Side, log_probs: Tensor) -> Tensor:
+    """Columns above minus infinity at a scored position, (B, 1, K); others are as if not there."""
+    possible = (log_probs != -torch.inf) & side.mask.unsqueeze(-1)
+    return possible.any(1, keepdim=True)

@@ -126,6 +126,8 @@ class MultiLevelOTReleased(Loss):
         rows = max(student.shape[1], teacher.shape[1])
         student, teacher = (
             F.pad(probs, (0, width - probs.shape[-1], 0, rows - probs.shape[1]))
+            if probs.shape[1:] != (rows, width)
+            else probs
             for probs in (student, teacher)
         )
         paired = align_positions(batch).valid

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,9 +43,14 @@ def operator(
     """
 
     def register(function: Callable[..., _Answers]) -> Callable[..., _Answers]:
+        def on_its_device(first: Tensor, *others: Any) -> _Answers:
+            # Triton starts kernels on the current device, wherever the tensors lie.
+            with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+                return function(first, *others)
+
         schema = torch.library.infer_schema(function, mutates_args=())
         torch.library.define(f"ctkd::{name}", schema)
-        torch.library.impl(f"ctkd::{name}", ("cpu", "cuda"), function)
+        torch.library.impl(f"ctkd::{name}", ("cpu", "cuda"), on_its_device)
         torch.library.register_fake(f"ctkd::{name}", answers)
         return function
 
