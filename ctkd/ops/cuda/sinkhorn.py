@@ -305,14 +305,16 @@ def _l1_cost_backward(gradient: Tensor, points: Tensor, others: Tensor) -> Tenso
     return answer
 
 
-def _program(columns: int) -> dict[str, int]:
+def _program(columns: int) -> dict[str, int | None]:
     """The shape of a program whose tiles are as wide as the problem."""
     width = max(power_of_two(columns), 16)
     warps = min(max(width // 16, 4), 16)
     tile = min(_TILE // width, 32)
     if columns % 16:
         tile = min(tile, _TILE // width // 2)
-    return {"COLUMNS": width, "TILE": tile, "num_warps": warps}
+    # ptxas spills some registers to have more programs on a multiprocessor, which then has one.
+    most = 255 if warps < 16 else None
+    return {"COLUMNS": width, "TILE": tile, "num_warps": warps, "maxnreg": most}
 
 
 def _cost_of_sinkhorn(
