@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctkd.batch import Batch, Side
-from ctkd.chunks import PAIRINGS, align_positions
+from ctkd.chunks import PAIRINGS, AlignedPositions, align_positions
 from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
+from ctkd.ops import kernels_for
+from ctkd.ot.costs import l1_cost
 from ctkd.ot.matching import (
     MATCHINGS,
     ColumnMatch,
@@ -76,7 +79,7 @@ def sequence_cost(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
         >>> sequence_cost(torch.tensor([[[0.5], [0.0]]]), torch.tensor([[[1.0]]]))
         tensor([[[0.5000, 1.0000]]])
     """
-    return torch.cdist(teacher_probs, student_probs, p=1.0)
+    return l1_cost(teacher_probs, student_probs)
 
 
 @register("multilevelot")
@@ -272,20 +275,10 @@ class MultiLevelOT(Loss):
         with torch.no_grad():
             teacher_answers = batch.teacher.logits.log_probs_at(teacher_ids, temperatures)
             teacher = dict(zip(temperatures, teacher_answers, strict=True))
-        missing = ~match.matched.unsqueeze(1) | _masked(batch.student, answers[0])
+        missing = ~(match.matched.unsqueeze(1) & _possible(batch.student, answers[0]))
         aligned = align_positions(batch, self.pairing)
 
-        parts = {}
-        if self.had_weight:
-            ours = aligned.of_student(student[self.temperature]).exp().masked_fill(missing, 0.0)
-            theirs = aligned.of_teacher(teacher[self.temperature]).exp()
-            had = absolute_difference(ours, theirs)
-            parts["had"] = self.had_weight * masked_sum(had, aligned.valid)
-        if self.sl_weight:
-            ours = aligned.of_student(student[self.sl_temperature])
-            theirs = aligned.of_teacher(teacher[self.sl_temperature]).exp()
-            sl = teacher_weighted_log_loss(ours, theirs.masked_fill(missing, 0.0))
-            parts["sl"] = self.sl_weight * masked_sum(sl, aligned.valid)
+        parts = self._token_terms(student, teacher, missing, aligned)
         if self.sd_weight:
             student_probs = student[self.sd_temperature].exp().masked_fill(missing, 0.0)
             transport = sinkhorn(
@@ -297,6 +290,46 @@ class MultiLevelOT(Loss):
             )
             parts["sd"] = self.sd_weight * transport.cost
         return average(parts, self.units(batch))
+
+    def _token_terms(
+        self,
+        student: dict[float, Tensor],
+        teacher: dict[float, Tensor],
+        missing: Tensor,
+        aligned: AlignedPositions,
+    ) -> dict[str, Tensor]:
+        """Weighted HAD and SL of each sequence, (B,), from answers by temperature."""
+        weights = {"had": self.had_weight, "sl": self.sl_weight}
+        if not any(weights.values()):
+            return {}
+        kernels: Any = kernels_for("matched_columns", *student.values(), *teacher.values())
+        if kernels is not None:
+            temperatures = self.temperature, self.sl_temperature
+            sums = kernels.sums_at_positions(
+                *(
+                    [answers.get(one, next(iter(answers.values()))) for one in temperatures]
+                    for answers in (student, teacher)
+                ),
+                missing,
+                aligned.student,
+                aligned.teacher,
+                aligned.valid,
+                tuple(weights.values()),
+            )
+            both = dict(zip(weights, sums, strict=True))
+            return {name: both[name] for name, weight in weights.items() if weight}
+        parts = {}
+        if self.had_weight:
+            ours = aligned.of_student(student[self.temperature]).exp().masked_fill(missing, 0.0)
+            theirs = aligned.of_teacher(teacher[self.temperature]).exp()
+            had = absolute_difference(ours, theirs)
+            parts["had"] = self.had_weight * masked_sum(had, aligned.valid)
+        if self.sl_weight:
+            ours = aligned.of_student(student[self.sl_temperature])
+            theirs = aligned.of_teacher(teacher[self.sl_temperature]).exp()
+            sl = teacher_weighted_log_loss(ours, theirs.masked_fill(missing, 0.0))
+            parts["sl"] = self.sl_weight * masked_sum(sl, aligned.valid)
+        return parts
 
     def extra_repr(self) -> str:
         names = inspect.signature(type(self)).parameters
@@ -470,7 +503,7 @@ class MultiLevelOTSequence(MultiLevelOT):
         )
 
 
-def _masked(side: Side, log_probs: Tensor) -> Tensor:
-    """Columns that are minus infinity wherever the side is scored, (B, 1, K): as if not there."""
-    impossible = (log_probs == -torch.inf) | ~side.mask.unsqueeze(-1)
-    return impossible.all(1, keepdim=True)
+def _possible(side: Side, log_probs: Tensor) -> Tensor:
+    """Columns above minus infinity at a scored position, (B, 1, K); others are as if not there."""
+    possible = (log_probs != -torch.inf) & side.mask.unsqueeze(-1)
+    return possible.any(1, keepdim=True)

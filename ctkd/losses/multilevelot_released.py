@@ -10,6 +10,7 @@ from ctkd.batch import Batch, Side
 from ctkd.chunks import align_positions
 from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
 from ctkd.ops import Rows, top_k
+from ctkd.ot.costs import l1_cost
 from ctkd.ot.sinkhorn import sinkhorn
 from ctkd.registry import register
 from ctkd.settings import check_positive
@@ -125,22 +126,23 @@ class MultiLevelOTReleased(Loss):
         rows = max(student.shape[1], teacher.shape[1])
         student, teacher = (
             F.pad(probs, (0, width - probs.shape[-1], 0, rows - probs.shape[1]))
+            if probs.shape[1:] != (rows, width)
+            else probs
             for probs in (student, teacher)
         )
         paired = align_positions(batch).valid
         longest = torch.cat([batch.student.mask.sum(1), batch.teacher.mask.sum(1)])
         longest = F.pad(longest, (0, 1)).amax()
-        used = (torch.arange(rows, device=paired.device) < longest).expand(student.shape[0], -1)
+        used = torch.arange(rows, device=paired.device).expand(student.shape[0], -1) < longest
 
         had = (student - teacher).abs().sum(-1)[:, : paired.shape[1]]
         had = masked_sum(had, paired) / paired.sum(1).clamp_min(1)
         kl = -(student.softmax(-1) * teacher.log_softmax(-1)).sum(-1)
         kl = masked_sum(kl, used) / longest.clamp_min(1)
         transport = sinkhorn(
-            torch.cdist(
+            l1_cost(
                 (teacher / _SINKHORN_TEMPERATURE).softmax(-1),
                 (student / _SINKHORN_TEMPERATURE).softmax(-1),
-                p=1.0,
             ),
             regularization=_SINKHORN_REGULARIZATION,
             iterations=_SINKHORN_ITERATIONS,

@@ -60,6 +60,7 @@ __all__ = [
     "gradient_rows",
     "head_rows",
     "host_zero",
+    "kernels_for",
     "log_normalizers",
     "log_probs_of",
     "not_traced",
@@ -86,6 +87,21 @@ def backend_for(operation: str, *rows: Rows) -> ModuleType:
     elif name in ("auto", "cuda") and cuda.serves(operation, rows):
         return cuda
     return reference
+
+
+def kernels_for(part: str, *tensors: Tensor) -> ModuleType | None:
+    """The module with a device's kernels for a part of a loss; None if torch is to compute it.
+
+    Args:
+        part: Name of the module.
+        tensors: What it would be computed from.
+    """
+    name = chosen_backend()
+    on_host = any(tensor.device.type == "cpu" for tensor in tensors)
+    if name in ("reference", "cpu") or (name == "auto" and on_host):
+        return None
+    kernels = importlib.import_module(f"ctkd.ops.cuda.{part}")
+    return kernels if all(map(kernels.serves, tensors)) else None
 
 
 @functools.cache
@@ -130,7 +146,7 @@ def pack_scored(
     targets: Tensor, ignored: int, size: int, length: int, chunk_ids: Tensor | None = None
 ) -> Packed:
     """See `ctkd.ops.reference.pack_scored`."""
-    run_kernel = not can_inspect(targets) and cuda.can_run(targets.device)
+    run_kernel = not can_inspect(targets) and cuda.runs_on(targets.device)
     packing = cuda.pack_scored if run_kernel else reference.pack_scored
     return packing(targets, ignored, size, length, chunk_ids)
 

@@ -4,16 +4,18 @@
 costs, does not test for convergence, and looks at no value that is not on a CPU, so it never
 waits for a device.
 
-`ctkd.ot.scalings` does the work.
+`ctkd.ot.scalings` does the work, or kernels of `ctkd.ops` where they serve a tensor.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctkd.errors import BatchError, SettingError
+from ctkd.ops import kernels_for
 from ctkd.ot.scalings import Inputs, Scale, results_without_entries
 
 __all__ = ["SinkhornResult", "sinkhorn"]
@@ -112,9 +114,10 @@ def sinkhorn(
     if 0 in cost.shape:
         results = results_without_entries(inputs)
     else:
-        results = Scale.apply(  # type: ignore[no-untyped-call]
-            *inputs, float(regularization), iterations
-        )
+        kernels: Any = kernels_for("sinkhorn", inputs.cost)
+        served = kernels is not None and kernels.fits(inputs.cost)
+        scale = kernels.transport if served else Scale.apply
+        results = scale(*inputs, float(regularization), iterations)
     plan, value, error = results
     if single:
         plan, value, error = plan[0], value[0], error[0]

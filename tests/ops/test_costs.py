@@ -63,3 +63,20 @@ def test_a_backend_declares_its_own(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("operator", [torch.ops.aten.add.Tensor, "add_rows", "Rows"])
 def test_other_operators_have_no_cost_here(operator: object):
     assert cost_of(operator, (), {}) is None
+
+
+def test_kernels_declare_a_launch_and_copies_of_what_lies_apart():
+    cost = torch.empty(3, 64, 50, device="meta")
+    assert ops.kernels_for("sinkhorn", cost) is not None
+
+    def declared(cost: torch.Tensor, iterations: int) -> Cost:
+        arguments = (cost, None, None, None, None, 0.1, iterations)
+        return cost_of(torch.ops.ctkd.sinkhorn.default, arguments, {})
+
+    few, many = declared(cost, 1), declared(cost, 11)
+    assert few.launches == many.launches == 1 and few.scratch == 0
+    # An iteration reads the cost and writes a potential of each row and column.
+    assert many.bytes_moved - few.bytes_moved == 10 * (cost.nbytes + 4 * 3 * (64 + 50))
+    apart = declared(cost.mT.contiguous().mT, 1)
+    assert apart.launches == 2 and apart.scratch == cost.nbytes
+    assert apart.bytes_moved == few.bytes_moved + 2 * cost.nbytes

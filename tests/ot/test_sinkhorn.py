@@ -308,8 +308,9 @@ def test_half_precision_is_computed_in_float32(dtype, autocast):
     torch.testing.assert_close(grad, expected_grad.to(dtype), rtol=0, atol=0)
 
 
-def test_runs_where_no_value_can_be_read():
-    cost = torch.empty(2, 3, 4, device="meta", requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_runs_where_no_value_can_be_read(dtype):
+    cost = torch.empty(2, 3, 4, device="meta", dtype=dtype, requires_grad=True)
     mask = torch.ones(2, 3, dtype=torch.bool, device="meta")
     result = sinkhorn(cost, regularization=0.1, iterations=20, row_mask=mask)
     (result.plan.sum() + result.cost.sum()).backward()

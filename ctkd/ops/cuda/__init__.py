@@ -7,8 +7,6 @@ would cost.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from ctkd.ops import reference
 from ctkd.ops.cuda import row_operators
+from ctkd.ops.cuda.operators import runs_on
 from ctkd.ops.rows import Packed, RowLoss, Rows, RowValues, SoftmaxTerm
 
 __all__ = [
@@ -26,12 +25,12 @@ __all__ = [
     "log_normalizers",
     "pack_scored",
     "row_loss",
+    "runs_on",
     "serves",
     "softmax_backward",
     "top_k",
 ]
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # More ids of a row than this are compared with each other for too long, and do not fit registers.
 _MOST_IDS = 1024
@@ -42,22 +41,12 @@ _TEMPERATURES = 2
 
 def serves(operation: str, rows: Sequence[Rows]) -> bool:
     """True if kernels can read and write all these rows in place."""
-    if operation not in _OPERATIONS or not can_run(rows[0].tensor.device):
+    if operation not in _OPERATIONS or not runs_on(rows[0].tensor.device):
         return False
     return all(
         one.tensor.dtype in _DTYPES and (one.tensor.stride(-1) == 1 or one.tensor.shape[-1] < 2)
         for one in rows
     )
-
-
-def can_run(device: torch.device) -> bool:
-    """True if kernels run on tensors there, or nothing does."""
-    if device.type == "meta":
-        return True
-    if not _HAS_TRITON:
-        return False
-    # The interpreter runs kernels on a CPU, for tests.
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def log_normalizers(
@@ -200,7 +189,7 @@ def clear_rows(tensor: Tensor, index: Tensor) -> None:
     row_operators.clear_rows(tensor, index)
 
 
-_OPERATIONS = {*__all__} - {"pack_scored", "row_loss", "serves"}
+_OPERATIONS = {*__all__} - {"pack_scored", "row_loss", "runs_on", "serves"}
 
 
 def _some(temperatures: Sequence[float]) -> list[list[float]]:

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ctkd.ops.costs import Cost
 
-__all__ = ["kernel_cost", "nbytes", "operator", "power_of_two", "serves"]
+__all__ = ["kernel_cost", "nbytes", "operator", "power_of_two", "runs_on", "serves"]
 
 _Answers = TypeVar("_Answers")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def runs_on(device: torch.device) -> bool:
+    """True if kernels run on a device's tensors, or nothing does because they have no values."""
+    if device.type == "meta":
+        return True
+    # The interpreter runs kernels on a CPU, for tests.
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return _HAS_TRITON and (interpreted or device.type == "cuda")
 
 
 def serves(tensor: Tensor) -> bool:
     """True if kernels run on this tensor, or would where there are no values."""
-    if tensor.dtype == torch.float64:
-        return False
-    kind = tensor.device.type
-    if kind == "cpu":
-        return os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
-    return kind == "meta" or (kind == "cuda" and _has_triton())
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return tensor.dtype != torch.float64 and runs_on(tensor.device)
 
 
 def operator(
@@ -43,9 +42,14 @@ def operator(
     """
 
     def register(function: Callable[..., _Answers]) -> Callable[..., _Answers]:
+        def on_its_device(first: Tensor, *others: Any) -> _Answers:
+            # Triton starts kernels on the current device, wherever the tensors lie.
+            with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+                return function(first, *others)
+
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         torch.library.define(f"ctkd::{name}", schema)
-        torch.library.impl(f"ctkd::{name}", ("cpu", "cuda"), function)
+        torch.library.impl(f"ctkd::{name}", ("cpu", "cuda"), on_its_device)
         torch.library.register_fake(f"ctkd::{name}", answers)
         return function
 
