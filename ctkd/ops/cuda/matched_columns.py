@@ -43,7 +43,7 @@ def sums_at_positions(
     ours, theirs = (
         (first, None if second is first else second) for first, second in (student, teacher)
     )
-    sums: tuple[Tensor, Tensor] = _Sums.apply(  # type: ignore[no-untyped-call]
+    sums: tuple[Tensor, Tensor] = _Sums.apply(
         *ours, *theirs, missing, student_at, teacher_at, valid, *weights
     )
     return sums

@@ -44,7 +44,7 @@ def operator(
     def register(function: Callable[..., _Answers]) -> Callable[..., _Answers]:
         def on_its_device(first: Tensor, *others: Any) -> _Answers:
             # Triton starts kernels on the current device, wherever the tensors lie.
-            with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+            with torch.cuda.device_of(first):
                 return function(first, *others)
 
         schema = torch.library.infer_schema(function, mutates_args=mutates)

@@ -45,7 +45,7 @@ def transport(
     row_mass, column_mass = (
         None if mass is None else mass.to(torch.float32) for mass in (row_mass, column_mass)
     )
-    results: tuple[Tensor, Tensor, Tensor] = _Transport.apply(  # type: ignore[no-untyped-call]
+    results: tuple[Tensor, Tensor, Tensor] = _Transport.apply(
         cost.to(torch.float32),
         row_mass,
         column_mass,
@@ -59,7 +59,7 @@ def transport(
 
 def l1_cost(first: Tensor, second: Tensor) -> Tensor:
     """L1 distance of each of (B, R, K) to each of (B, C, K), (B, R, C), differentiable."""
-    cost: Tensor = _L1Cost.apply(  # type: ignore[no-untyped-call]
+    cost: Tensor = _L1Cost.apply(
         first.to(torch.float32), second.to(torch.float32)
     )
     return cost
