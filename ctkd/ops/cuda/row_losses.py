@@ -9,20 +9,82 @@ import importlib
 import math
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ctkd.ops.blocks import block_rows
 from ctkd.ops.costs import Cost
 from ctkd.ops.rows import Rows, RowValues
 
-__all__ = ["shared_kl", "shared_kl_cost"]
+__all__ = ["shared_kl", "shared_kl_cost", "uld", "uld_cost"]
 
 # Entries of a tile that a lane has, and lanes that are read at once.
 _TILE = 2, 2048
 _WARPS = 8
 _PAIRS = 1024
+# Of kernels that count classes: columns and classes at a time, and entries of one class that are
+# compared with each other.
+_COLUMNS = 4096
+_CLASSES = 1024
+_GROUP = 64
+# Of equal rows every probability is computed by the same operations, so that they are equal.
+_RANKED = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+_COUNTING = {"num_warps": 16, "num_stages": 1, "enable_fp_fusion": False, "maxnreg": 128}
+# Bytes for the scratch memory of all programs, of which there is one for each multiprocessor; and
+# how many there are of an unknown device.
+_SCRATCH = 30 << 20
+_PROGRAMS = 132
+
+
+class _Format(NamedTuple):
+    """Floating-point numbers of 16 bits."""
+
+    mantissa: int
+    bias: int
+    infinity: int
+
+    def bits(self, exponent: int) -> int:
+        """Bits of a power of two."""
+        if exponent > self.bias:
+            return self.infinity
+        if exponent > -self.bias:
+            return (exponent + self.bias) << self.mantissa
+        return 1 << max(exponent + self.bias + self.mantissa - 1, 0)
+
+
+_FORMATS = {torch.bfloat16: _Format(7, 127, 0x7F80), torch.float16: _Format(10, 15, 0x7C00)}
+
+
+class _Classes(NamedTuple):
+    """Classes of 16-bit logits, as ``rank_kernels`` has them.
+
+    Attributes:
+        low: Bits of the largest number that is as good as 0.
+        half: Classes above 0 that are not the last.
+        far: The smallest number of the last class.
+        size: Classes, rounded up.
+        steps: Of a search among them.
+    """
+
+    low: int
+    half: int
+    far: float
+    size: int
+    steps: int
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, temperature: float) -> _Classes:
+        form = _FORMATS[dtype]
+        # From here on the next smaller number is below by more than 104 temperatures, of which no
+        # exponential is left in float32.
+        exponent = math.ceil(math.log2(temperature)) + form.mantissa + 8
+        low = form.bits(math.floor(math.log2(temperature)) - 20)
+        half = max(form.bits(exponent) - 1 - low, 0)
+        far = math.inf if exponent > form.bias else 2.0**exponent
+        count = 2 * half + 2
+        return cls(low, half, far, -(-count // _CLASSES) * _CLASSES, count.bit_length())
 
 
 def shared_kl(
@@ -102,6 +164,171 @@ def shared_kl_cost(
     if out is not None and _has_rest(settings):
         moved += _read(student, student.width - shared)
     return Cost(3, moved + 2 * maps + 4 * count + 16 * shared, maps)
+
+
+def uld(
+    student: Rows,
+    teacher: Rows,
+    settings: Mapping[str, Any],
+    per_row: Tensor | None = None,
+    out: Rows | None = None,
+    differentiate: bool = False,
+) -> RowValues:
+    """L1 distance between probabilities in descending order.
+
+    Args:
+        student: N rows of logits.
+        teacher: N rows of logits or, with numbers per row, of probabilities.
+        settings: As of `ctkd.losses.ULD`.
+        per_row: (N, 2) one more probability of the teacher, and how often it occurs.
+        out: As of `ctkd.ops.reference.row_loss`.
+        differentiate: Return zeros: the numbers are the teacher's.
+    """
+    count = len(student)
+    values = student.tensor.new_empty((count, 1), dtype=torch.float32)
+    per_row_gradient = torch.zeros_like(per_row) if per_row is not None and differentiate else None
+    if count and values.device.type == "meta":
+        return RowValues(values, per_row_gradient)
+    if count and not _can_count(student, teacher, per_row):
+        _sorted_uld(student, teacher, settings, per_row, out, values)
+    elif count:
+        temperatures = settings["student_temperature"], settings["teacher_temperature"]
+        classes = _Classes.of(student.tensor.dtype, temperatures[0])
+        others = _Classes.of(teacher.tensor.dtype, temperatures[1])
+        programs, size = _programs(student.tensor.device, count, classes, others)
+        target = student if out is None else out
+        _kernels("rank_kernels").uld_rows[(programs,)](
+            values,
+            *_place(student),
+            *_place(teacher),
+            *_place(target),
+            torch.empty(programs * size, dtype=torch.int32, device=values.device),
+            count,
+            student.width,
+            teacher.width,
+            target.width,
+            float(temperatures[0]),
+            math.log2(math.e) / temperatures[0],
+            math.log2(math.e) / temperatures[1],
+            *classes[:3],
+            *others[:3],
+            classes.size,
+            others.size,
+            STUDENT_INDEXED=student.index is not None,
+            TEACHER_INDEXED=teacher.index is not None,
+            OUT_INDEXED=target.index is not None,
+            WRITES=out is not None,
+            STUDENT_BF16=student.tensor.dtype == torch.bfloat16,
+            TEACHER_BF16=teacher.tensor.dtype == torch.bfloat16,
+            STUDENT_STEPS=classes.steps,
+            TEACHER_STEPS=others.steps,
+            TILE=_COLUMNS,
+            CLASSES=_CLASSES,
+            GROUP=_GROUP,
+            **_COUNTING,
+        )
+    return RowValues(values, per_row_gradient)
+
+
+def _can_count(student: Rows, teacher: Rows, per_row: Tensor | None) -> bool:
+    """True if there are few values on either side."""
+    return per_row is None and {student.tensor.dtype, teacher.tensor.dtype} <= _FORMATS.keys()
+
+
+def _sorted_uld(
+    student: Rows,
+    teacher: Rows,
+    settings: Mapping[str, Any],
+    tails: Tensor | None,
+    out: Rows | None,
+    values: Tensor,
+) -> None:
+    """Write what `uld` returns, of rows that torch sorts, a block at a time."""
+    scales = [
+        math.log2(math.e) / settings[name] for name in ("student_temperature", "teacher_temperature")
+    ]
+    size = block_rows(max(student.width, teacher.width), values.device)
+    for start in range(0, len(student), size):
+        which = slice(start, start + size)
+        # Of equal entries, those in lower columns come first.
+        ranked = student.read(which).sort(dim=-1, descending=True, stable=True)
+        others = teacher.read(which).sort(dim=-1, descending=True).values
+        target = (student if out is None else out)[which]
+        numbers = values if tails is None else tails[which].to(torch.float32).contiguous()
+        _kernels("rank_kernels").sorted_uld_rows[(others.shape[0],)](
+            values[which],
+            ranked.values,
+            ranked.indices,
+            _place(student[which])[1],
+            others,
+            _place(teacher[which])[1],
+            numbers,
+            *_place(target),
+            student.width,
+            teacher.width,
+            target.width,
+            float(settings["student_temperature"]),
+            *scales,
+            STUDENT_INDEXED=student.index is not None,
+            TEACHER_INDEXED=teacher.index is not None,
+            OUT_INDEXED=target.index is not None,
+            WRITES=out is not None,
+            TAILS=tails is not None,
+            TILE=_COLUMNS,
+            **_RANKED,
+        )
+
+
+def _programs(
+    device: torch.device, count: int, classes: _Classes, others: _Classes
+) -> tuple[int, int]:
+    """Programs that count classes, and entries of the scratch memory of each."""
+    size = 2 * classes.size + others.size + _COLUMNS
+    most = _PROGRAMS
+    if device.type == "cuda":
+        most = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(count, most, _SCRATCH // (4 * size))), size
+
+
+def uld_cost(
+    student: Rows,
+    teacher: Rows,
+    settings: Mapping[str, Any],
+    per_row: Tensor | None = None,
+    out: Rows | None = None,
+    differentiate: bool = False,
+) -> Cost:
+    """Cost of `uld` with these arguments.
+
+    Of 16-bit rows each side is read once, and the student once more to write the gradient; scratch
+    memory stays in the device's cache. Others are sorted, which is counted as what goes into
+    operators of torch and comes out of them.
+    """
+    count = len(student)
+    if not _can_count(student, teacher, per_row):
+        return _sorted_cost(student, teacher, out)
+    classes = _Classes.of(student.tensor.dtype, settings["student_temperature"])
+    others = _Classes.of(teacher.tensor.dtype, settings["teacher_temperature"])
+    programs, size = _programs(student.tensor.device, count, classes, others)
+    moved = _read(student, student.width) + _read(teacher, teacher.width) + 4 * count
+    if out is not None:
+        moved += _read(student, student.width) + _read(out, out.width)
+    return Cost(1, moved, 4 * programs * size)
+
+
+def _sorted_cost(student: Rows, teacher: Rows, out: Rows | None) -> Cost:
+    count, width = len(student), max(student.width, teacher.width)
+    size = block_rows(width, student.tensor.device)
+    # Of each side, rows are widened, read and written by a sort that also writes int64 columns, and
+    # read by each pass of the kernel.
+    columns = student.width + teacher.width
+    moved = _read(student, student.width) + _read(teacher, teacher.width)
+    moved += count * columns * (4 + 4 + 12 + 4 + 4) + 4 * count
+    if out is not None:
+        moved += count * (4 * columns + 8 * student.width) + _read(out, out.width)
+    # A block is chosen by up to five operators for each side, widened, sorted and compared.
+    blocks = -(-count // size)
+    return Cost(15 * blocks, moved, min(count, size) * columns * (4 + 4 + 8))
 
 
 def _has_rest(settings: Mapping[str, Any]) -> bool:

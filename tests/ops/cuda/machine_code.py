@@ -22,7 +22,7 @@ from ctkd.ops.cuda import row_losses
 from ctkd.ops.rows import Rows
 
 CAPABILITIES = 80, 90
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -121,6 +121,8 @@ def starts(dtype: torch.dtype, width: int, other_width: int) -> None:
             "log_floor": -1e4,
         }
         row_losses.shared_kl(student, teacher, settings, None, out)
+    temperatures = {"student_temperature": 1.0, "teacher_temperature": 1.0}
+    row_losses.uld(student, teacher, temperatures, None, out)
 
 
 def main() -> int:

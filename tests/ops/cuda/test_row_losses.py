@@ -1,14 +1,29 @@
 """Row losses by Triton kernels, against the reference in float64."""
 
+import numpy
 import pytest
 import torch
 
 from ctkd.losses.shared_kl import SharedKL
+from ctkd.losses.uld import ULD
 from ctkd.ops import Rows
 from ctkd.ops.cuda import row_losses
 from tests.ops.cuda.row_pairs import DTYPES, Tokens, check, logits_of, row_loss_of
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch):
+    """The interpreter takes as long for a small tile. What is tiled has two or more all the same."""
+    monkeypatch.setattr(row_losses, "_COLUMNS", 1 << 12)
+    monkeypatch.setattr(row_losses, "_CLASSES", 1 << 13)
+    monkeypatch.setattr(row_losses, "_GROUP", 256)
+
+
+def count_at_once(monkeypatch, dtype) -> None:
+    """All classes of a row in one tile."""
+    monkeypatch.setattr(row_losses, "_CLASSES", 1 << (16 if dtype == torch.float16 else 14))
 
 
 def with_masked_columns(block):
@@ -49,3 +64,73 @@ def test_shared_kl_of_equal_rows_is_0():
         out = Rows(torch.empty(2, 500, dtype=torch.bfloat16), None, 500)
         values = row_losses.shared_kl(rows, rows, loss.settings, None, out).values
         assert (values == 0).all() and (out.tensor == 0).all()
+
+
+@by_dtype
+def test_uld(dtype, monkeypatch):
+    if dtype == torch.float16:
+        monkeypatch.setattr(row_losses, "_CLASSES", 1 << 15)
+    loss = ULD(student_temperature=0.8, teacher_temperature=2.5)
+    for seed, (width, other_width) in enumerate([(5001, 4000), (4000, 5001)]):
+        student, teacher = logits_of(dtype, 2, width, seed), logits_of(dtype, 2, other_width, 9)
+        with_masked_columns(student)
+        with_masked_columns(teacher.flip(0))
+        check(row_losses.uld, row_loss_of(loss, other_width), student, teacher)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uld_of_stored_rows(dtype):
+    loss = row_loss_of(ULD(), 3000)
+    student = logits_of(dtype, 3, 3000, 0)
+    probs = logits_of(torch.float32, 3, 2700, 1).softmax(-1)[:, :80]
+    tails = torch.tensor([[1e-4, 2920.0], [0.5, 2.0], [0.0, 0.0]])
+    check(row_losses.uld, loss, student, probs, tails)
+
+
+@by_dtype
+def test_uld_of_tied_entries(dtype, monkeypatch):
+    """Of equal entries those in lower columns have the lower ranks, across tiles and groups."""
+    monkeypatch.setattr(row_losses, "_COLUMNS", 256)
+    monkeypatch.setattr(row_losses, "_GROUP", 128)
+    count_at_once(monkeypatch, dtype)
+    student = logits_of(dtype, 3, 601, 0).mul(0.5).round()
+    teacher = logits_of(dtype, 3, 550, 1).mul(0.5).round()
+    # All equal, against few values, and the same values in another order.
+    student[1] = 0.75
+    student[2, :550], student[2, 550:] = teacher[2].flip(0), -torch.inf
+    loss = row_loss_of(ULD(), 550)
+    values = check(row_losses.uld, loss, student, teacher)
+    assert values[2] == 0
+    check(row_losses.uld, loss, teacher, student)
+
+
+@by_dtype
+def test_uld_of_no_rows_of_one_column_and_of_large_logits(dtype, monkeypatch):
+    count_at_once(monkeypatch, dtype)
+    loss = row_loss_of(ULD(), 1)
+    empty = Rows(torch.empty(0, 1, dtype=dtype), None, 1)
+    assert row_losses.uld(empty, empty, loss.settings, None, empty).values.shape == (0, 1)
+    one = torch.tensor([[3e4], [-3e4]], dtype=dtype)
+    assert (check(row_losses.uld, loss, one, one.flip(0)) == 0).all()
+    largest = 6e4 if dtype == torch.float16 else 1e30
+    student = logits_of(torch.float32, 4, 50, 0)
+    student[0, :7], student[1, 3:6] = largest, -largest
+    # Nothing but large negative ones, two of them the largest.
+    student[2] = -largest
+    student[2, 10:12] = -largest / 2
+    student[3] *= largest / 10
+    teacher = student.flip(0)[:, :40].to(dtype)
+    check(row_losses.uld, row_loss_of(ULD(), 40), student.to(dtype), teacher)
+
+
+def test_uld_of_rows_that_are_not_numbers(monkeypatch):
+    for dtype in DTYPES:
+        count_at_once(monkeypatch, dtype)
+        student = logits_of(dtype, 3, 50, 0)
+        student[0, 3], student[1, 4], student[2] = torch.nan, torch.inf, -torch.inf
+        out = Rows(torch.empty(3, 50, dtype=dtype), None, 50)
+        rows = Rows(student, None, 50), Rows(logits_of(dtype, 3, 50, 1), None, 50)
+        settings = row_loss_of(ULD(), 50).settings
+        with numpy.errstate(invalid="ignore"):
+            values = row_losses.uld(*rows, settings, None, out).values
+        assert values.isnan().all() and out.tensor.isnan().all()
