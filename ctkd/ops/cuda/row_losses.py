@@ -18,14 +18,14 @@ from ctkd.ops.blocks import block_rows
 from ctkd.ops.costs import Cost
 from ctkd.ops.rows import Rows, RowValues
 
-__all__ = ["shared_kl", "shared_kl_cost", "uld", "uld_cost"]
+__all__ = ["gold", "gold_cost", "shared_kl", "shared_kl_cost", "uld", "uld_cost"]
 
 # Entries of a tile that a lane has, and lanes that are read at once.
 _TILE = 2, 2048
 _WARPS = 8
 _PAIRS = 1024
-# Of kernels that count classes: columns and classes at a time, and entries of one class that are
-# compared with each other.
+# Of kernels that count classes: columns (half of them where there is more to do with each) and
+# classes at a time, and entries that are compared with each other.
 _COLUMNS = 4096
 _CLASSES = 1024
 _GROUP = 64
@@ -135,6 +135,8 @@ def shared_kl(
             C=_TILE[1],
             num_warps=_WARPS,
             num_stages=1,
+            # Left to itself, the assembler spills a few numbers to fit more programs.
+            maxnreg=168,
         )
     return RowValues(values, None)
 
@@ -192,42 +194,131 @@ def uld(
     if count and not _can_count(student, teacher, per_row):
         _sorted_uld(student, teacher, settings, per_row, out, values)
     elif count:
-        temperatures = settings["student_temperature"], settings["teacher_temperature"]
-        classes = _Classes.of(student.tensor.dtype, temperatures[0])
-        others = _Classes.of(teacher.tensor.dtype, temperatures[1])
-        programs, size = _programs(student.tensor.device, count, classes, others)
-        target = student if out is None else out
-        _kernels("rank_kernels").uld_rows[(programs,)](
+        grid, args, options = _counting(student, teacher, settings, out, _COLUMNS)
+        _kernels("rank_kernels").uld_rows[grid](values, *args, **options)
+    return RowValues(values, per_row_gradient)
+
+
+def gold(
+    student: Rows,
+    teacher: Rows,
+    settings: Mapping[str, Any],
+    per_row: Tensor | None = None,
+    out: Rows | None = None,
+    differentiate: bool = False,
+) -> RowValues:
+    """Weighted divergence on shared columns, and ranked L1 distance on the others.
+
+    Args:
+        student: N rows of 16-bit logits.
+        teacher: N rows of 16-bit logits.
+        settings: As of `ctkd.losses.GOLD`.
+        per_row: (N, 2), added to the log-probabilities of either side.
+        out: As of `ctkd.ops.reference.row_loss`.
+        differentiate: Return the gradient by the student's; 0 for the teacher's.
+    """
+    count = len(student)
+    values = student.tensor.new_empty((count, 2), dtype=torch.float32)
+    per_row_gradient = torch.zeros_like(per_row) if per_row is not None and differentiate else None
+    if count and values.device.type != "meta":
+        shared, beta = settings["shared"], settings["beta"]
+        ids = settings["student_columns"][:shared], settings["teacher_columns"][:shared]
+        grid, args, options = _counting(student, teacher, settings, out, _COLUMNS // 2)
+        _kernels("rank_kernels").gold_rows[grid](
             values,
-            *_place(student),
-            *_place(teacher),
-            *_place(target),
-            torch.empty(programs * size, dtype=torch.int32, device=values.device),
-            count,
-            student.width,
-            teacher.width,
-            target.width,
-            float(temperatures[0]),
-            math.log2(math.e) / temperatures[0],
-            math.log2(math.e) / temperatures[1],
-            *classes[:3],
-            *others[:3],
-            classes.size,
-            others.size,
-            STUDENT_INDEXED=student.index is not None,
-            TEACHER_INDEXED=teacher.index is not None,
-            OUT_INDEXED=target.index is not None,
-            WRITES=out is not None,
-            STUDENT_BF16=student.tensor.dtype == torch.bfloat16,
-            TEACHER_BF16=teacher.tensor.dtype == torch.bfloat16,
-            STUDENT_STEPS=classes.steps,
-            TEACHER_STEPS=others.steps,
-            TILE=_COLUMNS,
-            CLASSES=_CLASSES,
-            GROUP=_GROUP,
-            **_COUNTING,
+            *args,
+            _partners(student, teacher, *ids),
+            values if per_row is None else per_row.detach().contiguous(),
+            values if per_row_gradient is None else per_row_gradient,
+            float(beta),
+            settings["log_floor"],
+            settings["matched_weight"],
+            settings["unmatched_weight"],
+            SCALED=per_row is not None,
+            SCALE_GRADIENTS=per_row_gradient is not None,
+            # A weight of 0 leaves a term out, even if it is not finite.
+            MATCHED=settings["matched_weight"] != 0,
+            RANKED=settings["unmatched_weight"] != 0,
+            BETA_KIND=_kind(beta),
+            **options,
         )
     return RowValues(values, per_row_gradient)
+
+
+def gold_cost(
+    student: Rows,
+    teacher: Rows,
+    settings: Mapping[str, Any],
+    per_row: Tensor | None = None,
+    out: Rows | None = None,
+    differentiate: bool = False,
+) -> Cost:
+    """Cost of `gold` with these arguments.
+
+    Each side is read for its normalizer and the classes, its shared columns for the divergence, and
+    once more with the student's others to write the gradient.
+    """
+    count, shared = len(student), settings["shared"]
+    maps = 4 * (student.width + teacher.width)
+    programs, size = _programs(student, *_both_classes(student, teacher, settings), _COLUMNS // 2)
+    moved = _read(student, student.width) + _read(teacher, teacher.width) + 8 * count
+    if settings["matched_weight"]:
+        moved += (1 + (out is not None)) * _read(teacher, shared) + _read(student, shared)
+    if out is not None:
+        moved += _read(student, student.width) + _read(out, out.width)
+    launches = 3 + (per_row is not None and differentiate)
+    return Cost(launches, moved + 2 * maps + 16 * shared, maps + 4 * programs * size)
+
+
+def _both_classes(
+    student: Rows, teacher: Rows, settings: Mapping[str, Any]
+) -> tuple[_Classes, _Classes]:
+    return (
+        _Classes.of(student.tensor.dtype, settings["student_temperature"]),
+        _Classes.of(teacher.tensor.dtype, settings["teacher_temperature"]),
+    )
+
+
+def _counting(
+    student: Rows, teacher: Rows, settings: Mapping[str, Any], out: Rows | None, columns: int
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """The grid, the first arguments and the options of kernels that count classes."""
+    temperatures = settings["student_temperature"], settings["teacher_temperature"]
+    count, target = len(student), student if out is None else out
+    classes, others = _both_classes(student, teacher, settings)
+    programs, size = _programs(student, classes, others, columns)
+    args = (
+        *_place(student),
+        *_place(teacher),
+        *_place(target),
+        torch.empty(programs * size, dtype=torch.int32, device=student.tensor.device),
+        count,
+        student.width,
+        teacher.width,
+        target.width,
+        float(temperatures[0]),
+        math.log2(math.e) / temperatures[0],
+        math.log2(math.e) / temperatures[1],
+        *classes[:3],
+        *others[:3],
+        classes.size,
+        others.size,
+    )
+    options = {
+        "STUDENT_INDEXED": student.index is not None,
+        "TEACHER_INDEXED": teacher.index is not None,
+        "OUT_INDEXED": target.index is not None,
+        "WRITES": out is not None,
+        "STUDENT_BF16": student.tensor.dtype == torch.bfloat16,
+        "TEACHER_BF16": teacher.tensor.dtype == torch.bfloat16,
+        "STUDENT_STEPS": classes.steps,
+        "TEACHER_STEPS": others.steps,
+        "TILE": columns,
+        "CLASSES": _CLASSES,
+        "GROUP": _GROUP,
+        **_COUNTING,
+    }
+    return (programs,), args, options
 
 
 def _can_count(student: Rows, teacher: Rows, per_row: Tensor | None) -> bool:
@@ -245,7 +336,8 @@ def _sorted_uld(
 ) -> None:
     """Write what `uld` returns, of rows that torch sorts, a block at a time."""
     scales = [
-        math.log2(math.e) / settings[name] for name in ("student_temperature", "teacher_temperature")
+        math.log2(math.e) / settings[name]
+        for name in ("student_temperature", "teacher_temperature")
     ]
     size = block_rows(max(student.width, teacher.width), values.device)
     for start in range(0, len(student), size):
@@ -279,15 +371,13 @@ def _sorted_uld(
         )
 
 
-def _programs(
-    device: torch.device, count: int, classes: _Classes, others: _Classes
-) -> tuple[int, int]:
+def _programs(rows: Rows, classes: _Classes, others: _Classes, columns: int) -> tuple[int, int]:
     """Programs that count classes, and entries of the scratch memory of each."""
-    size = 2 * classes.size + others.size + _COLUMNS
+    size = 2 * classes.size + others.size + columns
     most = _PROGRAMS
-    if device.type == "cuda":
-        most = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(count, most, _SCRATCH // (4 * size))), size
+    if rows.tensor.device.type == "cuda":
+        most = torch.cuda.get_device_properties(rows.tensor.device).multi_processor_count
+    return max(1, min(len(rows), most, _SCRATCH // (4 * size))), size
 
 
 def uld_cost(
@@ -307,9 +397,7 @@ def uld_cost(
     count = len(student)
     if not _can_count(student, teacher, per_row):
         return _sorted_cost(student, teacher, out)
-    classes = _Classes.of(student.tensor.dtype, settings["student_temperature"])
-    others = _Classes.of(teacher.tensor.dtype, settings["teacher_temperature"])
-    programs, size = _programs(student.tensor.device, count, classes, others)
+    programs, size = _programs(student, *_both_classes(student, teacher, settings), _COLUMNS)
     moved = _read(student, student.width) + _read(teacher, teacher.width) + 4 * count
     if out is not None:
         moved += _read(student, student.width) + _read(out, out.width)

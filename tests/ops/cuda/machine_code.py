@@ -123,6 +123,20 @@ def starts(dtype: torch.dtype, width: int, other_width: int) -> None:
         row_losses.shared_kl(student, teacher, settings, None, out)
     temperatures = {"student_temperature": 1.0, "teacher_temperature": 1.0}
     row_losses.uld(student, teacher, temperatures, None, out)
+    if dtype == torch.float32:
+        row_losses.uld(student, teacher, temperatures, torch.zeros(2, 2), out)
+        return
+    for beta in (0.0, 0.5):
+        settings = temperatures | {
+            "student_columns": torch.arange(width),
+            "teacher_columns": torch.arange(other_width),
+            "shared": 16,
+            "beta": beta,
+            "matched_weight": 0.5,
+            "unmatched_weight": 0.5,
+            "log_floor": -1e4,
+        }
+        row_losses.gold(student, teacher, settings, torch.zeros(2, 2), out, True)
 
 
 def main() -> int:
