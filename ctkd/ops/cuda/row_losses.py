@@ -18,7 +18,7 @@ from ctkd.ops.blocks import block_rows
 from ctkd.ops.costs import Cost
 from ctkd.ops.rows import Rows, RowValues
 
-__all__ = ["gold", "gold_cost", "shared_kl", "shared_kl_cost", "uld", "uld_cost"]
+__all__ = ["can_count", "gold", "gold_cost", "shared_kl", "shared_kl_cost", "uld", "uld_cost"]
 
 # Entries of a tile that a lane has, and lanes that are read at once.
 _TILE = 2, 2048
@@ -31,6 +31,7 @@ _CLASSES = 1024
 _GROUP = 64
 # Of equal rows every probability is computed by the same operations, so that they are equal.
 _RANKED = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+_WIDE = {"num_warps": 8, "maxnreg": 255}
 _COUNTING = {"num_warps": 16, "num_stages": 1, "enable_fp_fusion": False, "maxnreg": 128}
 # Bytes for the scratch memory of all programs, of which there is one for each multiprocessor; and
 # how many there are of an unknown device.
@@ -191,7 +192,7 @@ def uld(
     per_row_gradient = torch.zeros_like(per_row) if per_row is not None and differentiate else None
     if count and values.device.type == "meta":
         return RowValues(values, per_row_gradient)
-    if count and not _can_count(student, teacher, per_row):
+    if count and not (per_row is None and can_count(student, teacher)):
         _sorted_uld(student, teacher, settings, per_row, out, values)
     elif count:
         grid, args, options = _counting(student, teacher, settings, out, _COLUMNS)
@@ -240,7 +241,7 @@ def gold(
             MATCHED=settings["matched_weight"] != 0,
             RANKED=settings["unmatched_weight"] != 0,
             BETA_KIND=_kind(beta),
-            **options,
+            **options | _WIDE,
         )
     return RowValues(values, per_row_gradient)
 
@@ -321,9 +322,9 @@ def _counting(
     return (programs,), args, options
 
 
-def _can_count(student: Rows, teacher: Rows, per_row: Tensor | None) -> bool:
-    """True if there are few values on either side."""
-    return per_row is None and {student.tensor.dtype, teacher.tensor.dtype} <= _FORMATS.keys()
+def can_count(student: Rows, teacher: Rows) -> bool:
+    """True if there are few values on either side; `gold` takes no others."""
+    return {student.tensor.dtype, teacher.tensor.dtype} <= _FORMATS.keys()
 
 
 def _sorted_uld(
@@ -395,7 +396,7 @@ def uld_cost(
     operators of torch and comes out of them.
     """
     count = len(student)
-    if not _can_count(student, teacher, per_row):
+    if per_row is not None or not can_count(student, teacher):
         return _sorted_cost(student, teacher, out)
     programs, size = _programs(student, *_both_classes(student, teacher, settings), _COLUMNS)
     moved = _read(student, student.width) + _read(teacher, teacher.width) + 4 * count

@@ -60,11 +60,12 @@ class Recorder:
         options = {one: kwargs.pop(one) for one in OPTIONS if one in kwargs}
         named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         constants = [p.name for p in kernel.params if p.is_constexpr]
+        # What the launcher would find out: numbers that are 1, and alignment for wide loads.
+        constants += [one for one, value in named.items() if type(value) is int and value == 1]
         signature = {
             one: "constexpr" if one in constants else type_of(named[one])
             for one in kernel.arg_names
         }
-        # What the launcher would find out: alignment for wide loads.
         aligned = [
             (number,)
             for number, one in enumerate(kernel.arg_names)
@@ -144,9 +145,9 @@ def main() -> int:
     found: dict = {}
     kernels = row_losses._kernels
     row_losses._kernels = lambda name: Recorder(kernels(name), found)
-    # Rows as models have them, and rows that can be read entry by entry only.
+    # Rows as models have them, rows that can be read entry by entry only, and the narrowest ones.
     for dtype, (width, other_width) in itertools.product(
-        (torch.bfloat16, torch.float32), ((4096, 2048), (4097, 2049))
+        (torch.bfloat16, torch.float32), ((4096, 2048), (4097, 2049), (1, 1))
     ):
         starts(dtype, width, other_width)
     spilled = False

@@ -183,3 +183,31 @@ def test_gold_of_all_or_no_columns_and_of_large_logits(monkeypatch):
             GOLD(pair=Tokens(60, 50, shared), matched_weight=0.5, unmatched_weight=0.5)
         )
         check(row_losses.gold, loss, student, student.flip(0)[:, :50])
+
+
+def test_declared_costs_leave_room_for_cross_entropy():
+    """2,048 rows of Qwen's and Llama's widths: what the whole loss may move, less 2.5 GB."""
+    index, dtype = torch.empty(2048, dtype=torch.int64, device="meta"), torch.bfloat16
+    student, teacher, out = (
+        Rows(torch.empty(2048, width, dtype=dtype, device="meta"), index, width)
+        for width in (151_936, 128_256, 151_936)
+    )
+    ids = index.new_empty(110_000)
+    settings = {
+        "student_temperature": 1.0,
+        "teacher_temperature": 1.0,
+        "student_ids": ids,
+        "student_others": None,
+        "beta": 0.0,
+        "shared": ids.shape[0],
+        "matched_weight": 0.5,
+        "unmatched_weight": 0.5,
+    }
+    for name, bound in (("uld", 3.3e9), ("shared_kl", 3.3e9), ("gold", 4.0e9)):
+        values = getattr(row_losses, name)(student, teacher, settings, None, out).values
+        assert values.device.type == "meta"
+        cost = getattr(row_losses, f"{name}_cost")(student, teacher, settings, None, out)
+        assert cost.launches <= 8
+        # Everything is read, and the gradient written.
+        assert 2.3e9 < cost.bytes_moved <= bound
+        assert cost.scratch <= 0.05 * out.tensor.nbytes
