@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ctkd.ops import reference
-from ctkd.ops.cuda import row_operators
+from ctkd.ops.cuda import row_loss_operators, row_operators
 from ctkd.ops.cuda.operators import runs_on
 from ctkd.ops.rows import Packed, RowLoss, Rows, RowValues, SoftmaxTerm
 
@@ -181,6 +181,8 @@ def row_loss(
     differentiate: bool = False,
 ) -> RowValues:
     """See `ctkd.ops.reference.row_loss`."""
+    if row_loss_operators.serves(loss, student, teacher):
+        return row_loss_operators.row_loss(loss, student, teacher, per_row, out, differentiate)
     return reference.row_loss(loss, student, teacher, per_row, out, differentiate)
 
 
@@ -190,6 +192,7 @@ def clear_rows(tensor: Tensor, index: Tensor) -> None:
 
 
 _OPERATIONS = {*__all__} - {"pack_scored", "row_loss", "runs_on", "serves"}
+_OPERATIONS |= {"uld", "gold", "shared_kl"}
 
 
 def _some(temperatures: Sequence[float]) -> list[list[float]]:

@@ -59,9 +59,7 @@ def transport(
 
 def l1_cost(first: Tensor, second: Tensor) -> Tensor:
     """L1 distance of each of (B, R, K) to each of (B, C, K), (B, R, C), differentiable."""
-    cost: Tensor = _L1Cost.apply(
-        first.to(torch.float32), second.to(torch.float32)
-    )
+    cost: Tensor = _L1Cost.apply(first.to(torch.float32), second.to(torch.float32))
     return cost
 
 

@@ -1,0 +1,124 @@
+"""Kernels for CUDA without a GPU: run by Triton's interpreter, and what they would cost."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ctkd
+from ctkd import ops
+from ctkd.logits import DenseLogits
+from ctkd.ops import Rows
+from ctkd.ops.costs import DECLARED
+from ctkd.testing import make_pair
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_kernels_give_what_the_reference_gives():
+    """In a process of its own, as kernels are interpreted there or compiled."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [*command, "tests/ops/cuda"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+# Launches of a forward and backward pass, beside cross-entropy on the same rows, and how often the
+# logits of both sides are moved: 2,048 rows of bfloat16.
+BUDGETS = {
+    "alm": 140,
+    "gold": 130,
+    "mined": 145,
+    "multilevelot": 80,
+    "multilevelot_released": 120,
+    "multilevelot_sequence": 70,
+    "multilevelot_token": 60,
+    "shared_kl": 120,
+    "uld": 75,
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute something, declared ones as they are declared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.moved = 0
+        self.undeclared: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        answer = func(*args, **(kwargs or {}))
+        if func.namespace == "ctkd":
+            cost = ops.cost_of(func, args, kwargs or {})
+            if cost is None:
+                self.undeclared.add(str(func))
+            else:
+                self.launches += cost.launches
+                self.moved += cost.bytes_moved
+        elif func.namespace == "aten" and not func.is_view:
+            outputs = [
+                one for one in torch.utils._pytree.tree_leaves(answer) if torch.is_tensor(one)
+            ]
+            if any(one.device.type == "meta" for one in outputs):
+                self.launches += not func._schema.name.startswith(
+                    ("aten::empty", "aten::new_empty")
+                )
+        return answer
+
+
+@pytest.mark.parametrize("name", sorted(BUDGETS))
+def test_a_step_stays_within_its_budget(name):
+    student, teacher = 151_936, 128_256
+    loss = ctkd.get_loss(name, pair=make_pair(student, teacher)).to("meta")
+    labels = torch.zeros(8, 256, dtype=torch.int64, device="meta")
+    logits = [
+        torch.empty(8, 256, width, dtype=torch.bfloat16, device="meta")
+        for width in (student, teacher)
+    ]
+    logits[0].requires_grad_()
+    sides = [ctkd.Side.from_encoder_decoder(one, labels, chunk_ids=labels) for one in logits]
+    counter = Launches()
+    with counter:
+        batch = ctkd.Batch(student=sides[0], teacher=sides[1], num_chunks=256)
+        loss(batch).value.backward()
+    assert not counter.undeclared
+    assert counter.launches <= BUDGETS[name]
+    # One gradient, and each side read a few times.
+    assert counter.moved <= 13 * logits[0].nbytes
+
+
+def test_every_operator_is_declared():
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("ctkd::")
+    }
+    assert registered and registered <= DECLARED.keys()
+
+
+def test_without_values_operators_make_what_kernels_would():
+    rows = Rows(
+        torch.empty(2, 3, 7, device="meta"), torch.empty(6, dtype=torch.int64, device="meta"), 6
+    )
+    normalizers = ops.log_normalizers(rows, (1.0, 2.0, 3.0))
+    assert normalizers.shape == (3, 6) and normalizers.dtype == torch.float32
+    ids, values = ops.top_k(rows, 2)
+    assert ids.shape == values.shape == (6, 2)
+    logits = DenseLogits(rows.tensor.to(torch.bfloat16))
+    assert logits.log_probs(torch.zeros(2, 1, 4, dtype=torch.int64, device="meta")).shape == (
+        2,
+        3,
+        4,
+    )
