@@ -190,7 +190,7 @@ CASES = {
     "a run": ("compare --output HERE/done", "HERE/done is not empty and holds no comparison.json"),
     "no place": ("compare --output HERE/rows.jsonl", "HERE/rows.jsonl is a file; choose a folder"),
     "rows": ("compare --data HERE/third.jsonl", "third.jsonl line 3 is not JSON"),
-    "needs": ("compare --losses gold --top-k 2", "gold needs whole rows of the teacher's logits, and a ca"),
+    "needs": ("compare --losses gold --top-k 2", "gold needs whole rows of the teacher"),
     "no cache": ("compare --teacher-cache HERE/cut-shard", "logits-00000.safetensors is missing"),
     "form": ("compare --format xml", "'xml' is not one of 'table', 'markdown', 'json'"),
 }
