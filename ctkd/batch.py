@@ -229,7 +229,7 @@ class Side:
             rows = packed.rows.unsqueeze(-1)
             hidden = hidden.gather(1, rows.expand(-1, -1, hidden.shape[-1]))
         return cls(
-            logits=logits.at(packed.rows, packed.mask, vocab_size, packed.flat_rows),
+            logits=logits.packed_at(packed, vocab_size),
             token_ids=packed.ids,
             mask=packed.mask,
             chunk_ids=packed.chunk_ids,

@@ -184,9 +184,9 @@ def check_columns(columns: Tensor, shape: tuple[int, int, int]) -> None:
         )
 
 
-def check_rows(rows: Tensor | None, mask: Tensor, length: int) -> None:
+def check_rows(rows: Tensor, mask: Tensor, length: int) -> None:
     """Refuse scored positions whose row is not there, or is that of another one as well."""
-    if rows is None or not can_inspect(rows):
+    if not can_inspect(rows):
         return
     scored = rows[mask]
     if scored.numel() and not 0 <= int(scored.min()) <= int(scored.max()) < length:

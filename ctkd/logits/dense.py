@@ -49,7 +49,8 @@ class DenseLogits(RowLogits):
         if hasattr(tensor, "full_tensor"):
             raise sharded("the tensor of logits", "give its full_tensor()")
         super().__init__(TensorRows(tensor), mask=mask, rows=rows, vocab_size=vocab_size)
-        check_rows(rows, self.mask, tensor.shape[1])
+        if rows is not None:
+            check_rows(rows, self.mask, tensor.shape[1])
 
     @property
     def tensor(self) -> Tensor:

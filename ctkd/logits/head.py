@@ -75,7 +75,8 @@ class HeadLogits(RowLogits):
         _check_shapes(hidden, weight, bias)
         source = HeadRows(hidden, weight, bias, scale=scale, softcap=softcap)
         super().__init__(source, mask=mask, rows=rows, vocab_size=vocab_size)
-        check_rows(rows, self.mask, hidden.shape[1])
+        if rows is not None:
+            check_rows(rows, self.mask, hidden.shape[1])
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

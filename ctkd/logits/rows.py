@@ -25,7 +25,7 @@ from ctkd.logits.sources import (
     file_pending,
     version_of,
 )
-from ctkd.ops import RowLoss, Rows, SoftmaxTerm, Which
+from ctkd.ops import Packed, RowLoss, Rows, SoftmaxTerm, Which
 
 __all__ = ["AlignedValues", "RowLogits", "map_rows"]
 
@@ -59,24 +59,31 @@ class RowLogits(Logits):
             )
         expected = torch.Size((batch_size, length)) if rows is None else rows.shape
         self.source, self.inputs, self.dtype = source, source.inputs, source.dtype
-        self.mask, self.rows = checked_mask(mask, expected, source.device), rows
-        self.shape = (self.mask.shape[0], self.mask.shape[1], vocab_size or width)
+        self._mask, self.rows = mask, rows
+        if mask is not None:
+            checked_mask(mask, expected, source.device)
+        self.shape = (expected[0], expected[1], vocab_size or width)
+
+    @property
+    def mask(self) -> Tensor:  # type: ignore[override]
+        """Scored positions, (B, S) bool."""
+        if self._mask is None:
+            self._mask = checked_mask(None, torch.Size(self.shape[:2]), self.source.device)
+        return self._mask
 
     def masked(self, mask: Tensor) -> Self:
-        return self if mask is self.mask else self.at(self.rows, mask, self.shape[2])
+        return self if mask is self._mask else self.at(self.rows, mask, self.shape[2])
 
-    def at(
-        self,
-        rows: Tensor | None,
-        mask: Tensor,
-        vocab_size: int | None = None,
-        index: Tensor | None = None,
-    ) -> Self:
+    def at(self, rows: Tensor | None, mask: Tensor, vocab_size: int | None = None) -> Self:
         """The same source at other positions; both share normalizers and a backward pass."""
         view = type(self).__new__(type(self))
         RowLogits.__init__(view, self.source, mask=mask, rows=rows, vocab_size=vocab_size)
-        if index is not None:
-            view.index = index
+        return view
+
+    def packed_at(self, packed: Packed, vocab_size: int | None = None) -> Self:
+        """The same source at the positions that are scored."""
+        view = self.at(packed.rows, packed.mask, vocab_size)
+        view.index, view.all_rows = packed.index, packed.all_rows
         return view
 
     @cached_property

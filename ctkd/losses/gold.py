@@ -223,12 +223,10 @@ class GOLD(Loss):
             per_row=log_scales,
             teacher_temperature=self.teacher_temperature,
         )
-        count = self.units(batch)
-        matched, unmatched = parts.view(*both.shape, 2).sum(1).unbind(-1)
+        count = both.sum()
+        matched, unmatched = (parts.sum(0) / count.clamp_min(1)).unbind()
         value = average({"gold": values.view(both.shape).sum(1)}, count).value
-        return LossOutput(
-            value, count, average({"matched": matched, "unmatched": unmatched}, count).parts
-        )
+        return LossOutput(value, count, {"matched": matched, "unmatched": unmatched})
 
     def _terms(
         self, student_logits: Tensor, teacher_logits: Tensor, log_scales: Tensor | None = None

@@ -218,15 +218,16 @@ class SharedKL(Loss):
             "lowest_logit": _LOWEST_LOGIT,
             "log_floor": LOG_FLOOR,
         }
+        aligned = align_positions(batch, "chunk")
         values = map_rows(
             batch.student.logits,
             batch.teacher.logits,
-            align_positions(batch, "chunk").flattened(batch),
+            aligned.flattened(batch),
             RowLoss("shared_kl", self._divergence, settings=settings),
             teacher_temperature=self.temperature,
         ).values
         sums = values.view(batch.student.mask.shape[0], batch.num_chunks).sum(1)
-        return average({"shared_kl": sums}, self.units(batch))
+        return average({"shared_kl": sums}, aligned.valid.sum())
 
     def _divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Divergence of the classes of rows, (n,)."""

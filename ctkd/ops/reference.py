@@ -137,8 +137,9 @@ def pack_scored(
     if chunk_ids is not None:
         chunk_ids = chunk_ids.gather(1, rows).masked_fill(~mask, -1)
     first = torch.arange(targets.shape[0], device=targets.device).unsqueeze(1) * length
-    index = (first + rows).masked_fill(~mask, -1).flatten()
-    return Packed(rows, mask, ids, chunk_ids, index)
+    all_rows = (first + rows).flatten()
+    index = all_rows.masked_fill(~mask.flatten(), -1)
+    return Packed(rows, mask, ids, chunk_ids, index, all_rows)
 
 
 def column_mass(

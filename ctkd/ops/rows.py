@@ -171,14 +171,16 @@ class Packed(NamedTuple):
         mask: True where one is scored; the others come behind.
         ids: Their targets, 0 where not scored.
         chunk_ids: Their chunks, -1 where not scored.
-        flat_rows: Rows of the flattened logits, (B * S,), -1 where not scored.
+        index: Rows of the flattened logits, (B * S,), -1 where not scored.
+        all_rows: The same of all positions.
     """
 
     rows: Tensor
     mask: Tensor
     ids: Tensor
     chunk_ids: Tensor | None
-    flat_rows: Tensor
+    index: Tensor  # type: ignore[assignment]
+    all_rows: Tensor
 
 
 class RowValues(NamedTuple):

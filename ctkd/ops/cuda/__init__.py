@@ -94,10 +94,10 @@ def pack_scored(
     targets: Tensor, ignored: int, size: int, length: int, chunk_ids: Tensor | None = None
 ) -> Packed:
     """See `ctkd.ops.reference.pack_scored`."""
-    rows, mask, ids, chunks, index = row_operators.pack_scored(
+    rows, mask, ids, chunks, *flat = row_operators.pack_scored(
         targets, chunk_ids, size, length, ignored
     )
-    return Packed(rows, mask, ids, None if chunk_ids is None else chunks, index)
+    return Packed(rows, mask, ids, None if chunk_ids is None else chunks, *flat)
 
 
 def column_mass(

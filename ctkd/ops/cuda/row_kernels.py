@@ -15,7 +15,17 @@ import triton.language as tl
 
 from ctkd.ops.cuda.addressing import row_number, row_start
 
-__all__ = ["ALIGNMENT", "gradient_rows", "clear_rows", "mass_of_columns", "statistics", "largest"]
+__all__ = [
+    "ALIGNMENT",
+    "chosen_entries",
+    "chunk_table",
+    "clear_rows",
+    "gradient_rows",
+    "largest",
+    "mass_of_columns",
+    "pack_scored",
+    "statistics",
+]
 
 ALIGNMENT = 16
 """Entries by whose multiples all fast reads begin."""
@@ -520,7 +530,7 @@ def chosen_entries(
 
 @triton.jit
 def pack_scored(
-    targets, chunks, rows, mask, ids, packed_chunks, index,
+    targets, chunks, rows, mask, ids, packed_chunks, index, all_rows,
     target_outer, target_inner, chunk_outer, chunk_inner, positions, size, length, ignored,
     CHUNKS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -547,9 +557,52 @@ def pack_scored(
         tl.store(rows + first + to, places.to(tl.int64), mask=kept)
         tl.store(mask + first + to, scored != 0, mask=kept)
         tl.store(ids + first + to, tl.where(scored != 0, target, 0), mask=kept)
-        number = tl.where(scored != 0, sequence * length + places, -1)
-        tl.store(index + first + to, number, mask=kept)
+        number = sequence * length + places
+        tl.store(all_rows + first + to, number, mask=kept)
+        tl.store(index + first + to, tl.where(scored != 0, number, -1), mask=kept)
         if CHUNKS:
             chunk = tl.load(chunks + places * chunk_inner, mask=inside, other=-1)
             tl.store(packed_chunks + first + to, tl.where(scored != 0, chunk, -1), mask=kept)
         before += tl.sum(scored, 0)
+
+
+@triton.jit
+def chunk_table(
+    mask, chunks, sizes, first, last, mask_outer, mask_inner, chunk_outer, chunk_inner,
+    positions, count, TILE: tl.constexpr,
+):  # fmt: skip
+    """Tokens of each chunk, and the positions of its first and its last one; 0 where it has none.
+
+    Whole numbers may be added in any order.
+    """
+    sequence = tl.program_id(0).to(tl.int64)
+    mask += sequence * mask_outer
+    chunks += sequence * chunk_outer
+    sizes += sequence * count
+    first += sequence * count
+    last += sequence * count
+    for begin in range(0, count, TILE):
+        numbers = begin + tl.arange(0, TILE)
+        inside = numbers < count
+        nothing = tl.zeros((TILE,), tl.int64)
+        tl.store(sizes + numbers, nothing, mask=inside)
+        tl.store(first + numbers, nothing + positions, mask=inside)
+        tl.store(last + numbers, nothing, mask=inside)
+    tl.debug_barrier()
+    for begin in range(0, positions, TILE):
+        places = begin + tl.arange(0, TILE)
+        inside = places < positions
+        chunk = tl.load(chunks + places * chunk_inner, mask=inside, other=-1)
+        scored = tl.load(mask + places * mask_inner, mask=inside, other=0)
+        there = inside & (scored != 0) & (chunk >= 0) & (chunk < count)
+        chunk = tl.where(there, chunk, 0)
+        ones = tl.full((TILE,), 1, tl.int64)
+        tl.atomic_add(sizes + chunk, ones, mask=there)
+        tl.atomic_min(first + chunk, places.to(tl.int64), mask=there)
+        tl.atomic_max(last + chunk, places.to(tl.int64), mask=there)
+    tl.debug_barrier()
+    for begin in range(0, count, TILE):
+        numbers = begin + tl.arange(0, TILE)
+        inside = numbers < count
+        start = tl.load(first + numbers, mask=inside, other=0)
+        tl.store(first + numbers, tl.where(start == positions, 0, start), mask=inside)

@@ -438,12 +438,12 @@ def _pack_cost(
     targets: Tensor, chunk_ids: Tensor | None, size: int, length: int, ignored: int
 ) -> Cost:
     read = 2 * targets.nbytes + (0 if chunk_ids is None else chunk_ids.nbytes)
-    return Cost(1, read + targets.shape[0] * size * (25 + 8 * (chunk_ids is not None)), 0)
+    return Cost(1, read + targets.shape[0] * size * (33 + 8 * (chunk_ids is not None)), 0)
 
 
 def _packed(
     targets: Tensor, chunk_ids: Tensor | None, size: int, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = targets.shape[0], size
     return (
         targets.new_empty(shape),
@@ -451,20 +451,21 @@ def _packed(
         targets.new_empty(shape),
         targets.new_empty(shape if chunk_ids is not None else (0, 0)),
         targets.new_empty(targets.shape[0] * size),
+        targets.new_empty(targets.shape[0] * size),
     )
 
 
 @_operator(_pack_cost, _packed)
 def pack_scored(
     targets: Tensor, chunk_ids: Tensor | None, size: int, length: int, ignored: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows, mask, ids, chunk numbers and flattened rows of scored positions, each (B, S)."""
     answers = _packed(targets, chunk_ids, size)
-    rows, mask, ids, chunks, index = answers
+    rows, mask, ids, chunks, index, all_rows = answers
     if rows.numel():
         other = targets if chunk_ids is None else chunk_ids
         kernels().pack_scored[(targets.shape[0],)](
-            targets, other, rows, mask, ids, chunks, index,
+            targets, other, rows, mask, ids, chunks, index, all_rows,
             *targets.stride(), *other.stride(), targets.shape[1], size, length, ignored,
             CHUNKS=chunk_ids is not None, C=_LANES, num_warps=_WARPS,
         )  # fmt: skip

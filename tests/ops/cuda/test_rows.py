@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
+import ctkd
 from ctkd import ops
+from ctkd.chunks import chunk_sizes, first_positions, last_positions
 from ctkd.ops import Rows, SoftmaxTerm, cuda, reference, use_backend
 
 WIDTH = 2501
@@ -251,3 +253,21 @@ def test_what_is_declared_is_what_is_started(monkeypatch):
         cleared = 2 if name == "row_top" else 0
         assert cost.launches == len(started) + cleared
         assert cost.bytes_moved >= len(INDEX) * rows.width * rows.tensor.element_size()
+
+
+def test_sizes_and_ends_of_chunks():
+    generator = torch.Generator().manual_seed(7)
+    steps = torch.rand(4, 1300, generator=generator) < 0.6
+    chunk_ids = steps.long().cumsum(1) - 1
+    chunk_ids[torch.rand(4, 1300, generator=generator) < 0.1] = -1
+    mask = torch.arange(1300) < torch.tensor([1300, 700, 0, 1])[:, None]
+    logits = torch.zeros(4, 1300, 2)
+    side = ctkd.Side(logits=logits, token_ids=steps.long(), mask=mask, chunk_ids=chunk_ids)
+    answers = []
+    for backend in ("cuda", "reference"):
+        with use_backend(backend):
+            answers.append(
+                [part(side, 1301) for part in (chunk_sizes, first_positions, last_positions)]
+            )
+    for found, expected in zip(*answers, strict=True):
+        assert torch.equal(found, expected)
