@@ -52,7 +52,7 @@ def compare(config_file: str | None, form: str, **options: Any) -> None:
     """Train one student with several losses on equal terms, and report how they did.
 
     Stopped at any moment, the same command goes on where it was; losses and seeds may be added.
-    Without --data it is a demonstration on embedded texts.
+    Without --data, --max-steps and --epochs it is a demonstration of at most 124 steps.
     """
     quieten()
     from ctkd.compare.report.report import as_json, terminal

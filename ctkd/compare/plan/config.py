@@ -26,6 +26,7 @@ from ctkd.tokenizers import Pair
 
 __all__ = [
     "DEFAULT_LOSSES",
+    "DEMONSTRATION_STEPS",
     "NOT_SHARED",
     "SAVE_STEPS",
     "CompareConfig",
@@ -35,6 +36,9 @@ DEFAULT_LOSSES = ("sft", "uld", "multilevelot", "shared_kl")
 
 SAVE_STEPS = 20
 """Steps between checkpoints, unless they are given: the most that a kill makes repeated."""
+
+DEMONSTRATION_STEPS = 124
+"""Most steps on the embedded texts, unless a length is given: two passes, ten minutes in all."""
 
 TOP_K = 256
 """Entries that a cache keeps per position, unless they are given."""
@@ -59,9 +63,10 @@ class CompareConfig:
 
     Each field's help says what it is for. `common` holds the settings of `TrainConfig` that all
     runs share: ``eval_data`` is the test split, ``eval_limit`` the most examples of each split that
-    are measured, and ``save_steps`` is `SAVE_STEPS` unless it is given. The sweep is a mapping,
-    ``{"uld.kd_weight": (0.15, 1.5)}``. The method "seqkd" leaves out the rows to which the teacher
-    writes nothing.
+    are measured, and ``save_steps`` is `SAVE_STEPS` unless it is given. Without data of your own,
+    ``max_steps`` and ``epochs``, a run ends after `DEMONSTRATION_STEPS` at the latest. The sweep is
+    a mapping, ``{"uld.kd_weight": (0.15, 1.5)}``. The method "seqkd" leaves out the rows to which
+    the teacher writes nothing.
 
     Raises:
         SettingError: If a setting is unknown or out of range, or methods would be tried with
@@ -267,6 +272,12 @@ class CompareConfig:
             **places: Further settings of `TrainConfig`, which override all others.
         """
         return TrainConfig(**{**self._shared, **method.training(varied), "seed": seed, **places})
+
+    @property
+    def most_steps(self) -> int | None:
+        """Bound on the steps of a run that nobody has given a length."""
+        is_demonstration = not {"data", "max_steps", "epochs"} & self.common.keys()
+        return DEMONSTRATION_STEPS if is_demonstration else None
 
     @property
     def _shared(self) -> dict[str, Any]:

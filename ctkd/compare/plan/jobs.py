@@ -276,4 +276,5 @@ def _steps(config: CompareConfig, rows: int) -> int:
     if base.max_steps is not None:
         return base.max_steps
     batches = math.ceil(rows / base.batch_size)
-    return math.ceil(math.ceil(batches / base.grad_accumulation) * base.epochs)
+    steps = math.ceil(math.ceil(batches / base.grad_accumulation) * base.epochs)
+    return steps if config.most_steps is None else min(steps, config.most_steps)

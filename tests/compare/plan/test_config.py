@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from ctkd.compare.plan.config import SAVE_STEPS, CompareConfig
+from ctkd.compare.plan.config import DEMONSTRATION_STEPS, SAVE_STEPS, CompareConfig
 from ctkd.compare.plan.methods import Method, parse_method, parse_sweep
 from ctkd.distill.config import TrainConfig
 from ctkd.errors import SettingError
@@ -259,3 +259,10 @@ def test_a_loss_of_whole_rows_makes_the_teacher_live_unless_there_is_a_cache_of_
     assert CompareConfig(losses=("sft", "uld"), live_teacher=True).is_live
     for given in ({"cache": "folder"}, {"top_k": 49152}):
         assert not CompareConfig(losses=("sft", "shared_kl"), **given).is_live
+
+
+def test_a_run_that_nobody_gave_a_length_is_bounded():
+    assert CompareConfig().most_steps == DEMONSTRATION_STEPS
+    assert CompareConfig(common={"learning_rate": 1e-4}).most_steps == DEMONSTRATION_STEPS
+    for given in ({"data": "rows.jsonl"}, {"epochs": 1.0}, {"max_steps": 90}):
+        assert CompareConfig(common=given).most_steps is None

@@ -247,3 +247,12 @@ def test_of_bits_less_is_better():
 def test_there_is_nothing_to_choose_from_without_trials():
     with pytest.raises(SettingError):
         best_trial([], "f1")
+
+
+def test_the_demonstration_is_shorter_than_its_passes(monkeypatch):
+    config = CompareConfig(losses=("sft",))
+    found = Plan(config, splits(), MODELS, cache=None, texts=None)
+    rows = len(splits().train.examples)
+    assert found.steps == plans._steps(config, rows) == 4 * -(-rows // 4)
+    monkeypatch.setattr("ctkd.compare.plan.config.DEMONSTRATION_STEPS", 2)
+    assert Plan(config, splits(), MODELS, cache=None, texts=None).steps == 2
