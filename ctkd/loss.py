@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ctkd.batch import Batch
 from ctkd.errors import PluginError
 from ctkd.masked_columns import refuse_masked_columns
-from ctkd.ops import can_inspect, not_traced
+from ctkd.ops import can_inspect, not_traced, statistics_dtype
 
 __all__ = [
     "Loss",
@@ -162,7 +162,7 @@ def average(parts: Mapping[str, Tensor], count: Tensor) -> LossOutput:
         >>> average({"a": torch.tensor([1.0, 2.0])}, torch.tensor(6)).value
         tensor(0.5000)
     """
-    dtype = torch.promote_types(next(iter(parts.values())).dtype, torch.float32)
+    dtype = statistics_dtype(next(iter(parts.values())).dtype)
     means = torch.stack(list(parts.values())).sum(1, dtype=dtype) / count.clamp_min(1)
     detached = dict(zip(parts, means.detach().unbind(), strict=True))
     return LossOutput(means.sum(), count, detached)

@@ -65,6 +65,7 @@ class RowLogits(Logits):
         self.shape = (expected[0], expected[1], vocab_size or width)
 
     @property
+    # Made when it is asked for: where positions are packed it never is. Nobody sets it.
     def mask(self) -> Tensor:  # type: ignore[override]
         """Scored positions, (B, S) bool."""
         if self._mask is None:
@@ -83,7 +84,7 @@ class RowLogits(Logits):
     def packed_at(self, packed: Packed, vocab_size: int | None = None) -> Self:
         """The same source at the positions that are scored."""
         view = self.at(packed.rows, packed.mask, vocab_size)
-        view.index, view.all_rows = packed.index, packed.all_rows
+        view.index, view.all_rows = packed.scored_rows, packed.all_rows
         return view
 
     @cached_property
@@ -225,6 +226,7 @@ class RowLogits(Logits):
             return self._joined(parts, len(temperatures))
         answers, index = known.look_up(self.index, temperatures, standardize, width)
         if index is None:
+            # None is missing, so all are known.
             return answers  # type: ignore[return-value]
         parts = [
             (which, ops.log_normalizers(rows, temperatures, standardize=standardize))

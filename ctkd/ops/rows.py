@@ -171,7 +171,7 @@ class Packed(NamedTuple):
         mask: True where one is scored; the others come behind.
         ids: Their targets, 0 where not scored.
         chunk_ids: Their chunks, -1 where not scored.
-        index: Rows of the flattened logits, (B * S,), -1 where not scored.
+        scored_rows: Rows of the flattened logits, (B * S,), -1 where not scored.
         all_rows: The same of all positions.
     """
 
@@ -179,7 +179,7 @@ class Packed(NamedTuple):
     mask: Tensor
     ids: Tensor
     chunk_ids: Tensor | None
-    index: Tensor  # type: ignore[assignment]
+    scored_rows: Tensor
     all_rows: Tensor
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ctkd.ops import can_inspect, full_precision
+from ctkd.ops import can_inspect, full_precision, statistics_dtype
 
 __all__ = ["Inputs", "Problem", "Scale", "prepare", "results_without_entries"]
 
@@ -82,7 +82,7 @@ class Problem(NamedTuple):
 
 def results_without_entries(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Results for problems that have no row or no column by their shape."""
-    plan = inputs.cost.to(torch.promote_types(inputs.cost.dtype, torch.float32)).clone()
+    plan = inputs.cost.to(statistics_dtype(inputs.cost.dtype)).clone()
     ones = plan.new_ones(plan.shape[0], 1, plan.shape[1])
     target = _target(inputs.row_mass, inputs.row_mask, ones).detach().clamp_min(0.0)
     error = torch.nn.functional.pad(target, (1, 0)).amax((1, 2))
@@ -92,7 +92,7 @@ def results_without_entries(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def prepare(inputs: Inputs, regularization: float) -> Problem:
     """Bring inputs into the dtype of the computation, and take out what is masked."""
     cost, row_mass, column_mass, row_mask, column_mask = inputs
-    cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
+    cost = cost.to(statistics_dtype(cost.dtype))
     batch, row_count, column_count = cost.shape
     rows = _target(row_mass, row_mask, cost.new_ones(batch, 1, row_count))
     columns = _target(column_mass, column_mask, cost.new_ones(batch, 1, column_count))

@@ -133,7 +133,7 @@ def top_k(rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     """See `ctkd.ops.reference.top_k`."""
     if k > _MOST_IDS:
         return reference.top_k(rows, k)
-    ids, values, _ = row_operators.row_top(rows.tensor, rows.index, rows.width, k, [])
+    ids, values = row_operators.row_top(rows.tensor, rows.index, rows.width, k)
     return ids, values
 
 

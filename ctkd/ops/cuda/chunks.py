@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ctkd.ops.costs import DECLARED, Cost
-from ctkd.ops.cuda.operators import operator, runs_on
-from ctkd.ops.cuda.row_operators import kernels
+from ctkd.ops.cuda.operators import kernels, operator, runs_on
 
 __all__ = ["chunk_table", "serves"]
 
@@ -41,7 +40,7 @@ def _table(mask: Tensor, chunk_ids: Tensor, count: int) -> tuple[Tensor, Tensor,
 def _chunk_table(mask: Tensor, chunk_ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     answers = _table(mask, chunk_ids, count)
     if answers[0].numel():
-        kernels().chunk_table[(chunk_ids.shape[0],)](
+        kernels("row_kernels").chunk_table[(chunk_ids.shape[0],)](
             mask,
             chunk_ids,
             *answers,

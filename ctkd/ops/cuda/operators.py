@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ctkd.ops.costs import Cost
 
-__all__ = ["kernel_cost", "nbytes", "operator", "power_of_two", "runs_on", "serves"]
+__all__ = [
+    "Place",
+    "kernel_cost",
+    "kernels",
+    "nbytes",
+    "operator",
+    "place_of",
+    "power_of_two",
+    "row_bytes",
+    "runs_on",
+    "serves",
+]
 
 _Answers = TypeVar("_Answers")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -54,6 +67,49 @@ def operator(
         return function
 
     return register
+
+
+def kernels(name: str) -> ModuleType:
+    """A module of kernels; importing it imports triton."""
+    return importlib.import_module(f"ctkd.ops.cuda.{name}")
+
+
+class Place(NamedTuple):
+    """First arguments of a kernel that reads or writes rows, in this order.
+
+    Attributes:
+        tensor: What holds them.
+        numbers: (N,) int64, number of each row, -1 for none; any tensor where all rows are meant.
+        length: Rows of a sequence, L.
+        outer: Entries from a sequence to the next.
+        inner: Entries from a row to the next.
+    """
+
+    tensor: Tensor
+    numbers: Tensor
+    length: int
+    outer: int
+    inner: int
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether all rows begin at entries of which 16 bytes can be read at once."""
+        return self.outer % 16 == 0 and self.inner % 16 == 0
+
+
+def place_of(tensor: Tensor, index: Tensor | None) -> Place:
+    """Where rows of a tensor (R, V') or (B, L, V') lie."""
+    tensor = tensor.detach()
+    numbers = tensor if index is None else index
+    if tensor.ndim == 2:
+        return Place(tensor, numbers, max(tensor.shape[0], 1), 0, tensor.stride(0))
+    return Place(tensor, numbers, max(tensor.shape[1], 1), *tensor.stride()[:2])
+
+
+def row_bytes(tensor: Tensor, index: Tensor | None, width: int) -> int:
+    """What it takes to read rows once."""
+    rows = tensor.shape[0] if index is None else index.shape[0]
+    return rows * width * tensor.element_size() + (0 if index is None else index.nbytes)
 
 
 def power_of_two(count: int) -> int:

@@ -248,18 +248,14 @@ def largest(
     inner,
     ids,
     values,
-    normalizers,
-    inverses,
-    count,
     width,
     k,
     INDEXED: tl.constexpr,
     ALIGNED: tl.constexpr,
-    T: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Columns and values of the k largest entries, largest first, and log-normalizers, in one read.
+    """Columns and values of the k largest entries, largest first, in one read.
 
     A tile that holds nothing above the least of the K kept so far changes nothing.
     """
@@ -271,16 +267,10 @@ def largest(
             start = tl.multiple_of(start, 16)
         least = tl.full((), -9223372036854775808, tl.int64)
         kept = tl.full((K,), -9223372036854775808, tl.int64)
-        peak = tl.full((C,), float("-inf"), tl.float32)
-        sums = ()
-        for _ in tl.static_range(T):
-            sums = sums + (tl.zeros((C,), tl.float32),)
         for begin in range(0, width, C):
             columns = begin + tl.arange(0, C)
             inside = columns < width
             x = tl.load(tensor + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
-            if T > 0:
-                peak, sums = _add_sums(x[None, :], peak, sums, inverses, T)
             keys = tl.where(inside, _keys(x, columns), -9223372036854775808)
             if tl.max(keys, 0) > least:
                 best = tl.topk(keys, K)
@@ -293,13 +283,6 @@ def largest(
         columns = 0x7FFFFFFF - (kept & 4294967295)
         tl.store(ids + number * k + places, columns, mask=places < k)
         tl.store(values + number * k + places, bits.to(tl.float32, bitcast=True), mask=places < k)
-        if T > 0:
-            top = tl.max(peak, 0)
-            base = tl.where(top == float("-inf"), 0.0, top)
-            for t in tl.static_range(T):
-                total = tl.sum(sums[t] * tl.exp2((peak - base) * (inverses[t] * _LOG2_E)), 0)
-                answer = base * inverses[t] + tl.log2(total) * _LN_2
-                tl.store(normalizers + t * count + number, answer)
 
 
 @triton.jit

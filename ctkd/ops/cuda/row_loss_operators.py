@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from inspect import Parameter, Signature
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from ctkd.ops.costs import DECLARED, Cost
+from ctkd.ops.costs import DECLARED
 from ctkd.ops.cuda import row_losses
 from ctkd.ops.cuda.operators import operator
 from ctkd.ops.rows import RowLoss, Rows, RowValues
 
 __all__ = ["row_loss", "serves"]
-
-_Settings = Mapping[str, Any]
 
 
 def serves(loss: RowLoss, student: Rows, teacher: Rows) -> bool:
@@ -92,98 +90,64 @@ def _settings(name: str, numbers: list[float], ids: list[Tensor]) -> dict[str, A
     return settings
 
 
-def _register(name: str, start: Callable[..., RowValues], cost: Callable[..., Cost]) -> None:
-    def arguments(
-        student: Tensor,
-        student_index: Tensor | None,
-        student_width: int,
-        teacher: Tensor,
-        teacher_index: Tensor | None,
-        teacher_width: int,
-        per_row: Tensor | None,
-        out: Tensor | None,
-        out_index: Tensor | None,
-        out_width: int,
-        numbers: list[float],
-        ids: list[Tensor],
-        differentiate: bool,
-    ) -> tuple[Any, ...]:
+class _Call(NamedTuple):
+    """Arguments of every operator here, in their order."""
+
+    student: Tensor
+    student_index: Tensor | None
+    student_width: int
+    teacher: Tensor
+    teacher_index: Tensor | None
+    teacher_width: int
+    per_row: Tensor | None
+    out: Tensor | None
+    out_index: Tensor | None
+    out_width: int
+    numbers: list[float]
+    ids: list[Tensor]
+    differentiate: bool
+
+    def arguments(self, name: str) -> tuple[Any, ...]:
+        """Those of the functions of `ctkd.ops.cuda.row_losses`."""
         return (
-            Rows(student, student_index, student_width),
-            Rows(teacher, teacher_index, teacher_width),
-            _settings(name, numbers, ids),
-            per_row,
-            None if out is None else Rows(out, out_index, out_width),
-            differentiate,
+            Rows(self.student, self.student_index, self.student_width),
+            Rows(self.teacher, self.teacher_index, self.teacher_width),
+            _settings(name, self.numbers, self.ids),
+            self.per_row,
+            None if self.out is None else Rows(self.out, self.out_index, self.out_width),
+            self.differentiate,
         )
 
-    def answers(
-        student: Tensor,
-        student_index: Tensor | None,
-        student_width: int,
-        teacher: Tensor,
-        teacher_index: Tensor | None,
-        teacher_width: int,
-        per_row: Tensor | None,
-        out: Tensor | None,
-        out_index: Tensor | None,
-        out_width: int,
-        numbers: list[float],
-        ids: list[Tensor],
-        differentiate: bool,
-    ) -> list[Tensor]:
-        count = student.shape[0] if student_index is None else student_index.shape[0]
-        values = student.new_empty((count, _PARTS[name]), dtype=torch.float32)
-        if per_row is None or not differentiate:
-            return [values]
-        return [values, torch.empty_like(per_row)]
 
-    def compute(
-        student: Tensor,
-        student_index: Tensor | None,
-        student_width: int,
-        teacher: Tensor,
-        teacher_index: Tensor | None,
-        teacher_width: int,
-        per_row: Tensor | None,
-        out: Tensor | None,
-        out_index: Tensor | None,
-        out_width: int,
-        numbers: list[float],
-        ids: list[Tensor],
-        differentiate: bool,
-    ) -> list[Tensor]:
-        found = start(
-            *arguments(
-                student, student_index, student_width, teacher, teacher_index, teacher_width,
-                per_row, out, out_index, out_width, numbers, ids, differentiate,
-            )
-        )  # fmt: skip
+def _register(name: str) -> None:
+    """Register the operator of a loss, with its cost."""
+    start, cost = getattr(row_losses, name), getattr(row_losses, f"{name}_cost")
+
+    def answers(*args: Any) -> list[Tensor]:
+        call = _Call(*args)
+        index = call.student_index
+        count = call.student.shape[0] if index is None else index.shape[0]
+        values = call.student.new_empty((count, _PARTS[name]), dtype=torch.float32)
+        if call.per_row is None or not call.differentiate:
+            return [values]
+        return [values, torch.empty_like(call.per_row)]
+
+    def compute(*args: Any) -> list[Tensor]:
+        found: RowValues = start(*_Call(*args).arguments(name))
         given = found.per_row_gradient
         return [found.values] if given is None else [found.values, given]
 
-    # Of a function in a function, annotations are text that nobody could read.
-    compute.__annotations__ = _TYPES
+    compute.__signature__ = _SIGNATURE  # type: ignore[attr-defined]  # what a schema is made from
     operator(f"{name}_rows", answers, mutates=("out",))(compute)
-    DECLARED[f"{name}_rows"] = lambda *args, **kwargs: cost(*arguments(*args, **kwargs))
+    DECLARED[f"{name}_rows"] = lambda *args: cost(*_Call(*args).arguments(name))
 
 
-_TYPES: dict[str, Any] = {
-    "student": Tensor,
-    "student_index": Tensor | None,
-    "student_width": int,
-    "teacher": Tensor,
-    "teacher_index": Tensor | None,
-    "teacher_width": int,
-    "per_row": Tensor | None,
-    "out": Tensor | None,
-    "out_index": Tensor | None,
-    "out_width": int,
-    "numbers": list[float],
-    "ids": list[Tensor],
-    "differentiate": bool,
-    "return": list[Tensor],
-}
-
+_SIGNATURE = Signature(
+    [
+        Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+        for name, kind in get_type_hints(_Call).items()
+    ],
+    return_annotation=list[Tensor],
+)
 for _name in _NAMES:
-    _register(_name, getattr(row_losses, _name), getattr(row_losses, f"{_name}_cost"))
+    _register(_name)

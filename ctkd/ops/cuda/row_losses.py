@@ -5,10 +5,8 @@ Rows on the meta device start nothing, so that what a call makes and costs is kn
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from ctkd.ops.blocks import block_rows
 from ctkd.ops.costs import Cost
+from ctkd.ops.cuda.operators import Place, kernels, place_of
 from ctkd.ops.rows import Rows, RowValues
 
 __all__ = ["can_count", "gold", "gold_cost", "shared_kl", "shared_kl_cost", "uld", "uld_cost"]
@@ -112,7 +111,7 @@ def shared_kl(
         partners = _partners(student, teacher, settings["student_ids"], settings["teacher_ids"])
         beta, temperature = settings["beta"], settings["temperature"]
         target = student if out is None else out
-        _kernels("divergence_kernels").shared_kl_rows[(count,)](
+        kernels("divergence_kernels").shared_kl_rows[(count,)](
             values,
             *_place(student),
             *_place(teacher),
@@ -196,7 +195,7 @@ def uld(
         _sorted_uld(student, teacher, settings, per_row, out, values)
     elif count:
         grid, args, options = _counting(student, teacher, settings, out, _COLUMNS)
-        _kernels("rank_kernels").uld_rows[grid](values, *args, **options)
+        kernels("rank_kernels").uld_rows[grid](values, *args, **options)
     return RowValues(values, per_row_gradient)
 
 
@@ -225,7 +224,7 @@ def gold(
         shared, beta = settings["shared"], settings["beta"]
         ids = settings["student_columns"][:shared], settings["teacher_columns"][:shared]
         grid, args, options = _counting(student, teacher, settings, out, _COLUMNS // 2)
-        _kernels("rank_kernels").gold_rows[grid](
+        kernels("rank_kernels").gold_rows[grid](
             values,
             *args,
             _partners(student, teacher, *ids),
@@ -348,7 +347,7 @@ def _sorted_uld(
         others = teacher.read(which).sort(dim=-1, descending=True).values
         target = (student if out is None else out)[which]
         numbers = values if tails is None else tails[which].to(torch.float32).contiguous()
-        _kernels("rank_kernels").sorted_uld_rows[(others.shape[0],)](
+        kernels("rank_kernels").sorted_uld_rows[(others.shape[0],)](
             values[which],
             ranked.values,
             ranked.indices,
@@ -435,25 +434,14 @@ def _partners(student: Rows, teacher: Rows, ids: Tensor, teacher_ids: Tensor) ->
     size = student.width + teacher.width
     partners = torch.full((size,), -1, dtype=torch.int32, device=ids.device)
     if ids.shape[0]:
-        _kernels("divergence_kernels").pair_columns[(-(-ids.shape[0] // _PAIRS),)](
+        kernels("divergence_kernels").pair_columns[(-(-ids.shape[0] // _PAIRS),)](
             ids, teacher_ids, partners, ids.shape[0], student.width, BLOCK=_PAIRS
         )
     return partners
 
 
-def _kernels(name: str) -> ModuleType:
-    """Kernels; importing them imports triton."""
-    return importlib.import_module(f"ctkd.ops.cuda.{name}")
-
-
-def _place(rows: Rows) -> tuple[Any, ...]:
-    """Where rows lie, for a kernel: tensor, index, rows of a sequence and strides."""
-    tensor = rows.tensor.detach()
-    if tensor.ndim == 2:
-        length, outer, inner = max(tensor.shape[0], 1), 0, tensor.stride(0)
-    else:
-        length, (outer, inner) = max(tensor.shape[1], 1), tensor.stride()[:2]
-    return tensor, tensor if rows.index is None else rows.index, length, outer, inner
+def _place(rows: Rows) -> Place:
+    return place_of(rows.tensor, rows.index)
 
 
 def _read(rows: Rows, width: int) -> int:

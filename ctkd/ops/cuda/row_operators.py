@@ -6,29 +6,30 @@ operator would make. It is chosen elsewhere what goes to them.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctkd.ops.costs import DECLARED, Cost
-from ctkd.ops.cuda.operators import operator
+from ctkd.ops.cuda.operators import kernels, operator, place_of, power_of_two, row_bytes
 
-__all__ = ["clear_rows", "kernels", "mass_of_columns", "row_gradients", "row_statistics", "row_top"]
+__all__ = [
+    "chosen_entries",
+    "clear_rows",
+    "mass_of_columns",
+    "pack_scored",
+    "row_gradients",
+    "row_statistics",
+    "row_top",
+]
 
 # Lanes of a tile that are read at once, and warps of a program.
 _LANES = 1024
 _WARPS = 4
 # A program that turns gradients through a deviation holds more than four warps have registers for.
 _MOST_WARPS = 8
-
-
-def kernels() -> ModuleType:
-    """The kernels; importing them imports triton."""
-    return importlib.import_module("ctkd.ops.cuda.row_kernels")
 
 
 def _operator(
@@ -51,22 +52,6 @@ def _nothing(*_: Any) -> None:
 
 def _count(tensor: Tensor, index: Tensor | None) -> int:
     return tensor.shape[0] if index is None else index.shape[0]
-
-
-def _bytes(tensor: Tensor, index: Tensor | None, width: int) -> int:
-    """What it takes to read rows once."""
-    rows = _count(tensor, index)
-    return rows * width * tensor.element_size() + (0 if index is None else index.nbytes)
-
-
-def _place(tensor: Tensor, index: Tensor | None) -> tuple[tuple[Any, ...], bool]:
-    """Where rows lie, for a kernel, and whether all begin at aligned entries."""
-    if tensor.ndim == 2:
-        length, outer, inner = max(tensor.shape[0], 1), 0, tensor.stride(0)
-    else:
-        length, (outer, inner) = max(tensor.shape[1], 1), tensor.stride()[:2]
-    aligned = outer % 16 == 0 and inner % 16 == 0
-    return (tensor, tensor if index is None else index, length, outer, inner), aligned
 
 
 def _row_stride(tensor: Tensor) -> int | None:
@@ -93,7 +78,7 @@ def _statistics_cost(
     moments = standardize or deviations
     reads = moments + bool(temperatures)
     written = 4 * rows * (len(temperatures) + deviations)
-    return Cost(1, reads * _bytes(tensor, index, width) + written, 0)
+    return Cost(1, reads * row_bytes(tensor, index, width) + written, 0)
 
 
 def _statistics(
@@ -121,8 +106,8 @@ def row_statistics(
     count = _count(tensor, index)
     normalizers, answers = _statistics(tensor, index, width, temperatures, deviations)
     if count:
-        place, aligned = _place(tensor, index)
-        kernels().statistics[(count,)](
+        place = place_of(tensor, index)
+        kernels("row_kernels").statistics[(count,)](
             *place,
             tensor if columns is None else columns,
             normalizers,
@@ -131,7 +116,7 @@ def row_statistics(
             count,
             width,
             INDEXED=index is not None,
-            ALIGNED=aligned,
+            ALIGNED=place.is_aligned,
             T=len(temperatures),
             STANDARDIZE=standardize,
             MASKED=columns is not None,
@@ -155,7 +140,7 @@ def _mass_cost(
 ) -> Cost:
     tiles = -(-width // _LANES)
     per_row = 4 * (4 if deviations is None else 5) * tiles * _count(tensor, index)
-    return Cost(1, _bytes(tensor, index, width) + per_row + 4 * sequences * width, 0)
+    return Cost(1, row_bytes(tensor, index, width) + per_row + 4 * sequences * width, 0)
 
 
 def _mass(
@@ -178,8 +163,8 @@ def mass_of_columns(
     """Probabilities summed over the rows of each sequence, (B, V)."""
     mass = _mass(tensor, index, width, sequence, sequences)
     if sequences:
-        place, aligned = _place(tensor, index)
-        kernels().mass_of_columns[(-(-width // _LANES), sequences)](
+        place = place_of(tensor, index)
+        kernels("row_kernels").mass_of_columns[(-(-width // _LANES), sequences)](
             *place,
             sequence,
             normalizers,
@@ -189,7 +174,7 @@ def mass_of_columns(
             _count(tensor, index),
             width,
             INDEXED=index is not None,
-            ALIGNED=aligned,
+            ALIGNED=place.is_aligned,
             STANDARDIZE=deviations is not None,
             C=_LANES,
             num_warps=_WARPS,
@@ -197,55 +182,41 @@ def mass_of_columns(
     return mass
 
 
-def _top_cost(
-    tensor: Tensor, index: Tensor | None, width: int, k: int, temperatures: Sequence[float]
-) -> Cost:
+def _top_cost(tensor: Tensor, index: Tensor | None, width: int, k: int) -> Cost:
     rows = _count(tensor, index)
     cleared = 0 if index is None else 2
-    written = rows * ((1 + (cleared > 0)) * 12 * k + 4 * len(temperatures))
-    return Cost(1 + cleared, _bytes(tensor, index, width) + written, 0)
+    written = rows * (1 + (cleared > 0)) * 12 * k
+    return Cost(1 + cleared, row_bytes(tensor, index, width) + written, 0)
 
 
-def _top(
-    tensor: Tensor, index: Tensor | None, width: int, k: int, temperatures: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _top(tensor: Tensor, index: Tensor | None, width: int, k: int) -> tuple[Tensor, Tensor]:
     count = _count(tensor, index)
     # Where there is no row, zeros are expected.
     make = tensor.new_empty if index is None else tensor.new_zeros
-    return (
-        make((count, k), dtype=torch.int64),
-        make((count, k), dtype=torch.float32),
-        tensor.new_empty((len(temperatures), count), dtype=torch.float32),
-    )
+    return make((count, k), dtype=torch.int64), make((count, k), dtype=torch.float32)
 
 
 @_operator(_top_cost, _top)
-def row_top(
-    tensor: Tensor, index: Tensor | None, width: int, k: int, temperatures: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns and values of the largest entries (N, k), and log-normalizers (T, N)."""
+def row_top(tensor: Tensor, index: Tensor | None, width: int, k: int) -> tuple[Tensor, Tensor]:
+    """Columns and values of the largest entries, (N, k)."""
     count = _count(tensor, index)
-    ids, values, normalizers = _top(tensor, index, width, k, temperatures)
+    ids, values = _top(tensor, index, width, k)
     if count and k:
-        place, aligned = _place(tensor, index)
-        size = 1 << max(k - 1, 1).bit_length()
-        kernels().largest[(count,)](
+        place = place_of(tensor, index)
+        size = power_of_two(max(k, 2))
+        kernels("row_kernels").largest[(count,)](
             *place,
             ids,
             values,
-            normalizers,
-            tuple(1.0 / one for one in temperatures),
-            count,
             width,
             k,
             INDEXED=index is not None,
-            ALIGNED=aligned,
-            T=len(temperatures),
+            ALIGNED=place.is_aligned,
             K=size,
             C=max(_LANES, size),
             num_warps=_WARPS,
         )
-    return ids, values, normalizers
+    return ids, values
 
 
 def _gradients_cost(
@@ -268,11 +239,11 @@ def _gradients_cost(
     ids: Sequence[Tensor],
     weights: Sequence[Tensor],
 ) -> Cost:
-    moved = _bytes(tensor, index, out_width) + _bytes(out, out_index, out_width)
+    moved = row_bytes(tensor, index, out_width) + row_bytes(out, out_index, out_width)
     # For the moments, and for what changes along the row.
-    moved += 2 * any(standardize) * _bytes(tensor, index, out_width)
+    moved += 2 * any(standardize) * row_bytes(tensor, index, out_width)
     if known is not None:
-        moved += _bytes(known, known_index, known_width)
+        moved += row_bytes(known, known_index, known_width)
     # Ids and weights are read to find equal ids, and once more where one is written.
     moved += 2 * sum(one.nbytes for one in (*ids, *weights)) + sum(map(_nbytes, columns))
     return Cost(1, moved + sum(one.nbytes for one in (*normalizers, *totals)), 0)
@@ -307,12 +278,10 @@ def row_gradients(
     count = _count(tensor, index)
     if not count:
         return
-    place, aligned = _place(tensor, index)
-    out_place, out_aligned = _place(out, out_index)
-    known_place, known_aligned = out_place, True
-    if known is not None:
-        known_place, known_aligned = _place(known, known_index)
-    aligned = aligned and out_aligned and known_aligned
+    place = place_of(tensor, index)
+    out_place = place_of(out, out_index)
+    known_place = out_place if known is None else place_of(known, known_index)
+    aligned = place.is_aligned and out_place.is_aligned and known_place.is_aligned
     # Rows of one number begin equally far behind an aligned entry in both tensors.
     stride = _row_stride(tensor)
     same = (
@@ -321,7 +290,7 @@ def row_gradients(
     of_masks = iter(columns)
     sizes = [one.shape[1] for one in ids]
     wide = [width for width, one in zip(widths, standardize, strict=True) if one]
-    kernels().gradient_rows[(count,)](
+    kernels("row_kernels").gradient_rows[(count,)](
         *place,
         *out_place,
         *known_place,
@@ -344,7 +313,7 @@ def row_gradients(
         CONGRUENT=aligned or same,
         KNOWN=known is not None,
         T=len(temperatures),
-        SIZES=tuple(1 << (one - 1).bit_length() if one else 0 for one in sizes),
+        SIZES=tuple(power_of_two(one) if one else 0 for one in sizes),
         STANDARDIZE=tuple(map(bool, standardize)),
         ANY_STANDARDIZED=any(standardize),
         MASKED=tuple(map(bool, masked)),
@@ -366,7 +335,7 @@ def clear_rows(tensor: Tensor, index: Tensor) -> None:
     named = torch.zeros(rows, dtype=torch.uint8, device=tensor.device)
     named[index] = 1
     size = 4 * _LANES
-    kernels().clear_rows[(-(-width // size), rows)](
+    kernels("row_kernels").clear_rows[(-(-width // size), rows)](
         tensor, named, tensor.stride(0), width, C=size, num_warps=_WARPS
     )
 
@@ -413,8 +382,8 @@ def chosen_entries(
     count, k = index.shape[0], ids.shape[2]
     answers = _chosen(tensor, index, ids, positions, normalizers, temperatures, deviations)
     if answers[0].numel():
-        place, _ = _place(tensor, index)
-        kernels().chosen_entries[(-(-count * k // _LANES),)](
+        place = place_of(tensor, index)
+        kernels("row_kernels").chosen_entries[(-(-count * k // _LANES),)](
             *place,
             ids.contiguous(),
             normalizers,
@@ -464,7 +433,7 @@ def pack_scored(
     rows, mask, ids, chunks, index, all_rows = answers
     if rows.numel():
         other = targets if chunk_ids is None else chunk_ids
-        kernels().pack_scored[(targets.shape[0],)](
+        kernels("row_kernels").pack_scored[(targets.shape[0],)](
             targets, other, rows, mask, ids, chunks, index, all_rows,
             *targets.stride(), *other.stride(), targets.shape[1], size, length, ignored,
             CHUNKS=chunk_ids is not None, C=_LANES, num_warps=_WARPS,

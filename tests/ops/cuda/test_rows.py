@@ -234,11 +234,11 @@ def test_what_is_declared_is_what_is_started(monkeypatch):
 
             return Start()
 
-    kernels = row_operators.kernels()
-    monkeypatch.setattr(row_operators, "kernels", Counting)
+    kernels = row_operators.kernels("row_kernels")
+    monkeypatch.setattr(row_operators, "kernels", lambda name: Counting())
     calls = {
         "row_statistics": (rows.tensor, INDEX, rows.width, [1.0, 2.0], False, None, False),
-        "row_top": (rows.tensor, INDEX, rows.width, 3, [1.0]),
+        "row_top": (rows.tensor, INDEX, rows.width, 3),
         "mass_of_columns": (
             rows.tensor, INDEX, rows.width, torch.zeros(8, dtype=torch.int64), 1,
             torch.zeros(8), None, 1.0,
