@@ -224,9 +224,11 @@ class GOLD(Loss):
             teacher_temperature=self.teacher_temperature,
         )
         count = both.sum()
-        matched, unmatched = (parts.sum(0) / count.clamp_min(1)).unbind()
+        matched, unmatched = parts.view(*both.shape, 2).sum(1).unbind(-1)
         value = average({"gold": values.view(both.shape).sum(1)}, count).value
-        return LossOutput(value, count, {"matched": matched, "unmatched": unmatched})
+        return LossOutput(
+            value, count, average({"matched": matched, "unmatched": unmatched}, count).parts
+        )
 
     def _terms(
         self, student_logits: Tensor, teacher_logits: Tensor, log_scales: Tensor | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.ops.costs import DECLARED, Cost
-from ctkd.ops.cuda.operators import kernel_cost, nbytes, operator, power_of_two, serves
+from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two, serves
 
 __all__ = ["serves", "sums_at_positions"]
 
@@ -98,13 +98,11 @@ def _matched_columns(
     log_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """Sums (B,) of both terms."""
-    from ctkd.ops.cuda import matched_columns_kernels
-
     batch, student_length, width = student.shape
     sums = student.new_empty(batch), student.new_empty(batch)
     student, teacher = student.contiguous(), teacher.contiguous()
     if batch:
-        matched_columns_kernels.matched_columns[(batch,)](
+        kernels("matched_columns_kernels").matched_columns[(batch,)](
             student,
             teacher,
             student if log_student is None else log_student.contiguous(),
@@ -162,14 +160,12 @@ def _matched_columns_backward(
     log_loss_grad: Tensor | None,
 ) -> Tensor:
     """Gradients of the student's log-probabilities, (1 or 2, B, S, K)."""
-    from ctkd.ops.cuda import matched_columns_kernels
-
     batch, student_length, width = student.shape
     answer = student.new_zeros(1 if log_student is None else 2, *student.shape)
     student, teacher = student.contiguous(), teacher.contiguous()
     count, columns = valid.shape[1], _columns(width)
     if batch and count:
-        matched_columns_kernels.matched_columns_backward[
+        kernels("matched_columns_kernels").matched_columns_backward[
             (batch, math.ceil(count / _TILE), math.ceil(width / columns))
         ](
             student,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.ops.costs import DECLARED, Cost
-from ctkd.ops.cuda.operators import kernel_cost, nbytes, operator, power_of_two, serves
+from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two, serves
 
 __all__ = ["fits", "l1_cost", "serves", "transport"]
 
@@ -153,8 +153,6 @@ def _sinkhorn(
     iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Plan, its cost, the row error, and potentials (B, N + 1, R) and (B, N + 1, C)."""
-    from ctkd.ops.cuda import sinkhorn_kernels
-
     answers = _sinkhorn_answers(
         cost, row_mass, column_mass, row_mask, column_mask, regularization, iterations
     )
@@ -163,7 +161,7 @@ def _sinkhorn(
         cost if one is None else one.contiguous()
         for one in (cost, row_mass, column_mass, row_mask, column_mask)
     ]
-    sinkhorn_kernels.sinkhorn[(batch,)](
+    kernels("sinkhorn_kernels").sinkhorn[(batch,)](
         *(one.view(torch.uint8) if one.dtype == torch.bool else one for one in given),
         *answers,
         rows,
@@ -210,8 +208,6 @@ def _sinkhorn_backward(
     regularization: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the cost, of the row masses and of the column masses."""
-    from ctkd.ops.cuda import sinkhorn_kernels
-
     answers = _sinkhorn_gradients(
         cost,
         row_mass,
@@ -224,7 +220,7 @@ def _sinkhorn_backward(
     )
     batch, rows, columns = cost.shape
     cost = cost.contiguous()
-    sinkhorn_kernels.sinkhorn_backward[(batch,)](
+    kernels("sinkhorn_kernels").sinkhorn_backward[(batch,)](
         cost,
         *(cost if one is None else one.contiguous() for one in (row_mass, column_mass)),
         row_potentials,
@@ -253,13 +249,11 @@ def _l1_cost_answer(first: Tensor, second: Tensor) -> Tensor:
 @operator("l1_cost", _l1_cost_answer)
 def _l1_cost(first: Tensor, second: Tensor) -> Tensor:
     """L1 distance of each of (B, R, K) to each of (B, C, K), (B, R, C)."""
-    from ctkd.ops.cuda import sinkhorn_kernels
-
     cost = _l1_cost_answer(first, second)
     batch, rows, columns = cost.shape
     tiles = math.ceil(rows / _COST_TILE), math.ceil(columns / _COST_TILE)
     if cost.numel():
-        sinkhorn_kernels.l1_cost[(batch, *tiles)](
+        kernels("sinkhorn_kernels").l1_cost[(batch, *tiles)](
             first.contiguous(),
             second.contiguous(),
             cost,
@@ -280,14 +274,12 @@ def _l1_cost_gradient(gradient: Tensor, points: Tensor, others: Tensor) -> Tenso
 @operator("l1_cost_backward", _l1_cost_gradient)
 def _l1_cost_backward(gradient: Tensor, points: Tensor, others: Tensor) -> Tensor:
     """Gradient of points (B, N, K) from that of their distances to others, (B, M, N)."""
-    from ctkd.ops.cuda import sinkhorn_kernels
-
     answer = _l1_cost_gradient(gradient, points, others)
     batch, count, width = points.shape
     entries = min(power_of_two(width), _MOST_ENTRIES)
     tiles = math.ceil(count / _POINTS), math.ceil(width / entries)
     if answer.numel():
-        sinkhorn_kernels.l1_cost_backward[(batch, *tiles)](
+        kernels("sinkhorn_kernels").l1_cost_backward[(batch, *tiles)](
             gradient,
             *gradient.stride(),
             points.contiguous(),
