@@ -8,7 +8,6 @@ and the log-likelihoods of a chunk's tokens add up to that of the same bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -48,8 +47,8 @@ def chunk_sums(side: Side, values: Tensor, num_chunks: int) -> Tensor:
 
 def chunk_sizes(side: Side, num_chunks: int) -> Tensor:
     """Tokens of each chunk, (B, C) int64, 0 where this side does not have it."""
-    kernels = _kernels(side)
-    if kernels is not None:
+    kernels = side.chunk_ids is not None and kernels_for("chunks", side.chunk_ids)
+    if kernels:
         sizes: Tensor = kernels.chunk_table(side.mask, side.chunk_ids, num_chunks)[0]
         return sizes
     chunk_ids, in_chunk = _chunk_ids(side)
@@ -82,8 +81,8 @@ def last_positions(side: Side, num_chunks: int) -> Tensor:
 
 
 def _end_positions(side: Side, num_chunks: int, *, first: bool) -> Tensor:
-    kernels = _kernels(side)
-    if kernels is not None:
+    kernels = side.chunk_ids is not None and kernels_for("chunks", side.chunk_ids)
+    if kernels:
         ends_of: tuple[Tensor, ...] = kernels.chunk_table(side.mask, side.chunk_ids, num_chunks)
         return ends_of[1 if first else 2]
     chunk_ids, in_chunk = _chunk_ids(side)
@@ -171,11 +170,6 @@ def _pick(values: Tensor, positions: Tensor) -> Tensor:
     if values.shape[1] == 0:  # nothing is valid then, and any value will do
         values = F.pad(values, (0, 0, 0, 1))
     return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-
-def _kernels(side: Side) -> ModuleType | None:
-    """What computes sizes and ends of chunks at once, where torch does not."""
-    return None if side.chunk_ids is None else kernels_for("chunks", side.chunk_ids)
 
 
 def _chunk_ids(side: Side) -> tuple[Tensor, Tensor]:

@@ -59,21 +59,19 @@ class RowLogits(Logits):
             )
         expected = torch.Size((batch_size, length)) if rows is None else rows.shape
         self.source, self.inputs, self.dtype = source, source.inputs, source.dtype
-        self._mask, self.rows = mask, rows
+        self.rows = rows
         if mask is not None:
-            checked_mask(mask, expected, source.device)
+            self.mask = checked_mask(mask, expected, source.device)
         self.shape = (expected[0], expected[1], vocab_size or width)
 
-    @property
-    # Made when it is asked for: where positions are packed it never is. Nobody sets it.
+    @cached_property  # Where positions are packed it is never made.
     def mask(self) -> Tensor:  # type: ignore[override]
-        """Scored positions, (B, S) bool."""
-        if self._mask is None:
-            self._mask = checked_mask(None, torch.Size(self.shape[:2]), self.source.device)
-        return self._mask
+        """Scored positions, (B, S) bool; all of them, made when asked for, if none was given."""
+        return checked_mask(None, torch.Size(self.shape[:2]), self.source.device)
 
     def masked(self, mask: Tensor) -> Self:
-        return self if mask is self._mask else self.at(self.rows, mask, self.shape[2])
+        is_mine = mask is vars(self).get("mask")
+        return self if is_mine else self.at(self.rows, mask, self.shape[2])
 
     def at(self, rows: Tensor | None, mask: Tensor, vocab_size: int | None = None) -> Self:
         """The same source at other positions; both share normalizers and a backward pass."""
@@ -228,10 +226,10 @@ class RowLogits(Logits):
         if index is None:
             # None is missing, so all are known.
             return answers  # type: ignore[return-value]
-        parts = [
-            (which, ops.log_normalizers(rows, temperatures, standardize=standardize))
-            for which, rows in self.source.chunks(index, width)
-        ]
+        parts = []
+        for which, rows in self.source.chunks(index, width):
+            new = ops.log_normalizers(rows, temperatures, standardize=standardize)
+            parts.append((which, new))
         if answers is None:
             answers = self._joined(parts, len(temperatures))
         else:

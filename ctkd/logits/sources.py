@@ -65,6 +65,7 @@ class _KnownNormalizers:
     def __init__(self, source: RowSource, version: int | None) -> None:
         self.version = version
         self._size, self._dtype, self._device = source.num_rows + 1, source.dtype, source.device
+        self._by_row = ops.can_inspect(source.inputs[0])
         # A number for each row, and one more for -1; nan where it is unknown.
         self._tables: dict[Any, Tensor] = {}
         # By identity of an index: the index, and the normalizers of its rows.
@@ -78,13 +79,12 @@ class _KnownNormalizers:
         These are an index (N,), -1 for the others, or None. The former are None if none is known.
         """
         keys = list(zip(temperatures, repeat(standardize), repeat(width), strict=False))
-        if not ops.can_inspect(index):
+        if not self._by_row:
             _, kept = self._kept.get(id(index), (index, {}))
-            if not all(key in kept for key in keys):
+            if not kept.keys() >= set(keys):
                 return None, index
-            if len(keys) == 1:
-                return kept[keys[0]].unsqueeze(0), None
-            return torch.stack([kept[key] for key in keys]), None
+            found = list(map(kept.__getitem__, keys))
+            return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found), None
         unknown = torch.full((), torch.nan, dtype=self._dtype, device=self._device)
         known = unknown.new_empty(len(keys), len(index))
         for values, key in zip(known, keys, strict=True):
@@ -104,7 +104,7 @@ class _KnownNormalizers:
         """Keep normalizers (T, N) of rows (N,); what is known stays as it is."""
         for temperature, normalizers in zip(temperatures, values.unbind(), strict=True):
             key = temperature, standardize, width
-            if not ops.can_inspect(index):
+            if not self._by_row:
                 self._kept.setdefault(id(index), (index, {}))[1].setdefault(key, normalizers)
                 continue
             if key not in self._tables:
@@ -162,7 +162,7 @@ class RowSource(ABC):
         temperatures: Sequence[float],
         deviations: Tensor | None,
     ) -> list[Tensor]:
-        """See `ctkd.ops.reference.chosen_log_probs`."""
+        """See `ctkd.ops.chosen_log_probs`."""
 
     def gradient_buffer(self, index: Tensor) -> Tensor | None:
         """Memory for a gradient of all rows, see `ctkd.ops.gradient_rows`; None for a head."""

@@ -13,7 +13,6 @@ from ctkd.batch import Batch, Side
 from ctkd.chunks import PAIRINGS, AlignedPositions, align_positions
 from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
 from ctkd.ops import kernels_for
-from ctkd.ot.costs import l1_cost
 from ctkd.ot.matching import (
     MATCHINGS,
     ColumnMatch,
@@ -22,7 +21,7 @@ from ctkd.ot.matching import (
     match_greedily,
     match_top_by_assignment,
 )
-from ctkd.ot.sinkhorn import sinkhorn
+from ctkd.ot.sinkhorn import l1_cost, sinkhorn
 from ctkd.registry import register
 from ctkd.settings import check_choice, check_count, check_positive, check_some_weight
 

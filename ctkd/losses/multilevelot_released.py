@@ -10,8 +10,7 @@ from ctkd.batch import Batch, Side
 from ctkd.chunks import align_positions
 from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
 from ctkd.ops import Rows, top_k
-from ctkd.ot.costs import l1_cost
-from ctkd.ot.sinkhorn import sinkhorn
+from ctkd.ot.sinkhorn import l1_cost, sinkhorn
 from ctkd.registry import register
 from ctkd.settings import check_positive
 

@@ -3,8 +3,8 @@
 ``reference`` (torch) is the definition and serves every device and dtype; ``cpu`` (numba) serves
 float32 and bfloat16 rows on a CPU, ``cuda`` (Triton) those and float16 on a CUDA device, where they
 lie. Tensors on the meta device go the way of CUDA, whose costs are counted there. This module is
-the only place that chooses. The environment variable ``CTKD_BACKEND`` and `use_backend` override
-it, for tests and for anyone who suspects a kernel.
+the only place that chooses. The environment variable ``CTKD_BACKEND``, which is read when this is
+imported, and `use_backend` override it, for tests and for anyone who suspects a kernel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -21,11 +21,12 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ctkd.ops import cuda, reference
+from ctkd.errors import SettingError
+from ctkd.ops import choice, cuda, reference
 from ctkd.ops.blocks import block_rows, head_rows
-from ctkd.ops.choice import BACKENDS, VARIABLE, chosen_backend, use_backend
+from ctkd.ops.choice import BACKENDS, VARIABLE, use_backend
 from ctkd.ops.costs import cost_of
-from ctkd.ops.reference import add_rows_, log_probs_of
+from ctkd.ops.reference import add_rows_
 from ctkd.ops.rows import (
     STANDARD_DEVIATION_EPSILON,
     Packed,
@@ -78,15 +79,29 @@ _Answer = TypeVar("_Answer")
 
 
 def backend_for(operation: str, *rows: Rows) -> ModuleType:
-    """The module that serves an operation, or the row loss of that name, on these rows."""
-    name = chosen_backend()
-    if name != "reference" and can_inspect(rows[0].tensor):
-        cpu = _cpu()
-        if cpu is not None and cpu.serves(operation, rows):
-            return cpu
-    elif name in ("auto", "cuda") and cuda.serves(operation, rows):
-        return cuda
-    return reference
+    """The module that serves an operation, or the row loss of that name, on these rows.
+
+    Raises:
+        SettingError: If the environment variable names no backend.
+    """
+    if choice.chosen not in BACKENDS:
+        raise SettingError(
+            f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {choice.chosen!r}"
+        )
+    on_host = can_inspect(rows[0].tensor)
+    if choice.chosen == "reference" or (choice.chosen == "cpu" and not on_host):
+        return reference
+    backend = _cpu() if on_host else cuda
+    if backend is None or operation not in backend.OPERATIONS:
+        return reference
+    for one in rows:
+        tensor = one.tensor
+        # Kernels read and write rows where they lie.
+        lies_in_rows = tensor.stride(-1) == 1 or tensor.shape[-1] < 2
+        is_known = tensor.dtype in backend.DTYPES and tensor.device.type in backend.DEVICES
+        if not (lies_in_rows and is_known):
+            return reference
+    return backend
 
 
 def kernels_for(part: str, *tensors: Tensor) -> ModuleType | None:
@@ -96,12 +111,13 @@ def kernels_for(part: str, *tensors: Tensor) -> ModuleType | None:
         part: Name of the module.
         tensors: What it would be computed from.
     """
-    name = chosen_backend()
-    on_host = any(tensor.device.type == "cpu" for tensor in tensors)
-    if name in ("reference", "cpu") or (name == "auto" and on_host):
+    if choice.chosen not in ("auto", "cuda"):
         return None
-    kernels = importlib.import_module(f"ctkd.ops.cuda.{part}")
-    return kernels if all(map(kernels.serves, tensors)) else None
+    for tensor in tensors:
+        on_host = choice.chosen == "auto" and tensor.device.type == "cpu"
+        if on_host or tensor.dtype == torch.float64 or tensor.device.type not in cuda.DEVICES:
+            return None
+    return importlib.import_module(f"ctkd.ops.cuda.{part}")
 
 
 @functools.cache
@@ -133,7 +149,6 @@ def _dispatched(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments,
     return operation
 
 
-chosen_log_probs = _dispatched(reference.chosen_log_probs)
 log_normalizers = _dispatched(reference.log_normalizers)
 deviations = _dispatched(reference.deviations)
 column_mass = _dispatched(reference.column_mass)
@@ -146,9 +161,56 @@ def pack_scored(
     targets: Tensor, ignored: int, size: int, length: int, chunk_ids: Tensor | None = None
 ) -> Packed:
     """See `ctkd.ops.reference.pack_scored`."""
-    run_kernel = not can_inspect(targets) and cuda.runs_on(targets.device)
-    packing = cuda.pack_scored if run_kernel else reference.pack_scored
-    return packing(targets, ignored, size, length, chunk_ids)
+    packing = reference if kernels_for("row_operators", targets) is None else cuda
+    packed: Packed = packing.pack_scored(targets, ignored, size, length, chunk_ids)
+    return packed
+
+
+def chosen_log_probs(
+    rows: Rows,
+    ids: Tensor,
+    positions: int,
+    normalizers: Tensor,
+    temperatures: Sequence[float],
+    deviations: Tensor | None = None,
+) -> list[Tensor]:
+    """Log-probabilities of chosen entries at each temperature, (B, S, K); 0 where there is no row.
+
+    Args:
+        rows: N = B * S rows of a tensor (B, L, V').
+        ids: (B, S or 1, K) columns.
+        positions: S.
+        normalizers: (T, N) as of `log_normalizers`.
+        temperatures: T of them.
+        deviations: (N,) what entries are divided by, less its 1e-4; None for nothing.
+    """
+    if rows.index is None:
+        raise TypeError("chosen entries are those of rows that an index names")
+    given = normalizers, temperatures, deviations
+    if backend_for("chosen_log_probs", rows) is cuda:
+        return cuda.chosen_log_probs(rows, ids, positions, *given)
+    length = max(rows.tensor.shape[1], 1)
+    index = rows.index.view(ids.shape[0], positions, 1).clamp_min(0)
+    entries = rows.tensor[index // length, index % length, ids].to(normalizers.dtype)
+    return log_probs_of(entries, rows.index, *given)
+
+
+def log_probs_of(
+    entries: Tensor,
+    index: Tensor,
+    normalizers: Tensor,
+    temperatures: Sequence[float],
+    deviations: Tensor | None = None,
+) -> list[Tensor]:
+    """As `chosen_log_probs`, of entries (B, S, K) of rows (N,), -1 for none."""
+    shape, answers = (*entries.shape[:2], 1), []
+    if deviations is not None:
+        entries = entries / (deviations.view(shape) + STANDARD_DEVIATION_EPSILON)
+    padding = (index < 0).view(shape)
+    for temperature, normalizer in zip(temperatures, normalizers, strict=True):
+        log_probs = entries / temperature - normalizer.view(shape)
+        answers.append(log_probs.masked_fill_(padding, 0.0))
+    return answers
 
 
 def gradient_rows(tensor: Tensor, index: Tensor) -> Tensor:

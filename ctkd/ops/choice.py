@@ -8,24 +8,13 @@ from contextlib import contextmanager
 
 from ctkd.errors import SettingError
 
-__all__ = ["BACKENDS", "VARIABLE", "chosen_backend", "use_backend"]
+__all__ = ["BACKENDS", "VARIABLE", "chosen", "use_backend"]
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 VARIABLE = "CTKD_BACKEND"
 
-_chosen: str | None = None
-
-
-def chosen_backend() -> str:
-    """The name of a backend, by `use_backend` or the environment variable.
-
-    Raises:
-        SettingError: If the variable names none.
-    """
-    name = _chosen or os.environ.get(VARIABLE, "auto")
-    if name not in BACKENDS:
-        raise SettingError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
+chosen: str = os.environ.get(VARIABLE, "auto")
+"""Name of a backend; what the variable says is checked when an operation is to run."""
 
 
 @contextmanager
@@ -51,9 +40,9 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise SettingError(f"the backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    global _chosen
-    before, _chosen = _chosen, name
+    global chosen
+    before, chosen = chosen, name
     try:
         yield
     finally:
-        _chosen = before
+        chosen = before

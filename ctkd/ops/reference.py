@@ -19,16 +19,13 @@ from ctkd.ops.rows import (
     RowValues,
     SoftmaxTerm,
     Which,
-    statistics_dtype,
 )
 
 __all__ = [
     "add_rows_",
-    "chosen_log_probs",
     "column_mass",
     "deviations",
     "log_normalizers",
-    "log_probs_of",
     "pack_scored",
     "row_loss",
     "softmax_backward",
@@ -72,50 +69,6 @@ def deviations(rows: Rows) -> Tensor:
     for which, block in rows.blocks():
         answers[which] = block.std(-1)
     return answers
-
-
-def chosen_log_probs(
-    rows: Rows,
-    ids: Tensor,
-    positions: int,
-    normalizers: Tensor,
-    temperatures: Sequence[float],
-    deviations: Tensor | None = None,
-) -> list[Tensor]:
-    """Log-probabilities of chosen entries at each temperature, (B, S, K); 0 where there is no row.
-
-    Args:
-        rows: N = B * S rows of a tensor (B, L, V').
-        ids: (B, S or 1, K) columns.
-        positions: S.
-        normalizers: (T, N) as of `log_normalizers`.
-        temperatures: T of them.
-        deviations: (N,) what entries are divided by, less its 1e-4; None for nothing.
-    """
-    if rows.index is None:
-        raise TypeError("chosen entries are those of rows that an index names")
-    length = max(rows.tensor.shape[1], 1)
-    index = rows.index.view(ids.shape[0], positions, 1).clamp_min(0)
-    raw = rows.tensor[index // length, index % length, ids].to(statistics_dtype(rows.tensor.dtype))
-    return log_probs_of(raw, rows.index, normalizers, temperatures, deviations)
-
-
-def log_probs_of(
-    entries: Tensor,
-    index: Tensor,
-    normalizers: Tensor,
-    temperatures: Sequence[float],
-    deviations: Tensor | None = None,
-) -> list[Tensor]:
-    """As `chosen_log_probs`, of entries (B, S, K) of rows (N,), -1 for none."""
-    shape = *entries.shape[:2], 1
-    if deviations is not None:
-        entries = entries / (deviations.view(shape) + STANDARD_DEVIATION_EPSILON)
-    padding = (index < 0).view(shape)
-    return [
-        (entries / temperature - normalizer.view(shape)).masked_fill_(padding, 0.0)
-        for temperature, normalizer in zip(temperatures, normalizers, strict=True)
-    ]
 
 
 def pack_scored(

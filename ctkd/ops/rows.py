@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ctkd.ops import choice
 from ctkd.ops.blocks import block_rows
-from ctkd.ops.choice import chosen_backend
 
 __all__ = [
     "Packed",
@@ -39,7 +39,7 @@ def can_inspect(tensor: Tensor) -> bool:
     """True if values may be read: elsewhere that would wait for a device, or break a graph."""
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return chosen_backend() != "cuda"
+    return choice.chosen != "cuda"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,10 +1,9 @@
 """Entropic optimal transport between two sets of positions, by a fixed number of scalings.
 
-:func:`sinkhorn` is the only public function: batched, masked, rectangular. It does not build
-costs, does not test for convergence, and looks at no value that is not on a CPU, so it never
-waits for a device.
+:func:`sinkhorn` is batched, masked, rectangular; :func:`l1_cost` makes costs for it. Neither looks
+at a value that is not on a CPU, so they never wait for a device, nor test for convergence.
 
-`ctkd.ot.scalings` does the work, or kernels of `ctkd.ops` where they serve a tensor.
+`ctkd.ot.scalings` scales, or kernels of `ctkd.ops` where they serve a tensor.
 """
 
 import math
@@ -13,14 +12,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ctkd.errors import BatchError, SettingError
-from ctkd.ops import kernels_for
+from ctkd.ops import can_inspect, kernels_for
 from ctkd.ot.scalings import Inputs, Scale, results_without_entries
 
-__all__ = ["SinkhornResult", "sinkhorn"]
+__all__ = ["SinkhornResult", "l1_cost", "sinkhorn"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def l1_cost(rows: Tensor, columns: Tensor) -> Tensor:
+    """L1 distance of every row to every column.
+
+    Shape:
+        (B, R, K) and (B, C, K) give (B, R, C). Nothing larger is held, nor in the backward pass.
+
+    Example:
+        >>> l1_cost(torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[0.25, 1.0], [0.5, 0.5]]]))
+        tensor([[[0.7500, 0.0000]]])
+    """
+    kernels = kernels_for("sinkhorn", rows, columns)
+    if kernels is not None:
+        cost: Tensor = kernels.l1_cost(rows, columns)
+        return cost
+    if can_inspect(rows):
+        return torch.cdist(rows, columns, p=1.0)
+    cost = _L1Cost.apply(rows, columns)  # type: ignore[no-untyped-call]
+    return cost
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,3 +182,31 @@ def _check_tensors(inputs: Inputs) -> None:
             raise BatchError(
                 f"{name} must be on the device of cost, {cost.device}, got {tensor.device}; move it"
             )
+
+
+class _L1Cost(torch.autograd.Function):
+    """`torch.cdist`, whose own backward pass holds (B, R, C, K) on devices other than a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        return torch.cdist(rows, columns, p=1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, columns = ctx.saved_tensors
+        return (
+            _points_gradient(gradient, rows, columns) if ctx.needs_input_grad[0] else None,
+            _points_gradient(gradient.mT, columns, rows) if ctx.needs_input_grad[1] else None,
+        )
+
+
+def _points_gradient(gradient: Tensor, points: Tensor, others: Tensor) -> Tensor:
+    """Gradient of points (B, N, K) from that of their distances to others, (B, N, M)."""
+    answer = torch.empty_like(points)
+    each = zip(points.unbind(-1), others.unbind(-1), answer.unbind(-1), strict=True)
+    for ours, theirs, out in each:
+        signs = (ours.unsqueeze(2) - theirs.unsqueeze(1)).sign_()
+        torch.sum(signs.mul_(gradient), 2, out=out)
+    return answer

@@ -1,5 +1,6 @@
 """Which backend serves which rows, and how a user overrides the choice."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,12 +14,12 @@ import torch
 from ctkd import ops
 from ctkd.errors import SettingError
 from ctkd.logits import DenseLogits
-from ctkd.ops import Rows, backend_for, reference, use_backend
+from ctkd.ops import Rows, backend_for, choice, reference, use_backend
 
 
 @pytest.fixture(autouse=True)
 def no_word_of_the_user(monkeypatch):
-    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    monkeypatch.setattr(choice, "chosen", "auto")
 
 
 def rows_of(dtype=torch.float32, device="cpu") -> Rows:
@@ -56,7 +57,6 @@ def test_float32_and_bfloat16_on_a_cpu_have_kernels(operation):
         ("", rows_of()),
         # These are no operations on rows.
         ("row_loss", rows_of()),
-        ("serves", rows_of()),
         ("share", rows_of()),
     ],
 )
@@ -110,6 +110,7 @@ def test_use_backend_reaches_other_threads():
 @needs_numba
 def test_the_variable_chooses_and_the_context_goes_first(monkeypatch):
     monkeypatch.setenv(ops.VARIABLE, "reference")
+    importlib.reload(choice)
     assert name_of("top_k", rows_of()) == "reference"
     with use_backend("cpu"):
         assert name_of("top_k", rows_of()) == "cpu"
@@ -122,6 +123,7 @@ def test_unknown_backends_are_refused(monkeypatch):
     ):
         raise RuntimeError("never reached")
     monkeypatch.setenv(ops.VARIABLE, "fast")
+    importlib.reload(choice)
     with pytest.raises(SettingError, match="CTKD_BACKEND must be one of .*, got 'fast'"):
         backend_for("top_k", rows_of())
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctkd import ops
-from ctkd.ot.costs import l1_cost
-from ctkd.ot.sinkhorn import sinkhorn
+from ctkd.ot.sinkhorn import l1_cost, sinkhorn
 
 
 class Operators(TorchDispatchMode):
@@ -41,7 +40,7 @@ def test_a_device_has_the_gradient_of_a_cpu_and_nothing_larger_than_the_cost(mon
     weights = torch.rand(2, 6, 7, generator=torch.Generator().manual_seed(1)).double()
     answers = []
     for inspected in (True, False):
-        monkeypatch.setattr("ctkd.ot.costs.can_inspect", lambda _, answer=inspected: answer)
+        monkeypatch.setattr("ctkd.ot.sinkhorn.can_inspect", lambda _, answer=inspected: answer)
         rows, columns = leaves()
         with Operators() as seen:
             cost = l1_cost(rows, columns)

@@ -32,11 +32,13 @@ from ctkd.ops.cpu.arrays import (
 from ctkd.ops.rows import STANDARD_DEVIATION_EPSILON, RowLoss, Rows, RowValues, SoftmaxTerm
 
 __all__ = [
+    "DEVICES",
+    "DTYPES",
+    "OPERATIONS",
     "column_mass",
     "deviations",
     "log_normalizers",
     "row_loss",
-    "serves",
     "share",
     "softmax_backward",
     "top_k",
@@ -47,19 +49,11 @@ _PARTS_PER_THREAD = 4
 # Entries. Fewer are read sooner than a thread is woken.
 _LEAST_SHARED = 1 << 15
 
-_DTYPES = (torch.float32, torch.bfloat16)
+DEVICES = {"cpu"}
+DTYPES = {torch.float32, torch.bfloat16}
 # By whether rows are standardized: added to the deviation that they are divided by, or a sign.
 _EPSILONS = (-1.0, STANDARD_DEVIATION_EPSILON)
 _NOTHING = np.empty(0, np.float32)
-
-
-def serves(operation: str, rows: Sequence[Rows]) -> bool:
-    """True if compiled loops can read and write all these rows in place."""
-    for one in rows:
-        tensor = one.tensor
-        if tensor.dtype not in _DTYPES or (tensor.stride(-1) != 1 and tensor.shape[-1] > 1):
-            return False
-    return operation in _OPERATIONS
 
 
 def log_normalizers(
@@ -181,7 +175,11 @@ _KERNELS: dict[str, tuple[Callable[..., None], Any]] = {
     "gold": (row_losses.gold, GoldSettings),
     "shared_kl": (row_losses.shared_kl, SharedKLSettings),
 }
-_OPERATIONS = {*_KERNELS, *__all__} - {"row_loss", "serves", "share"}
+OPERATIONS = {
+    *("log_normalizers", "deviations", "column_mass", "top_k", "softmax_backward"),
+    *_KERNELS,
+}
+"""What `ctkd.ops` may send here; row losses by the names of their kernels."""
 
 
 def _array(rows: Rows) -> tuple[RowArray, npt.NDArray[np.int64]]:
@@ -311,10 +309,14 @@ def share(
         kernel: Takes some of them first; others may be worked on meanwhile.
         args: What it takes next.
     """
-    threads = torch.get_num_threads() if len(which) * columns >= _LEAST_SHARED else 1
-    count = min(1 if threads == 1 else threads * _PARTS_PER_THREAD, len(which))
+    threads = torch.get_num_threads()
+    if threads == 1 or len(which) * columns < _LEAST_SHARED:
+        if len(which):
+            kernel(which, *args)
+        return
+    count = min(threads * _PARTS_PER_THREAD, len(which))
     # An iterator over a list hands out each element once, whichever threads ask.
-    waiting = iter(np.array_split(which, count) if count else [])
+    waiting = iter(np.array_split(which, count))
     futures = []
     for _ in range(min(threads, count) - 1):
         pool = _pool(os.getpid(), threads - 1)

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from ctkd.ops import reference
 from ctkd.ops.cuda import row_loss_operators, row_operators
-from ctkd.ops.cuda.operators import runs_on
+from ctkd.ops.cuda.operators import DEVICES
 from ctkd.ops.rows import Packed, RowLoss, Rows, RowValues, SoftmaxTerm
 
 __all__ = [
+    "DEVICES",
+    "DTYPES",
+    "OPERATIONS",
     "chosen_log_probs",
     "clear_rows",
     "column_mass",
@@ -25,28 +28,23 @@ __all__ = [
     "log_normalizers",
     "pack_scored",
     "row_loss",
-    "runs_on",
-    "serves",
     "softmax_backward",
     "top_k",
 ]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+OPERATIONS = {
+    *("chosen_log_probs", "clear_rows", "column_mass", "deviations", "log_normalizers"),
+    *("softmax_backward", "top_k"),
+    *("uld", "gold", "shared_kl"),
+}
+"""What `ctkd.ops` may send here; row losses by the names of their kernels."""
+
 # More ids of a row than this are compared with each other for too long, and do not fit registers.
 _MOST_IDS = 1024
 _MOST_TERMS = 4
 # Running sums of so many temperatures are kept at a time.
 _TEMPERATURES = 2
-
-
-def serves(operation: str, rows: Sequence[Rows]) -> bool:
-    """True if kernels can read and write all these rows in place."""
-    if operation not in _OPERATIONS or not runs_on(rows[0].tensor.device):
-        return False
-    return all(
-        one.tensor.dtype in _DTYPES and (one.tensor.stride(-1) == 1 or one.tensor.shape[-1] < 2)
-        for one in rows
-    )
 
 
 def log_normalizers(
@@ -82,7 +80,7 @@ def chosen_log_probs(
     temperatures: Sequence[float],
     deviations: Tensor | None = None,
 ) -> list[Tensor]:
-    """See `ctkd.ops.reference.chosen_log_probs`."""
+    """See `ctkd.ops.chosen_log_probs`."""
     every = list(map(float, temperatures))
     answers: list[Tensor] = row_operators.chosen_entries(
         rows.tensor, rows.index, ids, positions, normalizers, every, deviations
@@ -189,10 +187,6 @@ def row_loss(
 def clear_rows(tensor: Tensor, index: Tensor) -> None:
     """Write zeros to the rows of a (R, V') tensor that an index does not name."""
     row_operators.clear_rows(tensor, index)
-
-
-_OPERATIONS = {*__all__} - {"pack_scored", "row_loss", "runs_on", "serves"}
-_OPERATIONS |= {"uld", "gold", "shared_kl"}
 
 
 def _some(temperatures: Sequence[float]) -> list[list[float]]:

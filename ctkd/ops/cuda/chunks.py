@@ -6,17 +6,12 @@ import torch
 from torch import Tensor
 
 from ctkd.ops.costs import DECLARED, Cost
-from ctkd.ops.cuda.operators import kernels, operator, runs_on
+from ctkd.ops.cuda.operators import kernels, operator
 
-__all__ = ["chunk_table", "serves"]
+__all__ = ["chunk_table"]
 
 _TILE = 1024
 _WARPS = 4
-
-
-def serves(tensor: Tensor) -> bool:
-    """True if kernels run on this tensor, or would where there are no values."""
-    return runs_on(tensor.device)
 
 
 def chunk_table(mask: Tensor, chunk_ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.ops.costs import DECLARED, Cost
-from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two, serves
+from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two
 
-__all__ = ["serves", "sums_at_positions"]
+__all__ = ["sums_at_positions"]
 
 _TILE, _MOST_COLUMNS = 16, 64
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ctkd.ops.costs import Cost
 
 __all__ = [
+    "DEVICES",
     "Place",
     "kernel_cost",
     "kernels",
@@ -24,26 +25,17 @@ __all__ = [
     "place_of",
     "power_of_two",
     "row_bytes",
-    "runs_on",
-    "serves",
 ]
 
 _Answers = TypeVar("_Answers")
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-
-def runs_on(device: torch.device) -> bool:
-    """True if kernels run on a device's tensors, or nothing does because they have no values."""
-    if device.type == "meta":
-        return True
+DEVICES = {"meta"}
+"""Types of devices on whose tensors kernels run, or nothing does because they have no values."""
+if importlib.util.find_spec("triton") is not None:
+    DEVICES.add("cuda")
     # The interpreter runs kernels on a CPU, for tests.
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return _HAS_TRITON and (interpreted or device.type == "cuda")
-
-
-def serves(tensor: Tensor) -> bool:
-    """True if kernels run on this tensor, or would where there are no values."""
-    return tensor.dtype != torch.float64 and runs_on(tensor.device)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        DEVICES.add("cpu")
 
 
 def operator(

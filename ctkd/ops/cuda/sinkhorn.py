@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.ops.costs import DECLARED, Cost
-from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two, serves
+from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two
 
-__all__ = ["fits", "l1_cost", "serves", "transport"]
+__all__ = ["fits", "l1_cost", "transport"]
 
 MOST_POSITIONS = 512
 """Rows and columns of the largest problem that one program solves."""

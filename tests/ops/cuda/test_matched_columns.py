@@ -46,9 +46,9 @@ def test_a_loss_is_what_float64_says(settings, monkeypatch):
 
     def kernels_for(part: str, *tensors: Tensor):
         asked.append(part)
-        return KERNELS[part] if all(map(KERNELS[part].serves, tensors)) else None
+        return None if tensors[0].dtype == torch.float64 else KERNELS[part]
 
-    for module in ("ctkd.losses.multilevelot", "ctkd.ot.sinkhorn", "ctkd.ot.costs"):
+    for module in ("ctkd.losses.multilevelot", "ctkd.ot.sinkhorn"):
         monkeypatch.setattr(f"{module}.kernels_for", kernels_for)
     found = outcome(inputs, loss, torch.float32)
     assert ("matched_columns" in asked) == (loss.had_weight + loss.sl_weight > 0)
