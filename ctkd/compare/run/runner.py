@@ -27,6 +27,7 @@ from ctkd.compare.run.folder import ComparisonFolder, append_record, read_record
 from ctkd.compare.run.preparation import Prepared, prepare
 from ctkd.distill.data.tasks import get_task
 from ctkd.distill.devices import give_back_freed_memory
+from ctkd.distill.teachers.memory import KnownStates
 from ctkd.distill.training.checkpoints import Checkpoints
 from ctkd.distill.training.output_folder import RECORD, OutputFolder
 from ctkd.distill.training.run import Interrupted, train
@@ -87,6 +88,8 @@ class _Comparing:
     ) -> None:
         self.config, self.folder, self.prepared, self.say = config, folder, prepared, say
         self.records = read_records(folder.path)
+        # A live teacher reads the rows that all runs share once.
+        self.teacher_states: KnownStates = {}
         self.plan = Plan(
             config,
             prepared.splits,
@@ -237,7 +240,13 @@ class _Comparing:
         try:
             # Else a run would be charged with what runs before it had needed.
             give_back_freed_memory()
-            return train(training.config, resume=not lost, overwrite=lost, say=self.say)
+            return train(
+                training.config,
+                resume=not lost,
+                overwrite=lost,
+                say=self.say,
+                known=self.teacher_states,
+            )
         except Interrupted as error:
             stopped = str(error).split(";")[0]
             raise Interrupted(

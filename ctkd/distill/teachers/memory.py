@@ -7,6 +7,7 @@ served exactly. Where rows are read in several epochs, a teacher costs a pass ov
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from ctkd.distill.data.encoding import EncodedSide
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.logits import Logits
 
-__all__ = ["TeacherMemory", "memory_bytes"]
+__all__ = ["KnownStates", "TeacherMemory", "memory_bytes"]
+
+KnownStates: TypeAlias = dict[tuple[Any, ...], dict[tuple[int, ...], Tensor]]
+"""Hidden states by row, of the rows and batches that were read last."""
 
 
 def memory_bytes(model: PreTrainedModel, sides: Sequence[EncodedSide], *, score_eos: bool) -> int:
@@ -41,6 +45,8 @@ class TeacherMemory:
         score_eos: Whether distillation scores the end of sequence.
         vocab_size: Columns to keep of the head's.
         batch_size: Rows that are read together.
+        known: States that an earlier memory of the same teacher has read, where the rows and
+            batches were the same; else they give way to these. None to share nothing.
     """
 
     def __init__(
@@ -52,12 +58,18 @@ class TeacherMemory:
         score_eos: bool = False,
         vocab_size: int | None = None,
         batch_size: int = 4,
+        known: KnownStates | None = None,
     ) -> None:
         self._logits = logits
         self._score_eos = score_eos
         self._vocab_size = vocab_size
         self._states: dict[tuple[int, ...], Tensor] = {}
         model = logits.model.requires_grad_(False)
+        # Read in other batches, states differ in their last digits.
+        read = model.dtype, batch_size, score_eos, tuple(map(_key, sides))
+        if known is not None and read in known:
+            self._states = known[read]
+            return
         batches = [sides[start : start + batch_size] for start in range(0, len(sides), batch_size)]
         for batch in tqdm(batches, desc="teacher: reading", leave=False, disable=None):
             inputs, labels = padded_sides(batch, pad_id, with_eos=score_eos)
@@ -66,6 +78,9 @@ class TeacherMemory:
                 hidden = logits.hidden(model, inputs, labels.shape[1])
             for side, states in zip(batch, hidden.cpu(), strict=True):
                 self._states[_key(side)] = states[: _positions(side, score_eos)].clone()
+        if known is not None:
+            known.clear()
+            known[read] = self._states
 
     def batch(self, sides: Sequence[EncodedSide], positions: int) -> dict[str, Tensor]:
         """The states of a batch of rows, padded with zeros to so many positions."""

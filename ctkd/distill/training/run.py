@@ -48,7 +48,7 @@ from ctkd.distill.preparing import (
     teacher_dtype,
 )
 from ctkd.distill.teachers.cache import TeacherCache
-from ctkd.distill.teachers.memory import TeacherMemory, memory_bytes
+from ctkd.distill.teachers.memory import KnownStates, TeacherMemory, memory_bytes
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.distill.training.checkpoints import Checkpoints, RunTrainer
 from ctkd.distill.training.measuring import Measure, keep_history
@@ -73,6 +73,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
+    known: KnownStates | None = None,
 ) -> OutputFolder:
     """Distil the teacher into the student and measure both before and after.
 
@@ -84,6 +85,7 @@ def train(
         resume: Go on with the same run where it was stopped.
         overwrite: Replace a run that is there.
         say: Prints one line of progress.
+        known: What runs with the same teacher pass on to each other, see `TeacherMemory`.
 
     Raises:
         CtkdError: If anything the user gave cannot be used; nothing has been trained then, or a
@@ -113,7 +115,7 @@ def train(
         folder.write()
         # Before hours of training: what stands in its way is found now.
         control = _control_folder(config) if config.control else None
-        _run(config, inputs, folder, device, resume=resume, say=say)
+        _run(config, inputs, folder, device, resume=resume, say=say, known=known)
         if control is not None:
             _train_control(config, inputs, folder, control, device, say)
         _finish(config, folder, say)
@@ -183,11 +185,12 @@ def _run(
     *,
     resume: bool,
     say: Callable[[str], None],
+    known: KnownStates | None = None,
 ) -> None:
     """Measure, train, save and measure again, as far as that was not done before."""
     student = inputs.student
     stop = StopOnSignal(say)
-    memory = _remembered(config, inputs, device, say)
+    memory = _remembered(config, inputs, device, say, known)
     trainer = _make_trainer(config, inputs, memory, folder, device)
     trainer.checkpoints = Checkpoints(folder.path, say)
     report = StepReport(say, trainer.clock)
@@ -337,7 +340,11 @@ def _measure_teacher(
 
 
 def _remembered(
-    config: TrainConfig, inputs: _Inputs, device: torch.device, say: Callable[[str], None]
+    config: TrainConfig,
+    inputs: _Inputs,
+    device: torch.device,
+    say: Callable[[str], None],
+    known: KnownStates | None,
 ) -> TeacherMemory | None:
     """The teacher's hidden states, if rows are read more than once and there is room for them."""
     teacher, tokenizer = inputs.models.teacher, inputs.models.teacher_tokenizer
@@ -354,7 +361,7 @@ def _remembered(
     needed = memory_bytes(teacher, sides, score_eos=config.score_eos)
     if needed > config.teacher_memory * 1e9:
         return None
-    say(f"teacher: reading {len(sides)} rows, once; hidden states take {needed / 1e6:.0f} MB")
+    say(f"teacher: {len(sides)} rows, read once; their hidden states take {needed / 1e6:.0f} MB")
     return TeacherMemory(
         logits,
         sides,
@@ -362,6 +369,7 @@ def _remembered(
         score_eos=config.score_eos,
         vocab_size=inputs.pair.teacher_size,
         batch_size=config.batch_size,
+        known=known,
     )
 
 

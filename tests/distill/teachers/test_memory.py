@@ -8,7 +8,7 @@ import torch
 from ctkd.batch import Side
 from ctkd.distill.data.collator import padded_sides, padding_id, stored_side
 from ctkd.distill.models.model_logits import ModelLogits
-from ctkd.distill.teachers.memory import TeacherMemory, memory_bytes
+from ctkd.distill.teachers.memory import KnownStates, TeacherMemory, memory_bytes
 from tests.distill.tiny import Setup
 
 
@@ -45,3 +45,30 @@ def test_its_log_probabilities_are_the_live_teachers(score_eos):
     ends = both.batch([sides[0], cut], longest)["hidden"][:, -1].abs().sum(-1) > 0
     assert ends.tolist() == [True, not score_eos]
     assert memory_bytes(model, sides, score_eos=score_eos) == positions * 16 * 8
+
+
+def test_rows_are_read_once_by_memories_that_know_of_each_other(monkeypatch):
+    setup = Setup(5)
+    sides, read = [row.student for row in setup.rows], []
+    logits = ModelLogits(setup.student)
+    hidden = ModelLogits.hidden
+    monkeypatch.setattr(ModelLogits, "hidden", lambda *a: read.append(len(a[2])) or hidden(*a))
+    known: KnownStates = {}
+    pad = padding_id(setup.student_tokenizer)
+
+    def states(sides, batch_size):
+        memory = TeacherMemory(logits, sides, pad_id=pad, batch_size=batch_size, known=known)
+        return memory.batch(sides[:2], 4)["hidden"]
+
+    first = states(sides, 2)
+    assert torch.equal(states(sides, 2), first) and len(read) == 3
+    # Other rows, or other batches, are read anew, and one set is kept.
+    for others, batch_size, passes in ((sides[:4], 2, 2), (sides, 2, 3), (sides, 5, 1)):
+        read.clear()
+        states(others, batch_size)
+        assert len(read) == passes and len(known) == 1
+    # A reading that was stopped leaves nothing behind.
+    monkeypatch.setattr(ModelLogits, "hidden", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        states(sides[1:], 2)
+    assert states(sides, 5).shape == first.shape
