@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ctkd.batch import Batch, Side
@@ -23,6 +26,8 @@ _LOG_HALF = -0.6931471805599453
 def log1mexp(log_probs: Tensor) -> Tensor:
     r"""Logs of the complements, ``log(1 - exp(x))``, exact near 0 and far below it.
 
+    Not to be differentiated: one of its branches may be infinite where the other is taken.
+
     Shape:
         Any, below 0, to the same.
 
@@ -30,11 +35,8 @@ def log1mexp(log_probs: Tensor) -> Tensor:
         >>> log1mexp(torch.tensor([-1e-6, -50.0], dtype=torch.float64))
         tensor([-1.3816e+01, -1.9287e-22], dtype=torch.float64)
     """
-    # Each branch is fed what its derivative is finite for: a nan in one would reach the other.
-    near = log_probs > _LOG_HALF
-    small = log_probs.masked_fill(~near, _LOG_HALF)
-    large = log_probs.masked_fill(near, _LOG_HALF)
-    return torch.where(near, (-torch.expm1(small)).log(), torch.log1p(-large.exp()))
+    exact_near_0 = (-torch.expm1(log_probs)).log()
+    return torch.where(log_probs > _LOG_HALF, exact_near_0, torch.log1p(-log_probs.exp()))
 
 
 def binary_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def binary_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     .. math:: e^a (a - b) + (1 - e^a) \left( \log(1 - e^a) - \log(1 - e^b) \right)
 
     a is the teacher's and b the student's. Equal coins cancel to 0, nearby ones to rounding
-    errors: give it float64.
+    errors: give it float64. The derivative is (1 - e^a) / (1 - e^b) - 1 by b; by a there is none.
 
     Shape:
         (...) and (...) give (...), at least 0. All below 0.
@@ -53,11 +55,27 @@ def binary_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         >>> binary_kl(quarter, half), binary_kl(half, half)
         (tensor(0.1438), tensor(0.))
     """
-    probs = teacher_log_probs.exp()
-    # Where the teacher rules heads out, its log is infinite.
-    heads = (probs * (teacher_log_probs - student_log_probs)).masked_fill(probs == 0, 0.0)
-    tails = log1mexp(teacher_log_probs) - log1mexp(student_log_probs)
-    return heads - torch.expm1(teacher_log_probs) * tails
+    divergence: Tensor = _BinaryKL.apply(student_log_probs, teacher_log_probs)  # type: ignore[no-untyped-call]
+    return divergence
+
+
+class _BinaryKL(torch.autograd.Function):
+    """`binary_kl`, by operations some of which have no finite derivative where it has one."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        probs = teacher.exp()
+        # Where the teacher rules heads out, its log is infinite.
+        heads = (probs * (teacher - student)).masked_fill_(probs == 0, 0.0)
+        of_teacher, of_student = log1mexp(torch.stack([teacher, student])).unbind()
+        return heads - torch.expm1(teacher) * (of_teacher - of_student)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        student, teacher = ctx.saved_tensors
+        return gradient * (torch.expm1(teacher) / torch.expm1(student) - 1.0), None
 
 
 @register("alm")
