@@ -163,6 +163,8 @@ def average(parts: Mapping[str, Tensor], count: Tensor) -> LossOutput:
         tensor(0.5000)
     """
     dtype = statistics_dtype(next(iter(parts.values())).dtype)
-    means = torch.stack(list(parts.values())).sum(1, dtype=dtype) / count.clamp_min(1)
+    sums = list(parts.values())
+    together = torch.stack(sums) if len(sums) > 1 else sums[0].unsqueeze(0)
+    means = together.sum(1, dtype=dtype) / count.clamp_min(1)
     detached = dict(zip(parts, means.detach().unbind(), strict=True))
     return LossOutput(means.sum(), count, detached)

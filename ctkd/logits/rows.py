@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -25,7 +26,7 @@ from ctkd.logits.sources import (
     file_pending,
     version_of,
 )
-from ctkd.ops import Packed, RowLoss, Rows, SoftmaxTerm, Which
+from ctkd.ops import Packed, RowLoss, Rows, SoftmaxTerm, Which, is_whole
 
 __all__ = ["AlignedValues", "RowLogits", "map_rows"]
 
@@ -191,9 +192,7 @@ class RowLogits(Logits):
 
     def rows_at(self, index: Tensor) -> Tensor:
         """Rows of the source (N,) that hold flattened positions, -1 for -1."""
-        if not self.all_rows.shape[0]:
-            return index.new_full(index.shape, -1)
-        return self.all_rows[index.clamp_min(0)].masked_fill(index < 0, -1)
+        return F.pad(self.all_rows, (0, 1), value=-1)[index]
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Flattened scored positions (n,) and their rows (n, V), not to be written to."""
@@ -241,7 +240,7 @@ class RowLogits(Logits):
 
     def _joined(self, parts: Sequence[tuple[Which, Tensor]], *size: int) -> Tensor:
         """Answers (*size, N) from those for chunks of rows."""
-        if len(parts) == 1 and isinstance(parts[0][0], slice) and parts[0][0] == slice(None):
+        if len(parts) == 1 and is_whole(parts[0][0]):
             return parts[0][1]
         answers = self._zeros(*size, self.index.shape[0])
         for which, part in parts:
@@ -453,18 +452,30 @@ def _solve(
     The gradient by the student's logits goes into the buffer, if there is one.
     """
     loss, buffer, per_row = compared.loss, compared.buffer, compared.per_row
-    numbers = torch.arange(index.shape[0], device=index.device)
-    parts = torch.zeros((len(index), loss.parts), dtype=source.dtype, device=index.device)
+    found: list[tuple[Which, Tensor]] = []
     per_row_gradient = None if per_row is None or not differentiate else torch.zeros_like(per_row)
     for which, rows in source.chunks(index, compared.width):
-        chunk = numbers[which]
-        teacher_index = compared.teacher_index[chunk]
+        teacher_index = compared.teacher_index[which]
         for inner, teacher in compared.teacher.chunks(teacher_index, **compared.options):
-            some = chunk[inner]
+            some = _inside(which, inner, index)
             out = None if buffer is None else Rows(buffer, index[some], buffer.shape[1])
             given = None if per_row is None else per_row[some]
             answer = ops.row_loss(loss, rows[inner], teacher, given, out, differentiate)
-            parts[some] = answer.values
+            found.append((some, answer.values))
             if per_row_gradient is not None and answer.per_row_gradient is not None:
                 per_row_gradient[some] = answer.per_row_gradient.to(per_row_gradient.dtype)
+    if len(found) == 1 and is_whole(found[0][0]):
+        return found[0][1], per_row_gradient
+    parts = torch.zeros((len(index), loss.parts), dtype=source.dtype, device=index.device)
+    for some, values in found:
+        parts[some] = values
     return parts, per_row_gradient
+
+
+def _inside(which: Which, inner: Which, index: Tensor) -> Which:
+    """Which rows of an index those are that a part of a part holds."""
+    if is_whole(which):
+        return inner
+    if is_whole(inner):
+        return which
+    return torch.arange(index.shape[0], device=index.device)[which][inner]

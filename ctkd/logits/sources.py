@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ctkd import ops
 from ctkd.logits.base import Logits
-from ctkd.ops import RowLoss, Rows, SoftmaxTerm, Which
+from ctkd.ops import RowLoss, Rows, SoftmaxTerm, Which, is_whole
 
 __all__ = [
     "HeadRows",
@@ -510,7 +510,8 @@ def _one_pass(
 
     def write(which: Which, rows: Rows, out: Rows) -> None:
         known = (None, None) if weights is None else (out, weights[which])
-        ops.softmax_backward(rows, _some(terms, which), out, *known)
+        some = terms if is_whole(which) else _some(terms, which)
+        ops.softmax_backward(rows, some, out, *known)
 
     if row_loss is None or weights is None or buffer is not None:
         return source.backward(index, write, buffer)
@@ -545,8 +546,6 @@ def _one_pass(
 
 def _some(terms: Sequence[SoftmaxTerm], which: Which) -> Sequence[SoftmaxTerm]:
     """Terms of selected rows."""
-    if isinstance(which, slice) and which == slice(None):
-        return terms
     return [_mapped(term, lambda values, _: values[which]) for term in terms]
 
 

@@ -36,6 +36,7 @@ from ctkd.ops.rows import (
     SoftmaxTerm,
     Which,
     can_inspect,
+    is_whole,
     statistics_dtype,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "gradient_rows",
     "head_rows",
     "host_zero",
+    "is_whole",
     "kernels_for",
     "log_normalizers",
     "log_probs_of",

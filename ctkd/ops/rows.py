@@ -20,6 +20,7 @@ __all__ = [
     "SoftmaxTerm",
     "Which",
     "can_inspect",
+    "is_whole",
     "statistics_dtype",
 ]
 
@@ -28,6 +29,11 @@ STANDARD_DEVIATION_EPSILON = 1e-4
 
 Which: TypeAlias = slice | Tensor
 """A selection of N rows: a slice, or their numbers (n,) int64."""
+
+
+def is_whole(which: Which) -> bool:
+    """True if all rows are selected as they are."""
+    return isinstance(which, slice) and which == slice(None)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
