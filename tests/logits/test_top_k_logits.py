@@ -1,5 +1,6 @@
 """`TopKLogits` answers what a dense row answers in which the rest is spread evenly."""
 
+import functools
 import itertools
 
 import pytest
@@ -68,11 +69,17 @@ def oracle(
     kind: str, k: int, dtype: torch.dtype, temperature: float, standardize: bool = False
 ) -> tuple[DenseLogits, Tensor]:
     """Dense logits of the spread rows, to be asked at temperature 1, and what is known."""
-    logits = raw_logits(kind, dtype)
-    log_probs, known = spread_rows(
-        logits.double(), scored(), label_ids(logits), k, temperature, standardize
-    )
+    log_probs, known = spread(kind, k, dtype, temperature, standardize)
     return DenseLogits(log_probs, mask=scored()), known
+
+
+@functools.cache
+def spread(
+    kind: str, k: int, dtype: torch.dtype, temperature: float, standardize: bool
+) -> tuple[Tensor, Tensor]:
+    """The spread rows, worked out once, and what is known."""
+    logits = raw_logits(kind, dtype)
+    return spread_rows(logits.double(), scored(), label_ids(logits), k, temperature, standardize)
 
 
 def agree(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

@@ -335,7 +335,9 @@ def test_a_pair_or_a_batch_that_does_not_fit():
     ("merging", "beta"), [("first", 0.0), ("first", 0.3), ("observed", 1.0), ("bayesian", 0.3)]
 )
 def test_wide_rows_both_ways(merging, beta):
-    inputs = ragged_inputs(10, V=3000, W=2500, dtype=torch.float32)
+    # Few rows, which the oracle walks entry by entry: on both sides a chunk of several tokens.
+    lengths = {"student_lengths": (4, 2), "teacher_lengths": (2, 3)}
+    inputs = ragged_inputs(10, V=3000, W=2500, dtype=torch.float32, **lengths)
     pair = Tokens([*range(5, 1005, 2)], [*range(1500, 2000)], (3000, 2500))
     loss = ctkd.get_loss("gold", pair=pair, merging=merging, beta=beta)
     fast = loss_and_gradient(loss, inputs)

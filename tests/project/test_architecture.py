@@ -5,6 +5,7 @@ Imports inside functions and those for types alone count like any other.
 """
 
 import ast
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
@@ -21,6 +22,7 @@ LAYERS = ("distill", "compare", "cli")
 DEVICE_TYPES = {"cpu", "cuda", "mps"}
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the package by name, parsed."""
     found = {}
@@ -118,14 +120,16 @@ def backend_names(tree: ast.AST) -> list[int]:
     return found
 
 
-PARSED = modules()
-GRAPH = arrows(PARSED)
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """The arrows of the package."""
+    return arrows(modules())
 
 
 def test_nothing_knows_what_is_above_it():
     upwards = [
         f"{name} -> {target}"
-        for name, targets in GRAPH.items()
+        for name, targets in graph().items()
         for target in targets
         if layer(target) > layer(name)
     ]
@@ -144,7 +148,7 @@ def test_nothing_knows_what_is_above_it():
 def test_parts_of_the_core_know_only_what_is_below_them(part, knows):
     found = {
         target.split(".")[1]
-        for name, targets in GRAPH.items()
+        for name, targets in graph().items()
         if name.split(".")[1:2] == [part]
         for target in targets
         if "." in target
@@ -153,14 +157,14 @@ def test_parts_of_the_core_know_only_what_is_below_them(part, knows):
 
 
 def test_no_imports_go_in_circles():
-    found = circles(GRAPH)
+    found = circles(graph())
     assert found == []
 
 
 def test_production_imports_no_testing():
     found = {
         name
-        for name, targets in GRAPH.items()
+        for name, targets in graph().items()
         if not is_testing(name) and any(map(is_testing, targets))
     }
     assert found == set()
@@ -182,7 +186,9 @@ def test_folders_hold_few_files():
 @pytest.mark.parametrize("part", ["distill", "compare"])
 def test_one_file_names_types_of_devices(part):
     found = {
-        name for name in PARSED if name.startswith(f"ctkd.{part}") and device_names(PARSED[name])
+        name
+        for name, tree in modules().items()
+        if name.startswith(f"ctkd.{part}") and device_names(tree)
     }
     assert found <= {"ctkd.distill.devices"}
 
@@ -190,12 +196,12 @@ def test_one_file_names_types_of_devices(part):
 def test_the_core_names_no_backend():
     core = [
         name
-        for name in PARSED
+        for name in modules()
         if layer(name) == 0
         and not is_testing(name)
         and name.split(".")[1:2] not in (["tokenization"], ["ops"], ["ot"])
     ]
-    found = {name for name in core if backend_names(PARSED[name])}
+    found = {name for name in core if backend_names(modules()[name])}
     assert found == set()
 
 

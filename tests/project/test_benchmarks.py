@@ -1,6 +1,8 @@
 """Every benchmark runs at a small size, judges by its bars, and keeps what it found."""
 
 import json
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from benchmarks import (
     train_step,
 )
 from tests.distill.tiny_runs import Workplace
+from tests.forks import python
 
 SMALL = ["--pair", "300:200", "--tokens", "3", "--repeats", "1"]
 
@@ -238,7 +241,12 @@ def test_ratios_are_of_medians():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="kept by Linux alone")
-def test_the_peak_of_a_process():
+def test_the_peak_of_a_process(monkeypatch, tmp_path):
+    # A fork, whose imports are done, has a peak of its own as well.
+    started = tmp_path / "python"
+    started.write_text(f'#!/bin/sh\nexec {shlex.join(python())} "$@"\n')
+    started.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(started))
     script = (
         "import torch\nfrom benchmarks.measuring import PeakMemory, print_peak\n"
         "x = bytearray({} << 20)\ndel x\npeak = PeakMemory(torch.device('cpu'))\n"

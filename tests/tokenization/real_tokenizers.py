@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from ctkd.distill.models.loading import load_tokenizer
+from ctkd.tokenization.token_bytes import TokenBytes
 
 _MISTRAL = {
     "v1": "tokenizer.model.v1",
@@ -33,6 +34,12 @@ def _folder(package: str) -> Path:
 def packaged(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a packaged model; Gemma's takes some five seconds to load."""
     return load_tokenizer(name)
+
+
+@functools.cache
+def table(name: str) -> TokenBytes:
+    """The bytes of a packaged model's tokens."""
+    return TokenBytes.from_tokenizer(packaged(name))
 
 
 @functools.cache

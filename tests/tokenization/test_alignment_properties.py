@@ -20,10 +20,7 @@ REAL = {
     "mistral-v1": lambda: real.mistral("v1"),
     "mistral-v3": lambda: real.mistral("v3"),
 }
-MODELS = {
-    "smollm2": lambda: real.packaged("smollm2-135m-instruct"),
-    "gemma": lambda: real.packaged("gemma-3-270m"),
-}
+MODELS = {"smollm2": "smollm2-135m-instruct", "gemma": "gemma-3-270m"}
 TRAINED = {
     "byte-level": trained.byte_level,
     "byte-level-nfc": lambda: trained.byte_level(nfc=True),
@@ -39,7 +36,9 @@ aligner = functools.cache(Aligner)
 
 @functools.cache
 def loaded(name):
-    tokenizer = (REAL | MODELS | TRAINED)[name]()
+    if name in MODELS:
+        return real.packaged(MODELS[name]), real.table(MODELS[name])
+    tokenizer = (REAL | TRAINED)[name]()
     return tokenizer, TokenBytes.from_tokenizer(tokenizer)
 
 

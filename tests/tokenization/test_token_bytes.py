@@ -223,8 +223,7 @@ def test_a_slow_tokenizer_without_marks_is_refused():
 @pytest.mark.models
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
 def test_packaged_models_spell_every_text(name):
-    tokenizer = real_tokenizers.packaged(name)
-    table = TokenBytes.from_tokenizer(tokenizer)
+    tokenizer, table = real_tokenizers.packaged(name), real_tokenizers.table(name)
     assert len(table) == len(tokenizer)
     assert table.roles[tokenizer.eos_token_id] == "eos"
     for text in trained.HARD_STRINGS:

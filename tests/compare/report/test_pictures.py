@@ -52,7 +52,7 @@ def draw(comparison):
 @functools.cache
 def drawn(case):
     """The pictures of one of the cases below, drawn once."""
-    return draw(CASES[case])
+    return draw(CASES[case]())
 
 
 def texts(picture):
@@ -73,22 +73,22 @@ def words(picture):
 
 
 CASES = {
-    "as usual": fake_comparison(),
-    "one method": fake_comparison(methods=("sft",), seeds=(0,)),
-    "one seed": fake_comparison(seeds=(3,)),
-    "eight methods": fake_comparison(methods=EIGHT, gain=0.3),
-    "no held-out values": fake_comparison(eval_steps=None),
-    "one without held-out values": without_eval_ce(fake_comparison(), "mined"),
-    "nan in one": with_nan(fake_comparison(), "multilevelot", after=20),
-    "nan in all": with_nan(fake_comparison(), *METHODS, after=-1),
-    "one step": fake_comparison(steps=1, logging_steps=1, eval_steps=1),
-    "one group": fake_comparison(groups=1),
+    "as usual": lambda: fake_comparison(),
+    "one method": lambda: fake_comparison(methods=("sft",), seeds=(0,)),
+    "one seed": lambda: fake_comparison(seeds=(3,)),
+    "eight methods": lambda: fake_comparison(methods=EIGHT, gain=0.3),
+    "no held-out values": lambda: fake_comparison(eval_steps=None),
+    "one without held-out values": lambda: without_eval_ce(fake_comparison(), "mined"),
+    "nan in one": lambda: with_nan(fake_comparison(), "multilevelot", after=20),
+    "nan in all": lambda: with_nan(fake_comparison(), *METHODS, after=-1),
+    "one step": lambda: fake_comparison(steps=1, logging_steps=1, eval_steps=1),
+    "one group": lambda: fake_comparison(groups=1),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_is_drawn_and_names_every_method_wherever_it_has_values(case):
-    names = short_names(CASES[case].methods).values()
+    names = short_names(CASES[case]().methods).values()
     for name in names:
         for picture in ("metric", "costs"):
             assert name in words(drawn(case)[picture])

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html import unescape
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -33,7 +34,9 @@ HEIGHT = 9000
 PICTURES = ["picture-metric", "picture-learning-curves", "picture-equal-effort", "picture-costs"]
 # Only in the tests' copy of a page: puts into it where its pictures lie.
 PROBE = """<script>addEventListener('load', () => {
-const boxes = {height: document.body.getBoundingClientRect().bottom + scrollY};
+const boxes = {
+  height: document.body.getBoundingClientRect().bottom + scrollY, wide: document.body.scrollWidth,
+};
 for (const one of document.querySelectorAll('figure')) {
   const svg = one.querySelector('svg'), box = svg.getBoundingClientRect();
   boxes[one.id] = [box.left, box.top + scrollY, box.right, box.bottom + scrollY];
@@ -44,6 +47,15 @@ document.body.append(found);
 })</script></body>"""
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+class Painted(NamedTuple):
+    """A page as it was shown."""
+
+    pixels: np.ndarray
+    boxes: dict
+    wide: float
+    dom: str
 
 
 class Browser:
@@ -72,7 +84,7 @@ class Browser:
         return self.run(page, "--dump-dom")
 
     def painted(self, page, *, dark=False):
-        """The page's pixels, and where each picture lies in them."""
+        """The page's pixels, where its pictures lie in them, its width, and what was parsed."""
         shot = self.folder / f"shot{self.count}.png"
         probed = page.replace("</body>", PROBE)
         dom = self.run(probed, "--dump-dom", f"--screenshot={shot}", dark=dark)
@@ -81,7 +93,7 @@ class Browser:
         with Image.open(shot) as image:
             pixels = np.asarray(image.convert("RGB"))
         assert pixels.shape == (HEIGHT, WIDTH, 3)
-        return pixels, boxes
+        return Painted(pixels, boxes, boxes.pop("wide"), dom)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +104,12 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     return written(fake_comparison(), tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def painted(browser, page):
+    """The page as it is, shown once."""
+    return browser.painted(page)
 
 
 def written(comparison, folder):
@@ -125,8 +143,8 @@ def changed(page, name, change):
     return page[: found.start(2)] + change(found.group(2)) + page[found.end(2) :]
 
 
-def test_the_browser_has_parsed_what_was_written(browser, page):
-    dom = browser.parsed(page)
+def test_the_browser_has_parsed_what_was_written(page, painted):
+    dom = painted.dom
     for title in re.findall(r"<h2>.*?</h2>", page):
         assert title in dom
     assert dom.count('role="img"') == 4
@@ -135,15 +153,15 @@ def test_the_browser_has_parsed_what_was_written(browser, page):
     assert dom.count("<use") == page.count("<use")
 
 
-def test_every_picture_is_painted(browser, page):
-    pixels, boxes = browser.painted(page)
+def test_every_picture_is_painted(painted):
+    pixels, boxes = painted.pixels, painted.boxes
     assert list(boxes) == PICTURES
     for name in PICTURES:
         check_picture(name, pixels, boxes)
 
 
 def test_every_picture_is_painted_on_a_dark_page(browser, page):
-    pixels, boxes = browser.painted(page, dark=True)
+    pixels, boxes, *_ = browser.painted(page, dark=True)
     for name in PICTURES:
         check_picture(name, pixels, boxes, dark=True)
     assert pixels[0, 0].tolist() == rgb(drawing.DARK[drawing.PAPER])
@@ -152,7 +170,7 @@ def test_every_picture_is_painted_on_a_dark_page(browser, page):
 def test_blank_pictures_would_be_noticed(browser, page):
     for name in PICTURES:
         page = changed(page, name, lambda inside: "")
-    pixels, boxes = browser.painted(page)
+    pixels, boxes, *_ = browser.painted(page)
     for name in PICTURES:
         with pytest.raises(AssertionError, match=f"{name} shows 0 pixels"):
             check_picture(name, pixels, boxes)
@@ -162,7 +180,7 @@ def test_a_missing_a_hidden_and_a_picture_without_marks_would_be_noticed(browser
     page = re.sub(r'<figure id="picture-equal-effort">.*?</figure>', "", page, flags=re.DOTALL)
     page = page.replace('<figure id="picture-costs"', '<figure hidden id="picture-costs"')
     page = changed(page, "picture-metric", lambda inside: inside.replace("href=", "data-href="))
-    pixels, boxes = browser.painted(page)
+    pixels, boxes, *_ = browser.painted(page)
     for name, told in (
         ("picture-equal-effort", "is missing"),
         ("picture-costs", "has no room"),
@@ -181,8 +199,5 @@ def test_hostile_texts_are_no_elements_and_run_nothing(browser, tmp_path):
     assert "demonstration, no ranking" in dom
 
 
-def test_nothing_is_wider_than_the_page(browser, page):
-    probe = PROBE.replace("scrollY};", "scrollY, wide: document.body.scrollWidth};")
-    dom = browser.parsed(page.replace("</body>", probe))
-    boxes = json.loads(unescape(re.search(r"<output>(.*?)</output>", dom).group(1)))
-    assert boxes["wide"] <= WIDTH
+def test_nothing_is_wider_than_the_page(painted):
+    assert 0 < painted.wide <= WIDTH

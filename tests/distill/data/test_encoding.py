@@ -12,8 +12,8 @@ from ctkd.distill.data.tasks import Example, examples
 from ctkd.errors import DataError, SettingError
 from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.token_bytes import TokenBytes
+from tests.tokenization import real_tokenizers
 from tests.tokenization import trained_tokenizers as trained
-from tests.tokenization.real_tokenizers import packaged
 
 EXACT = {
     "byte-level": trained.byte_level,
@@ -314,13 +314,14 @@ def test_wrong_settings_are_refused():
 
 @pytest.mark.models
 def test_the_packaged_models_encode_the_embedded_set():
-    student, teacher = packaged("smollm2-135m-instruct"), packaged("gemma-3-270m")
+    names = ("smollm2-135m-instruct", "gemma-3-270m")
+    student, teacher = map(real_tokenizers.packaged, names)
     found = encode_examples(examples(load_rows("pocketqa"), "qa"), student, teacher, max_length=512)
     assert found.report() == ""
     assert leading_ids(student) == []
     assert leading_ids(teacher) == [teacher.bos_token_id]
-    for tokenizer in (student, teacher):
-        table = TokenBytes.from_tokenizer(tokenizer)
+    for name in names:
+        tokenizer, table = real_tokenizers.packaged(name), real_tokenizers.table(name)
         for answer in ANSWERS:
             one = encode_side(tokenizer, table, "Where?", answer)
             assert table.decode(one.answer_ids).decode() == answer
