@@ -106,7 +106,7 @@ def _moments(tensor, start, width, ALIGNED: tl.constexpr, R: tl.constexpr, C: tl
     gap = mean - center
     total = tl.sum(squares + count * gap * gap, 0)
     # Of one column there is no deviation: 0 / 0.
-    return center, tl.sqrt(total / (width - 1).to(tl.float32))
+    return center, tl.sqrt(total / tl.cast(width - 1, tl.float32))
 
 
 @triton.jit
@@ -153,8 +153,8 @@ def statistics(
             if not ALIGNED:
                 y = _part(tensor, start, lanes, before, float("-inf")) * scale
                 if MASKED:
-                    counts = tl.load(columns_mask + lanes, mask=lanes < before, other=False)
-                    y = tl.where(counts, y, float("-inf"))
+                    some = tl.load(columns_mask + lanes, mask=lanes < before, other=False)
+                    y = tl.where(some, y, float("-inf"))
                 largest, sums = _add_sums(y, largest, sums, inverses, T)
             first = tl.multiple_of(start + before, 16)
             for offset in range(0, stop - before, R * C):
@@ -417,7 +417,7 @@ def gradient_rows(
                         entry = tl.load(tensor + start + tl.load(ids[t] + place)).to(tl.float32)
                         change += tl.load(weights[t] + place) * inverses[t] * entry
             # A constant row has no direction in which its deviation grows.
-            spread = deviation * (standard_width - 1).to(tl.float32)
+            spread = deviation * tl.cast(standard_width - 1, tl.float32)
             varies = deviation != 0.0
             slope = tl.where(varies, change * scale * scale / tl.where(varies, spread, 1.0), 0.0)
             standard = scale, center, slope, standard_width
