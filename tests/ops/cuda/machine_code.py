@@ -194,7 +194,7 @@ def main() -> int:
         counts = {one: instructions.count(one) for one in sorted({*instructions})}
         arguments = re.search(r"func public @\w+\((.*?)\) attributes", compiled.asm["ttir"])[1]
         arguments = re.sub(r" loc\(.*?\)\)", "", arguments)
-        print(f"{name} sm_{capability}: {registers} registers, {counts}", arguments)
+        print(f"{name} sm_{capability}: {registers} registers, {counts}", arguments, flush=True)
         spilled |= any(one.startswith(("LDL", "STL")) for one in instructions)
     return int(spilled)
 
