@@ -15,15 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.ops.costs import Cost
-from ctkd.ops.cuda.operators import (
-    Matrix,
-    kernel_cost,
-    kernels,
-    nbytes,
-    operator,
-    power_of_two,
-    serves,
-)
+from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two, serves
 
 __all__ = ["serves", "sums_at_positions"]
 
@@ -66,19 +58,24 @@ class Side(NamedTuple):
         log_probs: (B, S, K) of the first term.
         others: (B, S, K) of the second term.
         at: (B, P) positions that are compared.
+        outer: Entries from a sequence's to the next's.
+        inner: Entries from a position to the next.
         length: S.
     """
 
     log_probs: Tensor
     others: Tensor
-    at: Matrix
+    at: Tensor
+    outer: int
+    inner: int
     length: int
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], at: Tensor) -> Side:
         """A side of one or two tensors."""
         first, *others = (one.contiguous() for one in tensors)
-        return cls(first, others[0] if others else first, Matrix.of(at), first.shape[1])
+        outer, inner = at.stride()
+        return cls(first, others[0] if others else first, at, outer, inner, first.shape[1])
 
 
 class Matched(NamedTuple):

@@ -24,7 +24,7 @@ def _scored(matched, problem, numbers):
 @triton.jit
 def _rows(side, problem, numbers, scored):
     """Rows of a side at positions of a sequence."""
-    place = side.at.tensor + problem * side.at.outer + numbers * side.at.inner
+    place = side.at + problem * side.outer + numbers * side.inner
     return problem * side.length + tl.load(place, mask=scored, other=0)
 
 

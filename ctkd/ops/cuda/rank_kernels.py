@@ -403,6 +403,8 @@ def uld_rows(values, student, teacher, out, scratch, count, FORM: tl.constexpr):
         count: N.
         FORM: A `ctkd.ops.cuda.row_losses.CountingForm`.
     """
+    # Triton before 3.7 loses a number 1 of a tuple in a tuple within a loop, if it is not assigned.
+    student, teacher = student, teacher
     memory = _memory_of(scratch, student, teacher, FORM.tile)
     for begin in range(0, count, tl.num_programs(0)):
         number = begin + tl.program_id(0)
@@ -446,6 +448,8 @@ def gold_rows(answers, student, teacher, out, scratch, count, settings, FORM: tl
         FORM: As of `uld_rows`.
     """
     values, scale_gradients = answers
+    # Triton before 3.7 loses a number 1 of a tuple in a tuple within a loop, if it is not assigned.
+    student, teacher = student, teacher
     memory = _memory_of(scratch, student, teacher, FORM.tile)
     other_partners = settings.partners + student.rows.width
     for begin in range(0, count, tl.num_programs(0)):

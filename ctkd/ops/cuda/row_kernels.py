@@ -337,6 +337,8 @@ def gradient_rows(
         FORM: A `ctkd.ops.cuda.row_operators.GradientForm`.
         C: Columns of a tile.
     """
+    # Triton before 3.7 loses a number 1 of a tuple in a tuple within a loop, if it is not assigned.
+    terms = terms
     tensor = rows.tensor
     number = tl.program_id(0).to(tl.int64)
     row = row_number(rows, number)
