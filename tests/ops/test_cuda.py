@@ -107,6 +107,9 @@ def test_every_operator_is_declared():
         if name.startswith("ctkd::")
     }
     assert registered and registered <= DECLARED.keys()
+    for name in registered:
+        arguments = getattr(torch.ops.ctkd, name).default._schema.arguments
+        assert sum(not one.kwarg_only for one in arguments) <= 8, name
 
 
 def test_without_values_operators_make_what_kernels_would():

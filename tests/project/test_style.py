@@ -1,5 +1,6 @@
-"""Formatting, lint and types, so that one command checks everything."""
+"""Formatting, lint, types and lists of parameters, so that one command checks everything."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ COMMANDS = {
     "format": ["ruff", "format", "--check", "."],
     "types": ["mypy"],
 }
+MOST_POSITIONAL = 8
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
@@ -22,3 +24,15 @@ def test_is_clean(command):
     assert found, f"{command[0]} is not installed; install the extra 'test'"
     done = subprocess.run([found, *command[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_belongs_together_is_passed_together():
+    """No function, kernels included, has more positional parameters than one can keep apart."""
+    found = []
+    for file in sorted((ROOT / "ctkd").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                count = len(node.args.posonlyargs) + len(node.args.args)
+                if count > MOST_POSITIONAL:
+                    found.append(f"{file.relative_to(ROOT)}:{node.lineno} has {count}")
+    assert not found, "\n".join(found)

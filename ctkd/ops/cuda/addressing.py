@@ -1,4 +1,4 @@
-"""Where rows lie in memory, as `ctkd.ops.cuda.operators.place_of` gives it to kernels."""
+"""Where rows lie in memory, given to kernels as a `ctkd.ops.cuda.operators.Place`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ __all__ = ["row_number", "row_start"]
 
 
 @triton.jit
-def row_number(index, number, INDEXED: tl.constexpr):
+def row_number(rows, number):
     """Row of the tensor that is the given one of N, -1 for none."""
     number = number.to(tl.int64)
-    if INDEXED:
-        number = tl.load(index + number)
+    if rows.numbers is not None:
+        number = tl.load(rows.numbers + number)
     return number
 
 
 @triton.jit
-def row_start(row, length, outer, inner):
+def row_start(rows, row):
     """First entry of a row."""
-    return (row // length) * outer + (row % length) * inner
+    return (row // rows.length) * rows.outer + (row % rows.length) * rows.inner

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from ctkd.ops.costs import DECLARED, Cost
-from ctkd.ops.cuda.operators import kernels, operator
+from ctkd.ops.costs import Cost
+from ctkd.ops.cuda.operators import Matrix, kernels, operator
 
 __all__ = ["chunk_table"]
 
@@ -22,37 +23,41 @@ def chunk_table(mask: Tensor, chunk_ids: Tensor, count: int) -> tuple[Tensor, Te
         chunk_ids: (B, S) chunk of each position, below 0 for none.
         count: C.
     """
-    sizes, first, last = torch.ops.ctkd.chunk_table(mask, chunk_ids, count)
+    sizes, first, last = _chunk_table(mask, chunk_ids, count)
     return sizes, first, last
 
 
-def _table(mask: Tensor, chunk_ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    size = chunk_ids.shape[0], count
-    return chunk_ids.new_empty(size), chunk_ids.new_empty(size), chunk_ids.new_empty(size)
+@dataclass(frozen=True)
+class _Table:
+    """Arguments as of `chunk_table`."""
+
+    mask: Tensor
+    chunk_ids: Tensor
+    count: int
+
+    def answers(self) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.chunk_ids.shape[0], self.count
+        make = self.chunk_ids.new_empty
+        return make(size), make(size), make(size)
+
+    def start(self, answers: tuple[Tensor, Tensor, Tensor]) -> None:
+        if answers[0].numel():
+            batch, positions = self.chunk_ids.shape
+            kernels("row_kernels").chunk_table[(batch,)](
+                Matrix.of(self.mask),
+                Matrix.of(self.chunk_ids),
+                answers,
+                positions,
+                self.count,
+                TILE=_TILE,
+                num_warps=_WARPS,
+            )
+
+    def cost(self) -> Cost:
+        # Each answer is written, counted in and, the first positions, looked at again.
+        table = 8 * self.chunk_ids.shape[0] * self.count
+        read = self.mask.nbytes + 7 * self.chunk_ids.nbytes
+        return Cost(1, read + 5 * table, 0)
 
 
-@operator("chunk_table", _table)
-def _chunk_table(mask: Tensor, chunk_ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    answers = _table(mask, chunk_ids, count)
-    if answers[0].numel():
-        kernels("row_kernels").chunk_table[(chunk_ids.shape[0],)](
-            mask,
-            chunk_ids,
-            *answers,
-            *mask.stride(),
-            *chunk_ids.stride(),
-            chunk_ids.shape[1],
-            count,
-            TILE=_TILE,
-            num_warps=_WARPS,
-        )
-    return answers
-
-
-def _cost(mask: Tensor, chunk_ids: Tensor, count: int) -> Cost:
-    # Each answer is written, counted in and, the first positions, looked at again.
-    table = 8 * chunk_ids.shape[0] * count
-    return Cost(1, mask.nbytes + chunk_ids.nbytes + 3 * table + 6 * chunk_ids.nbytes + 2 * table, 0)
-
-
-DECLARED["chunk_table"] = _cost
+_chunk_table = operator("chunk_table", _Table)

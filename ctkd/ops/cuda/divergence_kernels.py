@@ -9,17 +9,19 @@ once a tile, not once an entry.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ctkd.ops.cuda.addressing import row_number, row_start
 
 __all__ = [
-    "divergence_terms",
+    "Part",
     "fold_sum",
-    "log_ratio",
     "pair_columns",
     "shared_kl_rows",
+    "shared_terms",
     "total_of_lanes",
 ]
 
@@ -78,7 +80,7 @@ def _log1p(x):
 
 
 @triton.jit
-def divergence_terms(gap, student_probs, teacher_probs, beta, KIND: tl.constexpr):
+def _divergence_terms(gap, student_probs, teacher_probs, beta, KIND: tl.constexpr):
     """Terms of a divergence, and their derivatives by the student's log-probabilities.
 
     Args:
@@ -104,7 +106,7 @@ def divergence_terms(gap, student_probs, teacher_probs, beta, KIND: tl.constexpr
 
 
 @triton.jit
-def log_ratio(exponents, offset, other_exponents, other_offset, floor):
+def _log_ratio(exponents, offset, other_exponents, other_offset, floor):
     """Gaps of log-probabilities ``exponent * log 2 + offset``, each raised to the floor."""
     lowest = (floor - offset) * _LOG2_E
     other_lowest = (floor - other_offset) * _LOG2_E
@@ -114,11 +116,30 @@ def log_ratio(exponents, offset, other_exponents, other_offset, floor):
     return (exponents - other_exponents) * _LOG_2 + (offset - other_offset)
 
 
+class Part(NamedTuple):
+    """A row's probabilities on shared columns: ``exp((logit - top) * scale * log 2 + offset)``."""
+
+    row: Any
+    top: Any
+    scale: Any
+    offset: Any
+
+
+class _Sums(NamedTuple):
+    """Largest logit and sum of exponentials of shared columns, and of the others."""
+
+    top: Any
+    total: Any
+    rest_top: Any
+    rest_total: Any
+
+
 @triton.jit
-def _class_sums(
-    row, partners, width, scale, lowest, REST: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):
-    """Largest logit and sum of exponentials of the shared columns, and of the others."""
+def _class_sums(row, width, partners, settings, FORM: tl.constexpr):
+    """Sums of a row, of the others with REST only."""
+    R: tl.constexpr = FORM.tile[0]
+    C: tl.constexpr = FORM.tile[1]
+    scale = settings.scale
     places = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
     largest = tl.full((C,), float("-inf"), tl.float32)
     total = tl.zeros((C,), tl.float32)
@@ -128,17 +149,17 @@ def _class_sums(
         columns = first + places
         inside = columns < width
         is_shared = tl.load(partners + columns, mask=inside, other=-1) >= 0
-        wanted = inside if REST else is_shared
+        wanted = inside if FORM.rest else is_shared
         logits = tl.load(row + columns, mask=wanted, other=0.0).to(tl.float32)
-        logits = tl.where(logits < lowest, lowest, logits)
+        logits = tl.where(logits < settings.lowest, settings.lowest, logits)
         shared = tl.where(is_shared, logits, float("-inf"))
         largest, total = fold_sum(largest, total, shared, scale)
-        if REST:
+        if FORM.rest:
             others = tl.where(inside & (is_shared == 0), logits, float("-inf"))
             rest_largest, rest_total = fold_sum(rest_largest, rest_total, others, scale)
     top, total = total_of_lanes(largest, total, scale)
     rest_top, rest_total = total_of_lanes(rest_largest, rest_total, scale)
-    return top, total, rest_top, rest_total
+    return _Sums(top, total, rest_top, rest_total)
 
 
 @triton.jit
@@ -147,60 +168,42 @@ def _softplus(x):
 
 
 @triton.jit
-def _class_logs(top, total, rest_top, rest_total, temperature, floor, REST: tl.constexpr):
+def _class_logs(sums, settings, REST: tl.constexpr):
     """The offset of log-probabilities of shared columns, and the log-probability of the rest."""
-    offset = -tl.log(total)
+    offset = -tl.log(sums.total)
     log_rest = 0.0 * offset
     if REST:
-        lead = (top - rest_top) / temperature + tl.log(total) - tl.log(rest_total)
+        lead = (sums.top - sums.rest_top) / settings.temperature + tl.log(sums.total)
+        lead -= tl.log(sums.rest_total)
         # Low enough for the floor to apply, high enough not to lose the exponents' digits.
-        offset += tl.maximum(-_softplus(-lead), 2.0 * floor)
-        log_rest = tl.maximum(-_softplus(lead), floor)
+        offset += tl.maximum(-_softplus(-lead), 2.0 * settings.floor)
+        log_rest = tl.maximum(-_softplus(lead), settings.floor)
     return offset, log_rest
 
 
 @triton.jit
-def _shared_terms(
-    logits,
-    row,
-    partners,
-    is_shared,
-    top,
-    offset,
-    teacher_top,
-    teacher_offset,
-    scale,
-    beta,
-    lowest,
-    floor,
-    KIND: tl.constexpr,
-):
+def shared_terms(logits, partners, student, teacher, settings, KIND: tl.constexpr):
     """Terms of shared columns, derivatives and probabilities; 0 elsewhere.
 
     Args:
-        logits: The student's, raised to the lowest.
-        row: The teacher's.
-        partners: Of the columns, -1 for none.
-        is_shared: Whether there is one.
-        top: The student's largest shared logit.
-        offset: Of the student's log-probabilities.
-        teacher_top: The teacher's largest shared logit.
-        teacher_offset: Of the teacher's log-probabilities.
-        scale: log2(e) over the temperature.
-        beta: Of the divergence.
-        lowest: Lower bound of logits.
-        floor: Lower bound of log-probabilities.
+        logits: The student's.
+        partners: Of their columns, -1 for none.
+        student: Its `Part`.
+        teacher: Its `Part`.
+        settings: With beta, the floor of log-probabilities and the lowest of logits, if any.
         KIND: Of the divergence.
     """
-    others = tl.load(row + partners, mask=is_shared, other=0.0).to(tl.float32)
-    others = tl.where(others < lowest, lowest, others)
+    is_shared = partners >= 0
+    others = tl.load(teacher.row + partners, mask=is_shared, other=0.0).to(tl.float32)
+    if settings.lowest is not None:
+        others = tl.where(others < settings.lowest, settings.lowest, others)
     # Elsewhere nothing may overflow.
-    exponents = tl.where(is_shared, (logits - top) * scale, 0.0)
-    other_exponents = tl.where(is_shared, (others - teacher_top) * scale, 0.0)
-    probs = tl.exp2(exponents + offset * _LOG2_E)
-    other_probs = tl.exp2(other_exponents + teacher_offset * _LOG2_E)
-    gap = log_ratio(exponents, offset, other_exponents, teacher_offset, floor)
-    terms, changes = divergence_terms(gap, probs, other_probs, beta, KIND)
+    exponents = tl.where(is_shared, (logits - student.top) * student.scale, 0.0)
+    other_exponents = tl.where(is_shared, (others - teacher.top) * teacher.scale, 0.0)
+    probs = tl.exp2(exponents + student.offset * _LOG2_E)
+    other_probs = tl.exp2(other_exponents + teacher.offset * _LOG2_E)
+    gap = _log_ratio(exponents, student.offset, other_exponents, teacher.offset, settings.floor)
+    terms, changes = _divergence_terms(gap, probs, other_probs, settings.beta, KIND)
     zero = tl.zeros_like(probs)
     return (
         tl.where(is_shared, terms, zero),
@@ -210,152 +213,91 @@ def _shared_terms(
 
 
 @triton.jit
-def shared_kl_rows(
-    values,
-    student,
-    student_index,
-    student_length,
-    student_outer,
-    student_inner,
-    teacher,
-    teacher_index,
-    teacher_length,
-    teacher_outer,
-    teacher_inner,
-    out,
-    out_index,
-    out_length,
-    out_outer,
-    out_inner,
-    partners,
-    student_width,
-    teacher_width,
-    out_width,
-    temperature,
-    scale,
-    beta,
-    lowest,
-    floor,
-    STUDENT_INDEXED: tl.constexpr,
-    TEACHER_INDEXED: tl.constexpr,
-    OUT_INDEXED: tl.constexpr,
-    WRITES: tl.constexpr,
-    REST: tl.constexpr,
-    KIND: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-):
+def shared_kl_rows(values, student, teacher, out, partners, settings, FORM: tl.constexpr):
     """Divergence of a row on shared columns and, with REST, the class of the rest.
 
     Derivatives by log-probabilities sum to 0 where beta is 0; else their sum takes a pass over the
-    row of its own. Rows are given as `ctkd.ops.cuda.addressing` has them; ``partners`` is what
-    `pair_columns` writes, and ``scale`` is log2(e) over the temperature.
+    row of its own. Rows are given as `ctkd.ops.cuda.addressing` has them.
+
+    Args:
+        values: (N,) what is written.
+        student: Rows of logits.
+        teacher: Rows of logits.
+        out: Rows that gradients are written to, if there are any.
+        partners: As `pair_columns` writes them.
+        settings: A `ctkd.ops.cuda.row_losses.SharedKLSettings`.
+        FORM: A `ctkd.ops.cuda.row_losses.SharedKLForm`.
     """
+    KIND: tl.constexpr = FORM.kind
+    R: tl.constexpr = FORM.tile[0]
+    C: tl.constexpr = FORM.tile[1]
+    temperature, scale, lowest = settings.temperature, settings.scale, settings.lowest
     number = tl.program_id(0)
-    row = row_number(student_index, number, STUDENT_INDEXED)
-    other_row = row_number(teacher_index, number, TEACHER_INDEXED)
+    row = row_number(student, number)
+    other_row = row_number(teacher, number)
     if (row < 0) | (other_row < 0):
         tl.store(values + number, 0.0)
         return
-    student += row_start(row, student_length, student_outer, student_inner)
-    teacher += row_start(other_row, teacher_length, teacher_outer, teacher_inner)
-    top, total, rest_top, rest_total = _class_sums(
-        student, partners, student_width, scale, lowest, REST, R, C
-    )
-    teacher_top, teacher_total, teacher_rest_top, teacher_rest_total = _class_sums(
-        teacher, partners + student_width, teacher_width, scale, lowest, REST, R, C
-    )
-    offset, log_rest = _class_logs(top, total, rest_top, rest_total, temperature, floor, REST)
-    teacher_offset, teacher_log_rest = _class_logs(
-        teacher_top,
-        teacher_total,
-        teacher_rest_top,
-        teacher_rest_total,
-        temperature,
-        floor,
-        REST,
-    )
+    own = student.tensor + row_start(student, row)
+    other = teacher.tensor + row_start(teacher, other_row)
+    sums = _class_sums(own, student.width, partners, settings, FORM)
+    other_sums = _class_sums(other, teacher.width, partners + student.width, settings, FORM)
+    offset, log_rest = _class_logs(sums, settings, FORM.rest)
+    other_offset, other_log_rest = _class_logs(other_sums, settings, FORM.rest)
+    part = Part(own, sums.top, scale, offset)
+    other_part = Part(other, other_sums.top, scale, other_offset)
     places = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
     value_lanes = tl.zeros((C,), tl.float32)
     change = 0.0
     if KIND != 0:
         change_lanes = tl.zeros((C,), tl.float32)
-        for first in range(0, student_width, R * C):
+        for first in range(0, student.width, R * C):
             columns = first + places
-            partner = tl.load(partners + columns, mask=columns < student_width, other=-1)
-            is_shared = partner >= 0
-            logits = tl.load(student + columns, mask=is_shared, other=0.0).to(tl.float32)
+            partner = tl.load(partners + columns, mask=columns < student.width, other=-1)
+            logits = tl.load(own + columns, mask=partner >= 0, other=0.0).to(tl.float32)
             logits = tl.where(logits < lowest, lowest, logits)
-            terms, changes, _ = _shared_terms(
-                logits,
-                teacher,
-                partner,
-                is_shared,
-                top,
-                offset,
-                teacher_top,
-                teacher_offset,
-                scale,
-                beta,
-                lowest,
-                floor,
-                KIND,
-            )
+            terms, changes, _ = shared_terms(logits, partner, part, other_part, settings, KIND)
             value_lanes += tl.sum(terms, 0)
             change_lanes += tl.sum(changes, 0)
         change = tl.sum(change_lanes, 0)
     rest_term = 0.0
     rest_factor = 0.0
-    if REST:
+    if FORM.rest:
         rest_prob = tl.exp(log_rest)
-        rest_term, rest_change = divergence_terms(
-            log_rest - teacher_log_rest, rest_prob, tl.exp(teacher_log_rest), beta, KIND
+        rest_term, rest_change = _divergence_terms(
+            log_rest - other_log_rest, rest_prob, tl.exp(other_log_rest), settings.beta, KIND
         )
         if KIND != 0:
             change += rest_change
-        rest_factor = (rest_change - rest_prob * change) / (rest_total * temperature)
-    if WRITES:
-        gradient = row_number(out_index, number, OUT_INDEXED)
-        out += row_start(gradient, out_length, out_outer, out_inner)
-    if WRITES or KIND == 0:
-        end = out_width if WRITES else student_width
+        rest_factor = (rest_change - rest_prob * change) / (sums.rest_total * temperature)
+    if out.tensor is not None:
+        target = row_number(out, number)
+        gradient = out.tensor + row_start(out, target)
+    if (out.tensor is not None) or KIND == 0:
+        end = student.width if out.tensor is None else out.width
         for first in range(0, end, R * C):
             columns = first + places
-            inside = columns < student_width
+            inside = columns < student.width
             partner = tl.load(partners + columns, mask=inside, other=-1)
             is_shared = partner >= 0
-            wanted = inside if REST else is_shared
-            raw = tl.load(student + columns, mask=wanted, other=0.0).to(tl.float32)
+            wanted = inside if FORM.rest else is_shared
+            raw = tl.load(own + columns, mask=wanted, other=0.0).to(tl.float32)
             logits = tl.where(raw < lowest, lowest, raw)
-            terms, changes, probs = _shared_terms(
-                logits,
-                teacher,
-                partner,
-                is_shared,
-                top,
-                offset,
-                teacher_top,
-                teacher_offset,
-                scale,
-                beta,
-                lowest,
-                floor,
-                KIND,
-            )
+            terms, changes, probs = shared_terms(logits, partner, part, other_part, settings, KIND)
             if KIND == 0:
                 value_lanes += tl.sum(terms, 0)
-            if WRITES:
+            if out.tensor is not None:
                 gradients = (changes - probs * change) / temperature
-                if REST:
-                    others = tl.where(is_shared, rest_top, logits)
-                    parts = tl.exp2((others - rest_top) * scale) * rest_factor
+                if FORM.rest:
+                    others = tl.where(is_shared, sums.rest_top, logits)
+                    parts = tl.exp2((others - sums.rest_top) * scale) * rest_factor
                     gradients = tl.where(is_shared, gradients, parts)
                 # No gradient passes where a logit was raised to the lowest.
                 gradients = tl.where(inside & (raw >= lowest), gradients, 0.0)
                 gradients = tl.where(raw != raw, raw, gradients)
                 tl.store(
-                    out + columns,
-                    gradients.to(out.dtype.element_ty),
-                    mask=(columns < out_width) & (gradient >= 0),
+                    gradient + columns,
+                    gradients.to(gradient.dtype.element_ty),
+                    mask=(columns < out.width) & (target >= 0),
                 )
     tl.store(values + number, tl.sum(value_lanes, 0) + rest_term)

@@ -6,13 +6,15 @@ The operators are there whether triton is or not: on the meta device they have s
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ctkd.ops.costs import DECLARED, Cost
+from ctkd.ops.costs import Cost
 from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two
 
 __all__ = ["sums_at_positions"]
@@ -44,180 +46,185 @@ def sums_at_positions(
         (first, None if second is first else second) for first, second in (student, teacher)
     )
     sums: tuple[Tensor, Tensor] = _Sums.apply(
-        *ours, *theirs, missing, student_at, teacher_at, valid, *weights
+        weights, *ours, *theirs, missing, student_at, teacher_at, valid
     )
     return sums
 
 
+class Side(NamedTuple):
+    """Log-probabilities of a side, as kernels are given them.
+
+    Attributes:
+        log_probs: (B, S, K) of the first term.
+        others: (B, S, K) of the second term.
+        at: (B, P) positions that are compared.
+        outer: Entries from a sequence's to the next's.
+        inner: Entries from a position to the next.
+        length: S.
+    """
+
+    log_probs: Tensor
+    others: Tensor
+    at: Tensor
+    outer: int
+    inner: int
+    length: int
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], at: Tensor) -> Side:
+        """A side of one or two tensors."""
+        first, *others = (one.contiguous() for one in tensors)
+        outer, inner = at.stride()
+        return cls(first, others[0] if others else first, at, outer, inner, first.shape[1])
+
+
+class Matched(NamedTuple):
+    """What is compared.
+
+    Attributes:
+        valid: (B, P) whether a position is.
+        positions: P.
+        missing: (B, K) whether a column has no partner.
+        width: K.
+    """
+
+    valid: Tensor
+    positions: int
+    missing: Tensor
+    width: int
+
+
+class Term(NamedTuple):
+    """A term in a backward pass.
+
+    Attributes:
+        weight: Of the term.
+        upstream: (B,) gradient of its sum, or None.
+        stride: Of that.
+        gradient: What is written; None where that of the first term takes it.
+    """
+
+    weight: float
+    upstream: Tensor | None
+    stride: int
+    gradient: Tensor | None
+
+
 class _Sums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(*given[:8])
-        ctx.weights = given[8:]
+    def forward(
+        ctx: Any, weights: tuple[float, float], *given: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.weights = weights
+        ctx.save_for_backward(*given)
         ctx.set_materialize_grads(False)
-        sums: tuple[Tensor, Tensor] = torch.ops.ctkd.matched_columns(*given)
+        sums: tuple[Tensor, Tensor] = _matched_columns(*_grouped(*given), weights)
         return sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         given = ctx.saved_tensors
-        if gradients == (None, None):
-            return (None,) * 10
-        answer = torch.ops.ctkd.matched_columns_backward(*given, *ctx.weights, *gradients)
-        return answer[0], None if given[1] is None else answer[1], *(None,) * 8
+        if upstream == (None, None):
+            return (None,) * 9
+        answer = _matched_columns_backward(*_grouped(*given), ctx.weights, upstream)
+        return None, answer[0], None if given[1] is None else answer[1], *(None,) * 6
 
 
-def _sums(
-    student: Tensor,
-    log_student: Tensor | None,
-    teacher: Tensor,
-    log_teacher: Tensor | None,
-    missing: Tensor,
-    student_at: Tensor,
-    teacher_at: Tensor,
-    valid: Tensor,
-    weight: float,
-    log_weight: float,
-) -> tuple[Tensor, Tensor]:
-    batch = student.shape[0]
-    return student.new_empty(batch), student.new_empty(batch)
+def _grouped(*given: Tensor | None) -> tuple[Any, ...]:
+    """Arguments of the operators, of which those that may be missing are in lists."""
+    sides = [[one for one in given[start : start + 2] if one is not None] for start in (0, 2)]
+    missing, *at, valid = given[4:]
+    return *sides, missing, at, valid
 
 
-@operator("matched_columns", _sums)
-def _matched_columns(
-    student: Tensor,
-    log_student: Tensor | None,
-    teacher: Tensor,
-    log_teacher: Tensor | None,
-    missing: Tensor,
-    student_at: Tensor,
-    teacher_at: Tensor,
-    valid: Tensor,
-    weight: float,
-    log_weight: float,
-) -> tuple[Tensor, Tensor]:
-    """Sums (B,) of both terms."""
-    batch, student_length, width = student.shape
-    sums = student.new_empty(batch), student.new_empty(batch)
-    student, teacher = student.contiguous(), teacher.contiguous()
-    if batch:
-        kernels("matched_columns_kernels").matched_columns[(batch,)](
-            student,
-            teacher,
-            student if log_student is None else log_student.contiguous(),
-            teacher if log_teacher is None else log_teacher.contiguous(),
-            missing.contiguous().view(torch.uint8),
-            student_at,
-            *student_at.stride(),
-            teacher_at,
-            *teacher_at.stride(),
-            valid.contiguous().view(torch.uint8),
-            *sums,
-            weight,
-            log_weight,
-            valid.shape[1],
-            student_length,
-            teacher.shape[1],
-            width,
-            TILE=_TILE,
-            COLUMNS=_columns(width),
-            num_warps=4,
+@dataclass(frozen=True)
+class _Call:
+    """Sums (B,) of both terms.
+
+    Args:
+        student: Log-probabilities for both terms; one tensor serves both.
+        teacher: Likewise.
+        missing: As of `sums_at_positions`.
+        at: Positions of the student and of the teacher.
+        valid: As of `sums_at_positions`.
+        weights: As of `sums_at_positions`.
+    """
+
+    student: Sequence[Tensor]
+    teacher: Sequence[Tensor]
+    missing: Tensor
+    at: Sequence[Tensor]
+    valid: Tensor
+    weights: Sequence[float]
+
+    def answers(self) -> tuple[Tensor, Tensor]:
+        batch = self.student[0].shape[0]
+        return self.student[0].new_empty(batch), self.student[0].new_empty(batch)
+
+    def given(self, student: Sequence[Tensor]) -> tuple[Side, Side, Matched]:
+        """First arguments of the kernels, with what is read of the student."""
+        valid, missing = (one.contiguous().view(torch.uint8) for one in (self.valid, self.missing))
+        return (
+            Side.of(student, self.at[0]),
+            Side.of(self.teacher, self.at[1]),
+            Matched(valid, valid.shape[1], missing, missing.shape[-1]),
         )
-    return sums
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Positions and columns of a tile."""
+        return _TILE, min(max(power_of_two(self.missing.shape[-1]), 16), _MOST_COLUMNS)
+
+    def start(self, answers: tuple[Tensor, Tensor]) -> None:
+        if len(answers[0]):
+            kernels("matched_columns_kernels").matched_columns[(len(answers[0]),)](
+                *self.given(self.student),
+                answers,
+                tuple(self.weights),
+                TILE=self.tile,
+                num_warps=4,
+            )
+
+    def cost(self) -> Cost:
+        given = *self.student, *self.teacher, self.missing, self.valid
+        return kernel_cost(nbytes(*given, *self.at) + 8 * len(self.student[0]), *given)
 
 
-def _gradients(
-    student: Tensor,
-    log_student: Tensor | None,
-    teacher: Tensor,
-    log_teacher: Tensor | None,
-    missing: Tensor,
-    student_at: Tensor,
-    teacher_at: Tensor,
-    valid: Tensor,
-    weight: float,
-    log_weight: float,
-    difference_grad: Tensor | None,
-    log_loss_grad: Tensor | None,
-) -> Tensor:
-    return student.new_empty(1 if log_student is None else 2, *student.shape)
+@dataclass(frozen=True)
+class _Backward(_Call):
+    """Gradients of the student's log-probabilities, (1 or 2, B, S, K), from those of the sums."""
+
+    upstream: Sequence[Tensor | None]
+
+    def answers(self) -> Tensor:  # type: ignore[override]
+        return self.student[0].new_zeros(len(self.student), *self.student[0].shape)
+
+    def start(self, answers: Tensor) -> None:  # type: ignore[override]
+        batch, count = self.valid.shape
+        if batch and count:
+            tiles = math.ceil(count / self.tile[0]), math.ceil(answers.shape[-1] / self.tile[1])
+            gradients = answers[0], answers[1] if len(answers) > 1 else None
+            kernels("matched_columns_kernels").matched_columns_backward[(batch, *tiles)](
+                *self.given(self.student[:1]),
+                tuple(
+                    Term(weight, one, 0 if one is None else one.stride(0), gradient)
+                    for weight, one, gradient in zip(
+                        self.weights, self.upstream, gradients, strict=True
+                    )
+                ),
+                TILE=self.tile,
+                num_warps=4,
+            )
+
+    def cost(self) -> Cost:
+        # All is cleared, and what is compared is written again.
+        student = self.student[0]
+        given = student, *self.teacher, self.missing, self.valid
+        moved = nbytes(*given, *self.at, *self.upstream) + 2 * len(self.student) * nbytes(student)
+        cost = kernel_cost(moved, *given)
+        return cost._replace(launches=cost.launches + 1)
 
 
-@operator("matched_columns_backward", _gradients)
-def _matched_columns_backward(
-    student: Tensor,
-    log_student: Tensor | None,
-    teacher: Tensor,
-    log_teacher: Tensor | None,
-    missing: Tensor,
-    student_at: Tensor,
-    teacher_at: Tensor,
-    valid: Tensor,
-    weight: float,
-    log_weight: float,
-    difference_grad: Tensor | None,
-    log_loss_grad: Tensor | None,
-) -> Tensor:
-    """Gradients of the student's log-probabilities, (1 or 2, B, S, K)."""
-    batch, student_length, width = student.shape
-    answer = student.new_zeros(1 if log_student is None else 2, *student.shape)
-    student, teacher = student.contiguous(), teacher.contiguous()
-    count, columns = valid.shape[1], _columns(width)
-    if batch and count:
-        kernels("matched_columns_kernels").matched_columns_backward[
-            (batch, math.ceil(count / _TILE), math.ceil(width / columns))
-        ](
-            student,
-            teacher,
-            teacher if log_teacher is None else log_teacher.contiguous(),
-            missing.contiguous().view(torch.uint8),
-            student_at,
-            *student_at.stride(),
-            teacher_at,
-            *teacher_at.stride(),
-            valid.contiguous().view(torch.uint8),
-            student if difference_grad is None else difference_grad,
-            0 if difference_grad is None else difference_grad.stride(0),
-            student if log_loss_grad is None else log_loss_grad,
-            0 if log_loss_grad is None else log_loss_grad.stride(0),
-            answer[0],
-            answer[-1],
-            weight,
-            log_weight,
-            count,
-            student_length,
-            teacher.shape[1],
-            width,
-            WITH_DIFFERENCE=difference_grad is not None,
-            WITH_LOG_LOSS=log_loss_grad is not None,
-            APART=log_student is not None,
-            TILE=_TILE,
-            COLUMNS=columns,
-            num_warps=4,
-        )
-    return answer
-
-
-def _columns(width: int) -> int:
-    return min(max(power_of_two(width), 16), _MOST_COLUMNS)
-
-
-def _cost_of_sums(*given: Any) -> Cost:
-    tensors = given[:8]
-    return kernel_cost(nbytes(*tensors) + 8 * len(given[0]), *tensors[:5], tensors[7])
-
-
-def _cost_of_gradients(*given: Any) -> Cost:
-    # All is cleared, and what is compared is written again.
-    student, log_student, *others = given[:8]
-    written = 2 * nbytes(student, None if log_student is None else student)
-    moved = nbytes(student, *others, *given[10:]) + written
-    cost = kernel_cost(moved, student, *others[:3], others[5])
-    return cost._replace(launches=cost.launches + 1)
-
-
-DECLARED.update(
-    matched_columns=_cost_of_sums,
-    matched_columns_backward=_cost_of_gradients,
-)
+_matched_columns = operator("matched_columns", _Call)
+_matched_columns_backward = operator("matched_columns_backward", _Backward)

@@ -15,118 +15,105 @@ def _probs(log_probs, places, here):
 
 
 @triton.jit
-def matched_columns(
-    student,
-    teacher,
-    log_student,
-    log_teacher,
-    missing,
-    student_at,
-    student_outer,
-    student_inner,
-    teacher_at,
-    teacher_outer,
-    teacher_inner,
-    valid,
-    difference,
-    log_loss,
-    weight,
-    log_weight,
-    count,
-    student_length,
-    teacher_length,
-    width,
-    TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Weighted sums over the aligned positions of a sequence: |t - s| and -t log s."""
-    problem = tl.program_id(0).to(tl.int64)
-    differences = tl.zeros((TILE,), tl.float32)
-    log_losses = tl.zeros((TILE,), tl.float32)
-    for start in range(0, count, TILE):
-        numbers = start + tl.arange(0, TILE)
-        scored = tl.load(valid + problem * count + numbers, mask=numbers < count, other=0) != 0
-        ours = student_at + problem * student_outer + numbers * student_inner
-        ours = problem * student_length + tl.load(ours, mask=scored, other=0)
-        theirs = teacher_at + problem * teacher_outer + numbers * teacher_inner
-        theirs = problem * teacher_length + tl.load(theirs, mask=scored, other=0)
-        for first in range(0, width, COLUMNS):
-            columns = first + tl.arange(0, COLUMNS)
-            here = scored[:, None] & (columns < width)[None, :]
-            gone = tl.load(missing + problem * width + columns, mask=columns < width, other=1) != 0
-            at_student = ours[:, None] * width + columns[None, :]
-            at_teacher = theirs[:, None] * width + columns[None, :]
-            s = tl.where(gone[None, :], 0.0, _probs(student, at_student, here))
-            differences += tl.sum(tl.abs(_probs(teacher, at_teacher, here) - s), 1)
-            t = tl.where(gone[None, :], 0.0, _probs(log_teacher, at_teacher, here))
-            log_s = tl.load(log_student + at_student, mask=here, other=0.0).to(tl.float32)
-            log_losses -= tl.sum(t * tl.where(t == 0.0, 0.0, log_s), 1)
-    tl.store(difference + problem, weight * tl.sum(differences, 0))
-    tl.store(log_loss + problem, log_weight * tl.sum(log_losses, 0))
+def _scored(matched, problem, numbers):
+    """Which of these positions count."""
+    places = matched.valid + problem * matched.positions + numbers
+    return tl.load(places, mask=numbers < matched.positions, other=0) != 0
 
 
 @triton.jit
-def matched_columns_backward(
-    student,
-    teacher,
-    log_teacher,
-    missing,
-    student_at,
-    student_outer,
-    student_inner,
-    teacher_at,
-    teacher_outer,
-    teacher_inner,
-    valid,
-    difference_grad,
-    difference_stride,
-    log_loss_grad,
-    log_loss_stride,
-    gradient,
-    log_gradient,
-    weight,
-    log_weight,
-    count,
-    student_length,
-    teacher_length,
-    width,
-    WITH_DIFFERENCE: tl.constexpr,
-    WITH_LOG_LOSS: tl.constexpr,
-    APART: tl.constexpr,
-    TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def _rows(side, problem, numbers, scored):
+    """Rows of a side at positions of a sequence."""
+    place = side.at + problem * side.outer + numbers * side.inner
+    return problem * side.length + tl.load(place, mask=scored, other=0)
+
+
+@triton.jit
+def _gone(matched, problem, columns):
+    """Columns without a partner."""
+    places = matched.missing + problem * matched.width + columns
+    return tl.load(places, mask=columns < matched.width, other=1) != 0
+
+
+@triton.jit
+def matched_columns(student, teacher, matched, sums, weights, TILE: tl.constexpr):
+    """Weighted sums over the aligned positions of a sequence: |t - s| and -t log s.
+
+    Args:
+        student: A `ctkd.ops.cuda.matched_columns.Side`.
+        teacher: A `ctkd.ops.cuda.matched_columns.Side`.
+        matched: A `ctkd.ops.cuda.matched_columns.Matched`.
+        sums: (B,) of each term, what is written.
+        weights: Of each term.
+        TILE: Positions and columns at a time.
+    """
+    POSITIONS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    width = matched.width
+    problem = tl.program_id(0).to(tl.int64)
+    differences = tl.zeros((POSITIONS,), tl.float32)
+    log_losses = tl.zeros((POSITIONS,), tl.float32)
+    for start in range(0, matched.positions, POSITIONS):
+        numbers = start + tl.arange(0, POSITIONS)
+        scored = _scored(matched, problem, numbers)
+        ours = _rows(student, problem, numbers, scored)
+        theirs = _rows(teacher, problem, numbers, scored)
+        for first in range(0, width, COLUMNS):
+            columns = first + tl.arange(0, COLUMNS)
+            here = scored[:, None] & (columns < width)[None, :]
+            gone = _gone(matched, problem, columns)
+            at_student = ours[:, None] * width + columns[None, :]
+            at_teacher = theirs[:, None] * width + columns[None, :]
+            s = tl.where(gone[None, :], 0.0, _probs(student.log_probs, at_student, here))
+            differences += tl.sum(tl.abs(_probs(teacher.log_probs, at_teacher, here) - s), 1)
+            t = tl.where(gone[None, :], 0.0, _probs(teacher.others, at_teacher, here))
+            log_s = tl.load(student.others + at_student, mask=here, other=0.0).to(tl.float32)
+            log_losses -= tl.sum(t * tl.where(t == 0.0, 0.0, log_s), 1)
+    tl.store(sums[0] + problem, weights[0] * tl.sum(differences, 0))
+    tl.store(sums[1] + problem, weights[1] * tl.sum(log_losses, 0))
+
+
+@triton.jit
+def _upstream(term, problem):
+    """What the gradient of a term is multiplied by; no gradient: 0."""
+    factor = tl.zeros((), tl.float32)
+    if term.upstream is not None:
+        factor = tl.load(term.upstream + problem * term.stride).to(tl.float32)
+        factor *= term.weight
+    return factor
+
+
+@triton.jit
+def matched_columns_backward(student, teacher, matched, terms, TILE: tl.constexpr):
     """Gradients of the student's log-probabilities at aligned positions; others are 0 already.
 
-    With ``APART`` those of the second term go to ``log_gradient``.
+    Args:
+        student: As of `matched_columns`.
+        teacher: As of `matched_columns`.
+        matched: As of `matched_columns`.
+        terms: Two `ctkd.ops.cuda.matched_columns.Term`; where the second has nothing to write to,
+            both go to the first's.
+        TILE: As of `matched_columns`.
     """
+    POSITIONS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    difference, log_loss = terms
+    width = matched.width
     problem = tl.program_id(0).to(tl.int64)
-    of_difference = tl.zeros((), tl.float32)
-    if WITH_DIFFERENCE:
-        of_difference = tl.load(difference_grad + problem * difference_stride).to(tl.float32)
-        of_difference *= weight
-    of_log_loss = tl.zeros((), tl.float32)
-    if WITH_LOG_LOSS:
-        of_log_loss = tl.load(log_loss_grad + problem * log_loss_stride).to(tl.float32)
-        of_log_loss *= log_weight
-    numbers = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    numbers = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
     columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    scored = tl.load(valid + problem * count + numbers, mask=numbers < count, other=0) != 0
-    ours = student_at + problem * student_outer + numbers * student_inner
-    ours = problem * student_length + tl.load(ours, mask=scored, other=0)
-    theirs = teacher_at + problem * teacher_outer + numbers * teacher_inner
-    theirs = problem * teacher_length + tl.load(theirs, mask=scored, other=0)
+    scored = _scored(matched, problem, numbers)
     here = scored[:, None] & (columns < width)[None, :]
-    gone = tl.load(missing + problem * width + columns, mask=columns < width, other=1) != 0
-    at_student = ours[:, None] * width + columns[None, :]
-    at_teacher = theirs[:, None] * width + columns[None, :]
-    s = tl.where(gone[None, :], 0.0, _probs(student, at_student, here))
-    t = _probs(teacher, at_teacher, here)
-    first = tl.where(s > t, s, tl.where(s < t, -s, 0.0)) * of_difference
-    t = tl.where(gone[None, :], 0.0, _probs(log_teacher, at_teacher, here))
-    second = -t * of_log_loss
-    if APART:
-        tl.store(gradient + at_student, first, mask=here)
-        tl.store(log_gradient + at_student, second, mask=here)
+    gone = _gone(matched, problem, columns)
+    at_student = _rows(student, problem, numbers, scored)[:, None] * width + columns[None, :]
+    at_teacher = _rows(teacher, problem, numbers, scored)[:, None] * width + columns[None, :]
+    s = tl.where(gone[None, :], 0.0, _probs(student.log_probs, at_student, here))
+    t = _probs(teacher.log_probs, at_teacher, here)
+    first = tl.where(s > t, s, tl.where(s < t, -s, 0.0)) * _upstream(difference, problem)
+    t = tl.where(gone[None, :], 0.0, _probs(teacher.others, at_teacher, here))
+    second = -t * _upstream(log_loss, problem)
+    if log_loss.gradient is None:
+        tl.store(difference.gradient + at_student, first + second, mask=here)
     else:
-        tl.store(gradient + at_student, first + second, mask=here)
+        tl.store(difference.gradient + at_student, first, mask=here)
+        tl.store(log_loss.gradient + at_student, second, mask=here)

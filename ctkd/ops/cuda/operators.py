@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import os
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ctkd.ops.costs import Cost
+from ctkd.ops.costs import DECLARED, Cost
+from ctkd.ops.rows import Rows
 
 __all__ = [
     "DEVICES",
+    "Call",
+    "Matrix",
     "Place",
     "kernel_cost",
     "kernels",
@@ -27,8 +30,6 @@ __all__ = [
     "row_bytes",
 ]
 
-_Answers = TypeVar("_Answers")
-
 DEVICES = {"meta"}
 """Types of devices on whose tensors kernels run, or nothing does because they have no values."""
 if importlib.util.find_spec("triton") is not None:
@@ -38,27 +39,48 @@ if importlib.util.find_spec("triton") is not None:
         DEVICES.add("cpu")
 
 
-def operator(
-    name: str, answers: Callable[..., _Answers], *, mutates: tuple[str, ...] = ()
-) -> Callable[[Callable[..., _Answers]], Callable[..., _Answers]]:
-    """Register an operator of torch, and what makes its answers where there are no values.
+class Call(Protocol):
+    """A call of an operator: a dataclass whose fields are the arguments, tensors first."""
+
+    def __init__(self, *args: Any, **named: Any) -> None: ...
+
+    def answers(self) -> Any:
+        """The tensors that are made, without their values; None if there are none."""
+
+    def start(self, answers: Any) -> None:
+        """Start the kernels that fill them."""
+
+    def cost(self) -> Cost:
+        """What that costs."""
+
+
+def operator(name: str, call: type[Call], *, mutates: tuple[str, ...] = ()) -> Any:
+    """Register an operator of torch with its cost, and return it.
 
     `torch.library.custom_op` would load the compiler, which takes seconds, when it is called.
     """
 
-    def register(function: Callable[..., _Answers]) -> Callable[..., _Answers]:
-        def on_its_device(first: Tensor, *others: Any) -> _Answers:
-            # Triton starts kernels on the current device, wherever the tensors lie.
-            with torch.cuda.device_of(first):
-                return function(first, *others)
+    def compute(first: Any, *others: Any, **named: Any) -> Any:
+        this = call(first, *others, **named)
+        # Triton starts kernels on the current device, wherever the tensors lie.
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            answers = this.answers()
+            this.start(answers)
+            return answers
 
-        schema = torch.library.infer_schema(function, mutates_args=mutates)
-        torch.library.define(f"ctkd::{name}", schema)
-        torch.library.impl(f"ctkd::{name}", ("cpu", "cuda"), on_its_device)
-        torch.library.register_fake(f"ctkd::{name}", answers)
-        return function
-
-    return register
+    given, made = (inspect.signature(one, eval_str=True) for one in (call, call.answers))
+    # What a schema is made from.
+    compute.__signature__ = given.replace(  # type: ignore[attr-defined]
+        return_annotation=made.return_annotation
+    )
+    schema = torch.library.infer_schema(compute, mutates_args=mutates)
+    torch.library.define(f"ctkd::{name}", schema)
+    torch.library.impl(f"ctkd::{name}", ("cpu", "cuda"), compute)
+    torch.library.register_fake(
+        f"ctkd::{name}", lambda *args, **named: call(*args, **named).answers()
+    )
+    DECLARED[name] = lambda *args, **named: call(*args, **named).cost()
+    return getattr(torch.ops.ctkd, name)
 
 
 def kernels(name: str) -> ModuleType:
@@ -67,21 +89,23 @@ def kernels(name: str) -> ModuleType:
 
 
 class Place(NamedTuple):
-    """First arguments of a kernel that reads or writes rows, in this order.
+    """Rows as kernels are given them, to read or to write.
 
     Attributes:
-        tensor: What holds them.
-        numbers: (N,) int64, number of each row, -1 for none; any tensor where all rows are meant.
+        tensor: What holds them; None if there are none.
+        numbers: (N,) int64, number of each row, -1 for none; None where all rows are meant.
         length: Rows of a sequence, L.
         outer: Entries from a sequence to the next.
         inner: Entries from a row to the next.
+        width: Columns that count.
     """
 
-    tensor: Tensor
-    numbers: Tensor
+    tensor: Tensor | None
+    numbers: Tensor | None
     length: int
     outer: int
     inner: int
+    width: int
 
     @property
     def is_aligned(self) -> bool:
@@ -89,19 +113,38 @@ class Place(NamedTuple):
         return self.outer % 16 == 0 and self.inner % 16 == 0
 
 
-def place_of(tensor: Tensor, index: Tensor | None) -> Place:
-    """Where rows of a tensor (R, V') or (B, L, V') lie."""
-    tensor = tensor.detach()
-    numbers = tensor if index is None else index
-    if tensor.ndim == 2:
-        return Place(tensor, numbers, max(tensor.shape[0], 1), 0, tensor.stride(0))
-    return Place(tensor, numbers, max(tensor.shape[1], 1), *tensor.stride()[:2])
+def place_of(rows: Rows | None) -> Place:
+    """Where rows of a tensor (R, V') or (B, L, V') lie, if there are any."""
+    if rows is None:
+        return Place(None, None, 0, 0, 0, 0)
+    tensor = rows.tensor.detach()
+    outer = 0 if tensor.ndim == 2 else tensor.stride(0)
+    length = max(tensor.shape[-2], 1)
+    return Place(tensor, rows.index, length, outer, tensor.stride(-2), rows.width)
 
 
-def row_bytes(tensor: Tensor, index: Tensor | None, width: int) -> int:
+class Matrix(NamedTuple):
+    """Numbers (B, S) as kernels are given them.
+
+    Attributes:
+        tensor: What holds them.
+        outer: Entries from a row to the next.
+        inner: Entries from a number to the next.
+    """
+
+    tensor: Tensor
+    outer: int
+    inner: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Matrix:
+        return cls(tensor, *tensor.stride())
+
+
+def row_bytes(rows: Rows) -> int:
     """What it takes to read rows once."""
-    rows = tensor.shape[0] if index is None else index.shape[0]
-    return rows * width * tensor.element_size() + (0 if index is None else index.nbytes)
+    index = 0 if rows.index is None else rows.index.nbytes
+    return len(rows) * rows.width * rows.tensor.element_size() + index
 
 
 def power_of_two(count: int) -> int:

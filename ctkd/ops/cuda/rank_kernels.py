@@ -11,10 +11,6 @@ those from its first smaller entry on +1. Classes of one sign need no more. In t
 are counted off in the order of columns: a tile's are collected, and ranked by comparing each with
 those before it.
 
-A side is the tuple (low, half, top, is_far, scale, shift): the bits of the largest number that is
-as good as 0, classes above 0 but the last, the row's largest logit, whether that is in the last
-class, and what makes a logit log2 of a probability: ``(logit - top) * scale - shift``.
-
 A program works on one row after another, with scratch memory of its own. What its threads write
 there is read by others after a barrier.
 """
@@ -24,16 +20,13 @@ there is read by others after a barrier.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ctkd.ops.cuda.addressing import row_number, row_start
-from ctkd.ops.cuda.divergence_kernels import (
-    divergence_terms,
-    fold_sum,
-    log_ratio,
-    total_of_lanes,
-)
+from ctkd.ops.cuda.divergence_kernels import Part, fold_sum, shared_terms, total_of_lanes
 
 __all__ = ["gold_rows", "sorted_uld_rows", "uld_rows"]
 
@@ -43,6 +36,47 @@ _LOG_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+class _Memory(NamedTuple):
+    """Scratch memory of a program: classes of the student twice, of the teacher, and a tile."""
+
+    counts: Any
+    ends: Any
+    others: Any
+    waiting: Any
+
+
+class _Side(NamedTuple):
+    """A row whose classes are counted.
+
+    Attributes:
+        row: Its first entry.
+        width: Its columns.
+        counts: Entries of each class, then of each and those above.
+        classes: A `ctkd.ops.cuda.row_losses.Classes`.
+        top: The largest logit.
+        is_far: Whether that is in the last class.
+        scale: With the shift makes a logit log2 of a probability: (logit - top) * scale - shift.
+        shift: See there.
+    """
+
+    row: Any
+    width: Any
+    counts: Any
+    classes: Any
+    top: Any
+    is_far: Any
+    scale: Any
+    shift: Any
+
+
+class _Factors(NamedTuple):
+    """Of a gradient ``p (weight * sign - total) / temperature``; no weight: no signs."""
+
+    weight: Any
+    total: Any
+    temperature: Any
+
+
 @triton.jit
 def _bits(pointers, mask):
     """Bits of 16-bit entries as int32, 0 where masked."""
@@ -50,43 +84,45 @@ def _bits(pointers, mask):
 
 
 @triton.jit
-def _logits_of(bits, BF16: tl.constexpr):
-    if BF16:
+def _logits_of(bits, row):
+    """Logits of bits of a row's entries."""
+    if row.dtype.element_ty == tl.bfloat16:
         return (bits << 16).to(tl.float32, bitcast=True)
     else:
         return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _class_of(bits, low, half):
+def _class_of(bits, classes):
     """Class of entries, and whether they are far from 0, which is the last class, 2 half + 1."""
-    offset = tl.maximum((bits & 0x7FFF) - low, 0)
+    half = classes.half
+    offset = tl.maximum((bits & 0x7FFF) - classes.low, 0)
     is_far = offset > half
     near = tl.where(bits > 0x7FFF, half - offset, half + offset)
     return tl.where(is_far, 2 * half + 1, near), is_far
 
 
 @triton.jit
-def _class_log_probs(number, side, BF16: tl.constexpr):
+def _class_log_probs(number, side):
     """log2 of the probabilities of classes, ascending; the last class is that of the top logit."""
-    low, half, top, is_far, scale, shift = side
+    half, top = side.classes.half, side.top
     offset = tl.abs(number - half)
-    bits = tl.where(offset > 0, offset + low, 0) + tl.where(number < half, 0x8000, 0)
-    logits = tl.where(is_far, float("-inf"), _logits_of(bits, BF16))
-    return (tl.where(number > 2 * half, top, logits) - top) * scale - shift
+    bits = tl.where(offset > 0, offset + side.classes.low, 0) + tl.where(number < half, 0x8000, 0)
+    logits = tl.where(side.is_far, float("-inf"), _logits_of(bits, side.row))
+    return (tl.where(number > 2 * half, top, logits) - top) * side.scale - side.shift
 
 
 @triton.jit
-def _first_class(bound, side, STRICT: tl.constexpr, BF16: tl.constexpr, STEPS: tl.constexpr):
+def _first_class(bound, side, STRICT: tl.constexpr, STEPS: tl.constexpr):
     """First class whose log-probability is at least, or STRICT above, each bound; one more: none.
 
     STEPS is log2 of the number of classes, rounded up.
     """
     first = tl.zeros_like(bound).to(tl.int32)
-    last = first + 2 * side[1] + 2
+    last = first + 2 * side.classes.half + 2
     for _ in range(STEPS):
         middle = (first + last) >> 1
-        found = _class_log_probs(middle, side, BF16)
+        found = _class_log_probs(middle, side)
         if STRICT:
             is_enough = found > bound
         else:
@@ -105,21 +141,10 @@ def _clear(counts, size, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def _count(
-    row,
-    width,
-    partners,
-    counts,
-    low,
-    half,
-    scale,
-    SELECTED: tl.constexpr,
-    BF16: tl.constexpr,
-    TILE: tl.constexpr,
-):
+def _count(row, width, partners, counts, classes, scale, TILE: tl.constexpr):
     """Count the entries of each class but the last; the largest logit, nan if there is one.
 
-    SELECTED: only entries without a partner; and log2 of the softmax denominator of all.
+    With partners only entries without one; and log2 of the softmax denominator of all.
     """
     largest = tl.full((TILE,), float("-inf"), tl.float32)
     sums = tl.zeros((TILE,), tl.float32)
@@ -127,15 +152,15 @@ def _count(
         columns = first + tl.arange(0, TILE)
         inside = columns < width
         bits = _bits(row + columns, inside)
-        logits = tl.where(inside, _logits_of(bits, BF16), float("-inf"))
-        if SELECTED:
+        logits = tl.where(inside, _logits_of(bits, row), float("-inf"))
+        if partners is not None:
             largest, sums = fold_sum(largest, sums, logits[None, :], scale)
             inside = inside & (tl.load(partners + columns, mask=inside, other=0) < 0)
         else:
             largest = tl.maximum(largest, logits, propagate_nan=tl.PropagateNan.ALL)
-        number, is_far = _class_of(bits, low, half)
+        number, is_far = _class_of(bits, classes)
         tl.atomic_add(counts + number, 1, mask=inside & (is_far == 0), sem="relaxed")
-    if SELECTED:
+    if partners is not None:
         top, total = total_of_lanes(largest, sums, scale)
         is_nan = total != total
         log_total = tl.log2(total)
@@ -147,30 +172,60 @@ def _count(
 
 
 @triton.jit
-def _count_top(
-    row, width, partners, top, SELECTED: tl.constexpr, BF16: tl.constexpr, TILE: tl.constexpr
-):
+def _count_top(row, width, partners, top, TILE: tl.constexpr):
     """Entries that are the largest."""
     count = tl.zeros((TILE,), tl.int32)
     for first in range(0, width, TILE):
         columns = first + tl.arange(0, TILE)
         inside = columns < width
-        logits = _logits_of(_bits(row + columns, inside), BF16)
-        if SELECTED:
+        logits = _logits_of(_bits(row + columns, inside), row)
+        if partners is not None:
             inside = inside & (tl.load(partners + columns, mask=inside, other=0) < 0)
         count += (inside & (logits == top)).to(tl.int32)
     return tl.sum(count, 0)
 
 
 @triton.jit
-def _sum_up(counts, size, side, BF16: tl.constexpr, CLASSES: tl.constexpr):
+def _is_far(top, far):
+    """True of nan, too."""
+    return (tl.abs(top) < far) == 0
+
+
+@triton.jit
+def _counted(given, row, partners, counts, TILE: tl.constexpr):
+    """A row of a side with its classes counted, and log2 of its softmax denominator.
+
+    With partners only columns without one are counted. Triton before 3.7 returns no None.
+    """
+    entries, width = given.rows.tensor + row_start(given.rows, row), given.rows.width
+    classes, scale = given.classes, given.scale
+    top, log_total = _count(entries, width, partners, counts, classes, scale, TILE)
+    is_far = _is_far(top, classes.far)
+    if is_far:
+        tops = _count_top(entries, width, partners, top, TILE)
+        if partners is None:
+            tops = tl.maximum(tops, 1)
+        tl.store(counts + 2 * classes.half + 1, tops)
+    return _Side(entries, width, counts, classes, top, is_far, scale, 0.0), log_total
+
+
+@triton.jit
+def _shifted(side, shift):
+    """The same side with probabilities in place of their ratios to the largest."""
+    row, width, counts, classes, top, is_far, scale, _ = side
+    return _Side(row, width, counts, classes, top, is_far, scale, shift)
+
+
+@triton.jit
+def _sum_up(side, CLASSES: tl.constexpr):
     """Add to the count of each class those above; the sum of all entries' powers of 2."""
+    counts, size = side.counts, side.classes.size
     sums = tl.zeros((CLASSES,), tl.float32)
     above = 0
     for done in range(0, size, CLASSES):
         number = size - CLASSES - done + tl.arange(0, CLASSES)
         count = tl.load(counts + number)
-        log_probs = tl.where(count > 0, _class_log_probs(number, side, BF16), float("-inf"))
+        log_probs = tl.where(count > 0, _class_log_probs(number, side), float("-inf"))
         sums += count.to(tl.float32) * tl.exp2(log_probs)
         tl.debug_barrier()
         tl.store(counts + number, tl.cumsum(count, 0, reverse=True) + above)
@@ -179,43 +234,33 @@ def _sum_up(counts, size, side, BF16: tl.constexpr, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def _signed_mass(
-    counts,
-    ends,
-    size,
-    side,
-    others,
-    other,
-    MARK: tl.constexpr,
-    BF16: tl.constexpr,
-    OTHER_BF16: tl.constexpr,
-    OTHER_STEPS: tl.constexpr,
-    CLASSES: tl.constexpr,
-):
+def _signed_mass(side, other, ends, STEPS: tl.constexpr, CLASSES: tl.constexpr):
     """Sum of a row's probabilities, each with its sign against the other row's at its rank.
 
-    With MARK, counts are overwritten by the end of the entries of sign -1 within their class, and
-    ``ends`` by that of the entries of sign 0; both are far away where a class has one sign.
+    With ends, counts are overwritten by the end of the entries of sign -1 within their class, and
+    ``ends`` by that of the entries of sign 0; both are far away where a class has one sign. STEPS
+    is log2 of the number of the other's classes, rounded up.
     """
+    counts, others, size = side.counts, other.counts, side.classes.size
     sums = tl.zeros((CLASSES,), tl.float32)
     for first in range(0, size, CLASSES):
         number = first + tl.arange(0, CLASSES)
         rank = tl.load(counts + number + 1, mask=number + 1 < size, other=0)
         count = tl.load(counts + number) - rank
         if tl.max(count, 0) > 0:
-            log_probs = tl.where(count > 0, _class_log_probs(number, side, BF16), float("-inf"))
-            place = _first_class(log_probs, other, False, OTHER_BF16, OTHER_STEPS)
-            is_any = place < 2 * other[1] + 2
+            log_probs = tl.where(count > 0, _class_log_probs(number, side), float("-inf"))
+            place = _first_class(log_probs, other, False, STEPS)
+            is_any = place < 2 * other.classes.half + 2
             not_smaller = tl.load(others + place, mask=is_any, other=0)
             larger = not_smaller
-            is_equal = is_any & (_class_log_probs(place, other, OTHER_BF16) == log_probs)
+            is_equal = is_any & (_class_log_probs(place, other) == log_probs)
             if tl.max((is_equal & (count > 0)).to(tl.int32), 0) > 0:
-                place = _first_class(log_probs, other, True, OTHER_BF16, OTHER_STEPS)
-                larger = tl.load(others + place, mask=place < 2 * other[1] + 2, other=0)
+                place = _first_class(log_probs, other, True, STEPS)
+                larger = tl.load(others + place, mask=place < 2 * other.classes.half + 2, other=0)
             behind = tl.minimum(tl.maximum(larger - rank, 0), count)
             ahead = tl.minimum(tl.maximum(rank + count - not_smaller, 0), count)
             sums += (ahead - behind).to(tl.float32) * tl.exp2(log_probs)
-            if MARK:
+            if ends is not None:
                 is_open = (behind < count) & (ahead < count) & (behind + ahead > 0)
                 far = tl.where(behind == count, _FAR, -_FAR)
                 tl.debug_barrier()
@@ -226,557 +271,249 @@ def _signed_mass(
 
 
 @triton.jit
-def _count_off(
-    row,
-    out,
-    columns,
-    live,
-    minus_ends,
-    zero_ends,
-    side,
-    factors,
-    BF16: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+def _count_off(out, columns, live, side, ends, factors, GROUP: tl.constexpr):
     """Write the gradient of the next entries of classes of several signs, ascending columns."""
-    low, half, top, is_top_far, scale, shift = side
+    minus_ends = side.counts
     weight, total, temperature = factors
     place = tl.arange(0, GROUP)
-    bits = _bits(row + columns, live)
-    number, _ = _class_of(bits, low, half)
+    bits = _bits(side.row + columns, live)
+    number, _ = _class_of(bits, side.classes)
     minus_end = tl.load(minus_ends + number, mask=live, other=0)
-    zero_end = tl.load(zero_ends + number, mask=live, other=0)
+    zero_end = tl.load(ends + number, mask=live, other=0)
     is_same = (number[:, None] == number[None, :]) & live[None, :]
     is_before = place[None, :] < place[:, None]
     rank = tl.sum((is_same & is_before).to(tl.int32), 1)
     together = tl.sum(is_same.to(tl.int32), 1)
     sign = (rank >= zero_end).to(tl.float32) - (rank < minus_end).to(tl.float32)
     # Where there is no entry, nothing may overflow.
-    logits = tl.where(live, _logits_of(bits, BF16), float("-inf"))
-    gradient = tl.exp2((logits - top) * scale - shift) * (weight * sign - total) / temperature
+    logits = tl.where(live, _logits_of(bits, side.row), float("-inf"))
+    probs = tl.exp2((logits - side.top) * side.scale - side.shift)
+    gradient = probs * (weight * sign - total) / temperature
     tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=live)
     # What is left of each class for the next entries; all of one class write the same.
     tl.debug_barrier()
     tl.store(minus_ends + number, minus_end - together, mask=live)
-    tl.store(zero_ends + number, zero_end - together, mask=live)
+    tl.store(ends + number, zero_end - together, mask=live)
     tl.debug_barrier()
 
 
 @triton.jit
-def _matched_terms(logits, partner, is_shared, side, match, BETA_KIND: tl.constexpr):
-    """Terms of the divergence on shared columns and their derivatives, 0 elsewhere.
-
-    ``match`` is the teacher's row, its top logit, scale and offset, the student's offset, beta and
-    the floor. Offsets make natural log-probabilities, scaled ones.
-    """
-    _, _, top, _, scale, _ = side
-    other_row, other_top, other_scale, other_offset, offset, beta, floor = match
-    others = tl.load(other_row + partner, mask=is_shared, other=0.0).to(tl.float32)
-    # Elsewhere nothing may overflow.
-    exponents = tl.where(is_shared, (logits - top) * scale, 0.0)
-    other_exponents = tl.where(is_shared, (others - other_top) * other_scale, 0.0)
-    probs = tl.exp2(exponents + offset * _LOG2_E)
-    other_probs = tl.exp2(other_exponents + other_offset * _LOG2_E)
-    gap = log_ratio(exponents, offset, other_exponents, other_offset, floor)
-    terms, changes = divergence_terms(gap, probs, other_probs, beta, BETA_KIND)
-    return tl.where(is_shared, terms, 0.0), tl.where(is_shared, changes, 0.0)
-
-
-@triton.jit
-def _matched_sums(
-    row,
-    width,
-    partners,
-    side,
-    match,
-    BETA_KIND: tl.constexpr,
-    BF16: tl.constexpr,
-    TILE: tl.constexpr,
-):
+def _matched_sums(side, match, KIND: tl.constexpr, TILE: tl.constexpr):
     """Divergence on shared columns, and the sum of its derivatives by log-probabilities."""
+    part, other, settings = match
     values = tl.zeros((TILE,), tl.float32)
     totals = tl.zeros((TILE,), tl.float32)
-    for first in range(0, width, TILE):
+    for first in range(0, side.width, TILE):
         columns = first + tl.arange(0, TILE)
-        partner = tl.load(partners + columns, mask=columns < width, other=-1)
-        logits = _logits_of(_bits(row + columns, partner >= 0), BF16)
-        terms, changes = _matched_terms(logits, partner, partner >= 0, side, match, BETA_KIND)
+        partner = tl.load(settings.partners + columns, mask=columns < side.width, other=-1)
+        logits = _logits_of(_bits(side.row + columns, partner >= 0), side.row)
+        terms, changes, _ = shared_terms(logits, partner, part, other, settings, KIND)
         values += terms
         totals += changes
     return tl.sum(values, 0), tl.sum(totals, 0)
 
 
 @triton.jit
-def _write_gradient(
-    row,
-    out,
-    width,
-    out_width,
-    partners,
-    minus_ends,
-    zero_ends,
-    waiting,
-    side,
-    factors,
-    match,
-    matched_weight,
-    SELECTED: tl.constexpr,
-    MATCHED: tl.constexpr,
-    RANKED: tl.constexpr,
-    BETA_KIND: tl.constexpr,
-    BF16: tl.constexpr,
-    TILE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Write the gradient ``p (weight * sign - total) / temperature`` of a row's logits.
+def _write_gradient(out, number, side, memory, factors, partners, match, FORM: tl.constexpr):
+    """Write the gradient of a row's logits.
 
-    Where SELECTED, columns with a partner have no sign, but the terms of a divergence if MATCHED;
-    others have one if RANKED. ``side`` makes probabilities that sum to 1, classes are marked as
-    `_signed_mass` does, ``factors`` are the weight, the total and the temperature, and ``waiting``
-    is scratch for the columns of a tile.
+    Where there are partners, columns with one have no sign, but the terms of a divergence. The
+    side makes probabilities that sum to 1, and its classes are marked as `_signed_mass` does.
     """
-    low, half, top, is_top_far, scale, shift = side
+    TILE: tl.constexpr = FORM.tile
     weight, total, temperature = factors
-    for first in range(0, out_width, TILE):
-        columns = first + tl.arange(0, TILE)
-        inside = columns < width
-        bits = _bits(row + columns, inside)
-        logits = tl.where(inside, _logits_of(bits, BF16), float("-inf"))
-        probs = tl.exp2((logits - top) * scale - shift)
-        change = tl.zeros((TILE,), tl.float32)
-        is_ranked = inside
-        if SELECTED:
-            partner = tl.load(partners + columns, mask=inside, other=-1)
-            is_ranked = inside & (partner < 0)
-            if MATCHED:
-                terms, changes = _matched_terms(
-                    logits, partner, partner >= 0, side, match, BETA_KIND
-                )
-                change = changes * matched_weight
-        is_open = is_ranked & (columns < 0)
-        if RANKED:
-            number, is_far = _class_of(bits, low, half)
-            # Of what is far only the largest has a probability, so that others need no sign.
-            is_ranked = is_ranked & ((is_far == 0) | (logits == top))
-            minus_end = tl.load(minus_ends + number, mask=is_ranked, other=-_FAR)
-            zero_end = tl.load(zero_ends + number, mask=is_ranked, other=_FAR)
-            is_open = (minus_end > -_FAR) & (minus_end < _FAR)
-            sign = (zero_end <= 0).to(tl.float32) - (minus_end > 0).to(tl.float32)
-            change += probs * (weight * sign)
-        gradient = tl.where(inside, (change - probs * total) / temperature, 0.0)
-        tl.store(
-            out + columns,
-            gradient.to(out.dtype.element_ty),
-            mask=(columns < out_width) & (is_open == 0),
-        )
-        if RANKED:
-            opened = is_open.to(tl.int32)
-            count = tl.sum(opened, 0)
-            if count > 0:
-                tl.debug_barrier()
-                tl.store(waiting + tl.cumsum(opened, 0) - 1, columns, mask=is_open)
-                tl.debug_barrier()
-                for begin in range(0, count, GROUP):
-                    place = begin + tl.arange(0, GROUP)
-                    column = tl.load(waiting + place, mask=place < count, other=0)
-                    _count_off(
-                        row,
-                        out,
-                        column,
-                        place < count,
-                        minus_ends,
-                        zero_ends,
-                        side,
-                        factors,
-                        BF16,
-                        GROUP,
+    target = row_number(out, number)
+    tl.debug_barrier()
+    if target >= 0:
+        gradients = out.tensor + row_start(out, target)
+        for first in range(0, out.width, TILE):
+            columns = first + tl.arange(0, TILE)
+            inside = columns < side.width
+            bits = _bits(side.row + columns, inside)
+            logits = tl.where(inside, _logits_of(bits, side.row), float("-inf"))
+            probs = tl.exp2((logits - side.top) * side.scale - side.shift)
+            change = tl.zeros((TILE,), tl.float32)
+            is_ranked = inside
+            if partners is not None:
+                part, other, settings = match
+                partner = tl.load(partners + columns, mask=inside, other=-1)
+                is_ranked = inside & (partner < 0)
+                if settings.matched_weight is not None:
+                    terms, changes, _ = shared_terms(
+                        logits, partner, part, other, settings, FORM.kind
                     )
+                    change = changes * settings.matched_weight
+            is_open = is_ranked & (columns < 0)
+            if weight is not None:
+                number_of_class, is_far = _class_of(bits, side.classes)
+                # Of what is far only the largest has a probability, so that others need no sign.
+                is_ranked = is_ranked & ((is_far == 0) | (logits == side.top))
+                minus_end = tl.load(side.counts + number_of_class, mask=is_ranked, other=-_FAR)
+                zero_end = tl.load(memory.ends + number_of_class, mask=is_ranked, other=_FAR)
+                is_open = (minus_end > -_FAR) & (minus_end < _FAR)
+                sign = (zero_end <= 0).to(tl.float32) - (minus_end > 0).to(tl.float32)
+                change += probs * (weight * sign)
+            gradient = tl.where(inside, (change - probs * total) / temperature, 0.0)
+            tl.store(
+                gradients + columns,
+                gradient.to(gradients.dtype.element_ty),
+                mask=(columns < out.width) & (is_open == 0),
+            )
+            if weight is not None:
+                opened = is_open.to(tl.int32)
+                count = tl.sum(opened, 0)
+                if count > 0:
+                    tl.debug_barrier()
+                    tl.store(memory.waiting + tl.cumsum(opened, 0) - 1, columns, mask=is_open)
+                    tl.debug_barrier()
+                    for begin in range(0, count, FORM.group):
+                        place = begin + tl.arange(0, FORM.group)
+                        live = place < count
+                        column = tl.load(memory.waiting + place, mask=live, other=0)
+                        _count_off(gradients, column, live, side, memory.ends, factors, FORM.group)
 
 
 @triton.jit
-def _is_far(top, far):
-    """True of nan, too."""
-    return (tl.abs(top) < far) == 0
+def _memory_of(scratch, student, teacher, TILE: tl.constexpr):
+    """This program's part of the scratch memory."""
+    size, other_size = student.classes.size, teacher.classes.size
+    counts = scratch + tl.program_id(0).to(tl.int64) * (2 * size + other_size + TILE)
+    return _Memory(counts, counts + size, counts + 2 * size, counts + 2 * size + other_size)
 
 
 @triton.jit
-def uld_rows(
-    values,
-    student,
-    student_index,
-    student_length,
-    student_outer,
-    student_inner,
-    teacher,
-    teacher_index,
-    teacher_length,
-    teacher_outer,
-    teacher_inner,
-    out,
-    out_index,
-    out_length,
-    out_outer,
-    out_inner,
-    scratch,
-    count,
-    student_width,
-    teacher_width,
-    out_width,
-    temperature,
-    student_scale,
-    teacher_scale,
-    student_low,
-    student_half,
-    student_far,
-    teacher_low,
-    teacher_half,
-    teacher_far,
-    student_size,
-    teacher_size,
-    STUDENT_INDEXED: tl.constexpr,
-    TEACHER_INDEXED: tl.constexpr,
-    OUT_INDEXED: tl.constexpr,
-    WRITES: tl.constexpr,
-    STUDENT_BF16: tl.constexpr,
-    TEACHER_BF16: tl.constexpr,
-    STUDENT_STEPS: tl.constexpr,
-    TEACHER_STEPS: tl.constexpr,
-    TILE: tl.constexpr,
-    CLASSES: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+def _clear_both(memory, student, teacher, CLASSES: tl.constexpr):
+    """Zeros for counts, which no thread needs any more."""
+    tl.debug_barrier()
+    _clear(memory.counts, student.classes.size, CLASSES)
+    _clear(memory.others, teacher.classes.size, CLASSES)
+    tl.debug_barrier()
+
+
+@triton.jit
+def uld_rows(values, student, teacher, out, scratch, count, FORM: tl.constexpr):
     """Distance between the probabilities of 16-bit rows in descending order.
 
-    Rows are given as `ctkd.ops.cuda.addressing` has them, scales are log2(e) over the temperatures.
-    A program's scratch memory holds the student's classes twice, the teacher's and a tile.
+    Args:
+        values: (N,) what is written.
+        student: A `ctkd.ops.cuda.row_losses.Counted`.
+        teacher: A `ctkd.ops.cuda.row_losses.Counted`.
+        out: Rows that gradients are written to, if there are any.
+        scratch: A `_Memory` for each program.
+        count: N.
+        FORM: A `ctkd.ops.cuda.row_losses.CountingForm`.
     """
-    program = tl.program_id(0).to(tl.int64)
-    scratch += program * (2 * student_size + teacher_size + TILE)
-    ends = scratch + student_size
-    others = ends + student_size
-    waiting = others + teacher_size
+    # Triton before 3.7 loses a number 1 of a tuple in a tuple within a loop, if it is not assigned.
+    student, teacher = student, teacher
+    memory = _memory_of(scratch, student, teacher, FORM.tile)
     for begin in range(0, count, tl.num_programs(0)):
         number = begin + tl.program_id(0)
-        row = program * 0 - 1
+        row = tl.program_id(0).to(tl.int64) * 0 - 1
         other_row = row
         if number < count:
-            row = row_number(student_index, number, STUDENT_INDEXED)
-            other_row = row_number(teacher_index, number, TEACHER_INDEXED)
+            row = row_number(student.rows, number)
+            other_row = row_number(teacher.rows, number)
             tl.store(values + number, 0.0)
         if (row >= 0) & (other_row >= 0):
-            logits = student + row_start(row, student_length, student_outer, student_inner)
-            other_logits = teacher + row_start(
-                other_row, teacher_length, teacher_outer, teacher_inner
-            )
+            _clear_both(memory, student, teacher, FORM.classes)
+            ratios, _ = _counted(student, row, None, memory.counts, FORM.tile)
+            other_ratios, _ = _counted(teacher, other_row, None, memory.others, FORM.tile)
             tl.debug_barrier()
-            _clear(scratch, student_size, CLASSES)
-            _clear(others, teacher_size, CLASSES)
+            side = _shifted(ratios, tl.log2(_sum_up(ratios, FORM.classes)))
+            other = _shifted(other_ratios, tl.log2(_sum_up(other_ratios, FORM.classes)))
             tl.debug_barrier()
-            top, _ = _count(
-                logits,
-                student_width,
-                values,
-                scratch,
-                student_low,
-                student_half,
-                student_scale,
-                False,
-                STUDENT_BF16,
-                TILE,
-            )
-            other_top, _ = _count(
-                other_logits,
-                teacher_width,
-                values,
-                others,
-                teacher_low,
-                teacher_half,
-                teacher_scale,
-                False,
-                TEACHER_BF16,
-                TILE,
-            )
-            is_far = _is_far(top, student_far)
-            other_is_far = _is_far(other_top, teacher_far)
-            if is_far:
-                tops = _count_top(logits, student_width, values, top, False, STUDENT_BF16, TILE)
-                tl.store(scratch + 2 * student_half + 1, tl.maximum(tops, 1))
-            if other_is_far:
-                tops = _count_top(
-                    other_logits, teacher_width, values, other_top, False, TEACHER_BF16, TILE
-                )
-                tl.store(others + 2 * teacher_half + 1, tl.maximum(tops, 1))
+            value = _signed_mass(other, side, None, FORM.steps[0], FORM.classes)
             tl.debug_barrier()
-            side = (student_low, student_half, top, is_far, student_scale, 0.0)
-            other = (teacher_low, teacher_half, other_top, other_is_far, teacher_scale, 0.0)
-            shift = tl.log2(_sum_up(scratch, student_size, side, STUDENT_BF16, CLASSES))
-            other_shift = tl.log2(_sum_up(others, teacher_size, other, TEACHER_BF16, CLASSES))
-            side = (student_low, student_half, top, is_far, student_scale, shift)
-            other = (teacher_low, teacher_half, other_top, other_is_far, teacher_scale, other_shift)
-            tl.debug_barrier()
-            value = _signed_mass(
-                others,
-                ends,
-                teacher_size,
-                other,
-                scratch,
-                side,
-                False,
-                TEACHER_BF16,
-                STUDENT_BF16,
-                STUDENT_STEPS,
-                CLASSES,
-            )
-            tl.debug_barrier()
-            total = _signed_mass(
-                scratch,
-                ends,
-                student_size,
-                side,
-                others,
-                other,
-                WRITES,
-                STUDENT_BF16,
-                TEACHER_BF16,
-                TEACHER_STEPS,
-                CLASSES,
-            )
+            ends = None if out.tensor is None else memory.ends
+            total = _signed_mass(side, other, ends, FORM.steps[1], FORM.classes)
             tl.store(values + number, value + total)
-            if WRITES:
-                target = row_number(out_index, number, OUT_INDEXED)
-                tl.debug_barrier()
-                if target >= 0:
-                    _write_gradient(
-                        logits,
-                        out + row_start(target, out_length, out_outer, out_inner),
-                        student_width,
-                        out_width,
-                        values,
-                        scratch,
-                        ends,
-                        waiting,
-                        side,
-                        (1.0, total, temperature),
-                        (0,),
-                        0.0,
-                        False,
-                        False,
-                        True,
-                        0,
-                        STUDENT_BF16,
-                        TILE,
-                        GROUP,
-                    )
+            if out.tensor is not None:
+                factors = _Factors(1.0, total, student.temperature)
+                _write_gradient(out, number, side, memory, factors, None, None, FORM)
 
 
 @triton.jit
-def gold_rows(
-    values,
-    student,
-    student_index,
-    student_length,
-    student_outer,
-    student_inner,
-    teacher,
-    teacher_index,
-    teacher_length,
-    teacher_outer,
-    teacher_inner,
-    out,
-    out_index,
-    out_length,
-    out_outer,
-    out_inner,
-    scratch,
-    count,
-    student_width,
-    teacher_width,
-    out_width,
-    temperature,
-    student_scale,
-    teacher_scale,
-    student_low,
-    student_half,
-    student_far,
-    teacher_low,
-    teacher_half,
-    teacher_far,
-    student_size,
-    teacher_size,
-    partners,
-    log_scales,
-    scale_gradients,
-    beta,
-    floor,
-    matched_weight,
-    unmatched_weight,
-    STUDENT_INDEXED: tl.constexpr,
-    TEACHER_INDEXED: tl.constexpr,
-    OUT_INDEXED: tl.constexpr,
-    WRITES: tl.constexpr,
-    STUDENT_BF16: tl.constexpr,
-    TEACHER_BF16: tl.constexpr,
-    STUDENT_STEPS: tl.constexpr,
-    TEACHER_STEPS: tl.constexpr,
-    TILE: tl.constexpr,
-    CLASSES: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALED: tl.constexpr,
-    SCALE_GRADIENTS: tl.constexpr,
-    MATCHED: tl.constexpr,
-    RANKED: tl.constexpr,
-    BETA_KIND: tl.constexpr,
-):
+def gold_rows(answers, student, teacher, out, scratch, count, settings, FORM: tl.constexpr):
     """Divergence of 16-bit rows on shared columns and ranked distance on the others, weighted.
 
-    Arguments as of `uld_rows`; ``partners`` as `divergence_kernels.pair_columns` writes them,
-    ``log_scales`` (N, 2) are added to both sides' log-probabilities. Written are values (N, 2) and
-    column 0 of ``scale_gradients`` (N, 2).
+    Args:
+        answers: What is written: values (N, 2) and, or None, (N, 2) of whose columns the first has
+            gradients by the student's scales.
+        student: As of `uld_rows`.
+        teacher: As of `uld_rows`.
+        out: As of `uld_rows`.
+        scratch: As of `uld_rows`.
+        count: N.
+        settings: A `ctkd.ops.cuda.row_losses.GOLDSettings`.
+        FORM: As of `uld_rows`.
     """
-    other_partners = partners + student_width
-    program = tl.program_id(0).to(tl.int64)
-    scratch += program * (2 * student_size + teacher_size + TILE)
-    ends = scratch + student_size
-    others = ends + student_size
-    waiting = others + teacher_size
+    values, scale_gradients = answers
+    # Triton before 3.7 loses a number 1 of a tuple in a tuple within a loop, if it is not assigned.
+    student, teacher = student, teacher
+    memory = _memory_of(scratch, student, teacher, FORM.tile)
+    other_partners = settings.partners + student.rows.width
     for begin in range(0, count, tl.num_programs(0)):
         number = begin + tl.program_id(0)
-        row = program * 0 - 1
+        row = tl.program_id(0).to(tl.int64) * 0 - 1
         other_row = row
         if number < count:
-            row = row_number(student_index, number, STUDENT_INDEXED)
-            other_row = row_number(teacher_index, number, TEACHER_INDEXED)
+            row = row_number(student.rows, number)
+            other_row = row_number(teacher.rows, number)
             tl.store(values + 2 * number, 0.0)
             tl.store(values + 2 * number + 1, 0.0)
         if (row >= 0) & (other_row >= 0):
-            logits = student + row_start(row, student_length, student_outer, student_inner)
-            other_logits = teacher + row_start(
-                other_row, teacher_length, teacher_outer, teacher_inner
+            _clear_both(memory, student, teacher, FORM.classes)
+            ratios, log_total = _counted(student, row, settings.partners, memory.counts, FORM.tile)
+            other_ratios, other_log_total = _counted(
+                teacher, other_row, other_partners, memory.others, FORM.tile
             )
-            tl.debug_barrier()
-            _clear(scratch, student_size, CLASSES)
-            _clear(others, teacher_size, CLASSES)
-            tl.debug_barrier()
-            top, log_total = _count(
-                logits,
-                student_width,
-                partners,
-                scratch,
-                student_low,
-                student_half,
-                student_scale,
-                True,
-                STUDENT_BF16,
-                TILE,
-            )
-            other_top, other_log_total = _count(
-                other_logits,
-                teacher_width,
-                other_partners,
-                others,
-                teacher_low,
-                teacher_half,
-                teacher_scale,
-                True,
-                TEACHER_BF16,
-                TILE,
-            )
-            is_far = _is_far(top, student_far)
-            other_is_far = _is_far(other_top, teacher_far)
-            if is_far:
-                tops = _count_top(logits, student_width, partners, top, True, STUDENT_BF16, TILE)
-                tl.store(scratch + 2 * student_half + 1, tops)
-            if other_is_far:
-                tops = _count_top(
-                    other_logits, teacher_width, other_partners, other_top, True, TEACHER_BF16, TILE
-                )
-                tl.store(others + 2 * teacher_half + 1, tops)
             tl.debug_barrier()
             log_scale = 0.0
             other_log_scale = 0.0
-            if SCALED:
-                log_scale = tl.load(log_scales + 2 * number).to(tl.float32)
-                other_log_scale = tl.load(log_scales + 2 * number + 1).to(tl.float32)
-            shift = log_total - log_scale * _LOG2_E
-            other_shift = other_log_total - other_log_scale * _LOG2_E
-            side = (student_low, student_half, top, is_far, student_scale, shift)
-            other = (teacher_low, teacher_half, other_top, other_is_far, teacher_scale, other_shift)
-            match = (
-                other_logits,
-                other_top,
-                teacher_scale,
+            if settings.log_scales is not None:
+                log_scale = tl.load(settings.log_scales + 2 * number).to(tl.float32)
+                other_log_scale = tl.load(settings.log_scales + 2 * number + 1).to(tl.float32)
+            part = Part(ratios.row, ratios.top, ratios.scale, log_scale - log_total * _LOG_2)
+            other_part = Part(
+                other_ratios.row,
+                other_ratios.top,
+                other_ratios.scale,
                 other_log_scale - other_log_total * _LOG_2,
-                log_scale - log_total * _LOG_2,
-                beta,
-                floor,
             )
+            match = part, other_part, settings
             total = 0.0
-            if RANKED:
-                _sum_up(scratch, student_size, side, STUDENT_BF16, CLASSES)
-                _sum_up(others, teacher_size, other, TEACHER_BF16, CLASSES)
+            if settings.unmatched_weight is not None:
+                side = _shifted(ratios, log_total - log_scale * _LOG2_E)
+                other = _shifted(other_ratios, other_log_total - other_log_scale * _LOG2_E)
+                _sum_up(side, FORM.classes)
+                _sum_up(other, FORM.classes)
                 tl.debug_barrier()
-                distance = _signed_mass(
-                    others,
-                    ends,
-                    teacher_size,
-                    other,
-                    scratch,
-                    side,
-                    False,
-                    TEACHER_BF16,
-                    STUDENT_BF16,
-                    STUDENT_STEPS,
-                    CLASSES,
-                )
+                distance = _signed_mass(other, side, None, FORM.steps[0], FORM.classes)
                 tl.debug_barrier()
-                mass = _signed_mass(
-                    scratch,
-                    ends,
-                    student_size,
-                    side,
-                    others,
-                    other,
-                    WRITES,
-                    STUDENT_BF16,
-                    TEACHER_BF16,
-                    TEACHER_STEPS,
-                    CLASSES,
-                )
-                tl.store(values + 2 * number + 1, unmatched_weight * (distance + mass))
-                total += unmatched_weight * mass
-            if MATCHED:
-                divergence, change = _matched_sums(
-                    logits, student_width, partners, side, match, BETA_KIND, STUDENT_BF16, TILE
-                )
-                tl.store(values + 2 * number, matched_weight * divergence)
-                total += matched_weight * change
-            if SCALE_GRADIENTS:
+                ends = None if out.tensor is None else memory.ends
+                mass = _signed_mass(side, other, ends, FORM.steps[1], FORM.classes)
+                tl.store(values + 2 * number + 1, settings.unmatched_weight * (distance + mass))
+                total += settings.unmatched_weight * mass
+            if settings.matched_weight is not None:
+                divergence, change = _matched_sums(ratios, match, FORM.kind, FORM.tile)
+                tl.store(values + 2 * number, settings.matched_weight * divergence)
+                total += settings.matched_weight * change
+            if scale_gradients is not None:
                 tl.store(scale_gradients + 2 * number, total)
-            if WRITES:
-                target = row_number(out_index, number, OUT_INDEXED)
-                tl.debug_barrier()
-                if target >= 0:
-                    _write_gradient(
-                        logits,
-                        out + row_start(target, out_length, out_outer, out_inner),
-                        student_width,
-                        out_width,
-                        partners,
-                        scratch,
-                        ends,
-                        waiting,
-                        (student_low, student_half, top, is_far, student_scale, log_total),
-                        (unmatched_weight * tl.exp(log_scale), total, temperature),
-                        match,
-                        matched_weight,
-                        True,
-                        MATCHED,
-                        RANKED,
-                        BETA_KIND,
-                        STUDENT_BF16,
-                        TILE,
-                        GROUP,
-                    )
+            if out.tensor is not None:
+                weight = None
+                if settings.unmatched_weight is not None:
+                    weight = settings.unmatched_weight * tl.exp(log_scale)
+                _write_gradient(
+                    out,
+                    number,
+                    _shifted(ratios, log_total),
+                    memory,
+                    _Factors(weight, total, student.temperature),
+                    settings.partners,
+                    match,
+                    FORM,
+                )
 
 
 @triton.jit
@@ -803,81 +540,60 @@ def _count_above(row, width, bound, TILE: tl.constexpr):
 
 
 @triton.jit
-def sorted_uld_rows(
-    values,
-    student,
-    order,
-    student_index,
-    teacher,
-    teacher_index,
-    tails,
-    out,
-    out_index,
-    out_length,
-    out_outer,
-    out_inner,
-    student_width,
-    teacher_width,
-    out_width,
-    temperature,
-    student_scale,
-    teacher_scale,
-    STUDENT_INDEXED: tl.constexpr,
-    TEACHER_INDEXED: tl.constexpr,
-    OUT_INDEXED: tl.constexpr,
-    WRITES: tl.constexpr,
-    TAILS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+def sorted_uld_rows(values, student, teacher, tails, out, TILE: tl.constexpr):
     """Distance between rows that are sorted, descending, float32.
 
-    ``student`` and ``teacher`` hold logits (N, V) and (N, W) or, with TAILS, probabilities of the
-    teacher, to which ``tails`` (N, 2) float32 adds one that occurs so often. ``order`` holds the
-    columns of the student's entries.
+    Args:
+        values: (N,) what is written.
+        student: A `ctkd.ops.cuda.row_losses.Sorted` of logits.
+        teacher: Likewise or, with tails, of probabilities.
+        tails: (N, 2) float32 one more probability of the teacher and how often it occurs, or None.
+        out: Rows that gradients are written to, if there are any.
+        TILE: Columns of a tile.
     """
     number = tl.program_id(0)
-    row = row_number(student_index, number, STUDENT_INDEXED)
-    other_row = row_number(teacher_index, number, TEACHER_INDEXED)
+    row = row_number(student, number)
+    other_row = row_number(teacher, number)
     if (row < 0) | (other_row < 0):
         tl.store(values + number, 0.0)
         return
-    student += number.to(tl.int64) * student_width
-    order += number.to(tl.int64) * student_width
-    teacher += number.to(tl.int64) * teacher_width
-    top, shift = _sorted_log_total(student, student_width, student_scale, TILE)
+    own = student.entries + number.to(tl.int64) * student.width
+    order = student.order + number.to(tl.int64) * student.width
+    other = teacher.entries + number.to(tl.int64) * teacher.width
+    top, shift = _sorted_log_total(own, student.width, student.scale, TILE)
     tail = 0.0
     tail_first = 0
     tail_count = 0
-    if TAILS:
+    if tails is not None:
         tail = tl.load(tails + 2 * number)
         tail_count = tl.load(tails + 2 * number + 1).to(tl.int32)
-        tail_first = _count_above(teacher, teacher_width, tail, TILE)
+        tail_first = _count_above(other, teacher.width, tail, TILE)
     else:
-        other_top, other_shift = _sorted_log_total(teacher, teacher_width, teacher_scale, TILE)
+        other_top, other_shift = _sorted_log_total(other, teacher.width, teacher.scale, TILE)
     distances = tl.zeros((TILE,), tl.float32)
     changes = tl.zeros((TILE,), tl.float32)
     total = 0.0
-    if WRITES:
-        target = row_number(out_index, number, OUT_INDEXED)
-        out += row_start(target, out_length, out_outer, out_inner)
+    if out.tensor is not None:
+        target = row_number(out, number)
+        gradients = out.tensor + row_start(out, target)
     # The sum of all signed probabilities is known after the first of two passes.
-    for step in tl.static_range(2 if WRITES else 1):
-        end = student_width if step == 1 else tl.maximum(student_width, teacher_width + tail_count)
+    for step in tl.static_range(1 if out.tensor is None else 2):
+        end = student.width if step == 1 else tl.maximum(student.width, teacher.width + tail_count)
         for first in range(0, end, TILE):
             rank = first + tl.arange(0, TILE)
-            inside = rank < student_width
-            logits = tl.load(student + rank, mask=inside, other=float("-inf"))
-            probs = tl.exp2(tl.where(inside, (logits - top) * student_scale - shift, float("-inf")))
-            if TAILS:
+            inside = rank < student.width
+            logits = tl.load(own + rank, mask=inside, other=float("-inf"))
+            probs = tl.exp2(tl.where(inside, (logits - top) * student.scale - shift, float("-inf")))
+            if tails is not None:
                 is_tail = (rank >= tail_first) & (rank < tail_first + tail_count)
                 place = tl.where(rank < tail_first, rank, rank - tail_count)
-                is_stored = (is_tail == 0) & (place < teacher_width)
-                others = tl.load(teacher + place, mask=is_stored, other=0.0)
+                is_stored = (is_tail == 0) & (place < teacher.width)
+                others = tl.load(other + place, mask=is_stored, other=0.0)
                 others = tl.where(is_tail, tail, others)
             else:
-                is_stored = rank < teacher_width
-                others = tl.load(teacher + rank, mask=is_stored, other=float("-inf"))
-                others = (others - other_top) * teacher_scale - other_shift
+                is_stored = rank < teacher.width
+                others = tl.load(other + rank, mask=is_stored, other=float("-inf"))
+                others = (others - other_top) * teacher.scale - other_shift
                 others = tl.exp2(tl.where(is_stored, others, float("-inf")))
             signed = tl.where(probs < others, -probs, tl.where(probs > others, probs, 0.0))
             # Neither is true of nan.
@@ -887,16 +603,16 @@ def sorted_uld_rows(
                 changes += signed
             else:
                 columns = tl.load(order + rank, mask=inside, other=0)
-                gradient = (signed - probs * total) / temperature
+                gradient = (signed - probs * total) / student.temperature
                 tl.store(
-                    out + columns,
-                    gradient.to(out.dtype.element_ty),
+                    gradients + columns,
+                    gradient.to(gradients.dtype.element_ty),
                     mask=inside & (target >= 0),
                 )
         total = tl.sum(changes, 0)
     tl.store(values + number, tl.sum(distances, 0))
-    if WRITES:
-        for first in range(student_width, out_width, TILE):
+    if out.tensor is not None:
+        for first in range(student.width, out.width, TILE):
             columns = first + tl.arange(0, TILE)
-            zeros = tl.zeros((TILE,), tl.float32).to(out.dtype.element_ty)
-            tl.store(out + columns, zeros, mask=(columns < out_width) & (target >= 0))
+            zeros = tl.zeros((TILE,), tl.float32).to(gradients.dtype.element_ty)
+            tl.store(gradients + columns, zeros, mask=(columns < out.width) & (target >= 0))

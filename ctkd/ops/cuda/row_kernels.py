@@ -106,45 +106,35 @@ def _moments(tensor, start, width, ALIGNED: tl.constexpr, R: tl.constexpr, C: tl
     gap = mean - center
     total = tl.sum(squares + count * gap * gap, 0)
     # Of one column there is no deviation: 0 / 0.
-    return center, tl.sqrt(total / (width - 1).to(tl.float32))
+    return center, tl.sqrt(total / tl.cast(width - 1, tl.float32))
 
 
 @triton.jit
 def statistics(
-    tensor,
-    index,
-    length,
-    outer,
-    inner,
-    columns_mask,
-    normalizers,
-    deviations,
-    inverses,
-    count,
-    width,
-    INDEXED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    T: tl.constexpr,
-    STANDARDIZE: tl.constexpr,
-    MASKED: tl.constexpr,
-    DEVIATIONS: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-):
-    """Log-normalizers (T, N) at temperatures 1 / inverses, and standard deviations (N,)."""
+    rows, columns_mask, normalizers, deviations, inverses,
+    ALIGNED: tl.constexpr, STANDARDIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Log-normalizers (T, N) at temperatures 1 / inverses, and standard deviations (N,) if given.
+
+    With a mask (V,), of the columns that it names only.
+    """
+    T: tl.constexpr = len(inverses)
+    R: tl.constexpr = TILE[0]
+    C: tl.constexpr = TILE[1]
+    tensor = rows.tensor
     number = tl.program_id(0).to(tl.int64)
-    row = row_number(index, number, INDEXED)
+    row = row_number(rows, number)
     if row >= 0:
-        start = row_start(row, length, outer, inner)
+        start = row_start(rows, row)
         scale = 1.0
-        if STANDARDIZE or DEVIATIONS:
-            _, deviation = _moments(tensor, start, width, ALIGNED, R, C)
-            if DEVIATIONS:
+        if STANDARDIZE or (deviations is not None):
+            _, deviation = _moments(tensor, start, rows.width, ALIGNED, R, C)
+            if deviations is not None:
                 tl.store(deviations + number, deviation)
             if STANDARDIZE:
                 scale = 1.0 / (deviation + _EPSILON)
         if T > 0:
-            before, stop = _bounds(start, width, ALIGNED, R * C)
+            before, stop = _bounds(start, rows.width, ALIGNED, R * C)
             lanes = tl.arange(0, C)[None, :]
             largest = tl.full((C,), float("-inf"), tl.float32)
             sums = ()
@@ -152,21 +142,21 @@ def statistics(
                 sums = sums + (tl.zeros((C,), tl.float32),)
             if not ALIGNED:
                 y = _part(tensor, start, lanes, before, float("-inf")) * scale
-                if MASKED:
-                    counts = tl.load(columns_mask + lanes, mask=lanes < before, other=False)
-                    y = tl.where(counts, y, float("-inf"))
+                if columns_mask is not None:
+                    some = tl.load(columns_mask + lanes, mask=lanes < before, other=False)
+                    y = tl.where(some, y, float("-inf"))
                 largest, sums = _add_sums(y, largest, sums, inverses, T)
             first = tl.multiple_of(start + before, 16)
             for offset in range(0, stop - before, R * C):
                 x = tl.load(tensor + first + offset + _lanes(R, C)).to(tl.float32) * scale
-                if MASKED:
+                if columns_mask is not None:
                     counts = tl.load(columns_mask + before + offset + _lanes(R, C))
                     x = tl.where(counts, x, float("-inf"))
                 largest, sums = _add_sums(x, largest, sums, inverses, T)
             columns = stop + _lanes(R, C)
-            x = _part(tensor, start, columns, width, float("-inf")) * scale
-            if MASKED:
-                counts = tl.load(columns_mask + columns, mask=columns < width, other=False)
+            x = _part(tensor, start, columns, rows.width, float("-inf")) * scale
+            if columns_mask is not None:
+                counts = tl.load(columns_mask + columns, mask=columns < rows.width, other=False)
                 x = tl.where(counts, x, float("-inf"))
             largest, sums = _add_sums(x, largest, sums, inverses, T)
             top = tl.max(largest, 0)
@@ -175,32 +165,15 @@ def statistics(
                 weights = tl.exp2((largest - base) * (inverses[t] * _LOG2_E))
                 total = tl.sum(sums[t] * weights, 0)
                 answer = base * inverses[t] + tl.log2(total) * _LN_2
-                tl.store(normalizers + t * count + number, answer)
+                tl.store(normalizers + t * tl.num_programs(0) + number, answer)
 
 
 @triton.jit
-def mass_of_columns(
-    tensor,
-    index,
-    length,
-    outer,
-    inner,
-    sequence,
-    normalizers,
-    deviations,
-    mass,
-    inverse,
-    count,
-    width,
-    INDEXED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    STANDARDIZE: tl.constexpr,
-    C: tl.constexpr,
-):
+def mass_of_columns(rows, sequence, softmax, mass, count, ALIGNED: tl.constexpr, C: tl.constexpr):
     """Probabilities of some columns, summed over the rows of a sequence in their order."""
     which = tl.program_id(1)
     columns = tl.program_id(0) * C + tl.arange(0, C)
-    inside = columns < width
+    inside = columns < rows.width
     # The first row of this sequence, by bisection.
     low = 0
     high = count
@@ -214,19 +187,21 @@ def mass_of_columns(
     number = low
     go_on = number < count
     while go_on:
-        row = row_number(index, number, INDEXED)
+        row = row_number(rows, number)
         of_this = tl.load(sequence + number) == which
         if of_this and row >= 0:
-            start = row_start(row, length, outer, inner)
+            start = row_start(rows, row)
             if ALIGNED:
                 start = tl.multiple_of(start, 16)
-            x = tl.load(tensor + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
-            if STANDARDIZE:
-                x = x / (tl.load(deviations + number) + _EPSILON)
-            total += tl.exp2((x * inverse - tl.load(normalizers + number)) * _LOG2_E)
+            place = rows.tensor + start + columns
+            x = tl.load(place, mask=inside, other=float("-inf")).to(tl.float32)
+            if softmax.deviations is not None:
+                x = x / (tl.load(softmax.deviations + number) + _EPSILON)
+            normalizer = tl.load(softmax.normalizers + number)
+            total += tl.exp2((x * softmax.inverses[0] - normalizer) * _LOG2_E)
         number += 1
         go_on = of_this and number < count
-    tl.store(mass + which.to(tl.int64) * width + columns, total, mask=inside)
+    tl.store(mass + which.to(tl.int64) * rows.width + columns, total, mask=inside)
 
 
 @triton.jit
@@ -240,37 +215,24 @@ def _keys(x, columns):
 
 
 @triton.jit
-def largest(
-    tensor,
-    index,
-    length,
-    outer,
-    inner,
-    ids,
-    values,
-    width,
-    k,
-    INDEXED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-):
+def largest(rows, ids, values, k, ALIGNED: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
     """Columns and values of the k largest entries, largest first, in one read.
 
     A tile that holds nothing above the least of the K kept so far changes nothing.
     """
     number = tl.program_id(0).to(tl.int64)
-    row = row_number(index, number, INDEXED)
+    row = row_number(rows, number)
     if row >= 0:
-        start = row_start(row, length, outer, inner)
+        start = row_start(rows, row)
         if ALIGNED:
             start = tl.multiple_of(start, 16)
         least = tl.full((), -9223372036854775808, tl.int64)
         kept = tl.full((K,), -9223372036854775808, tl.int64)
-        for begin in range(0, width, C):
+        for begin in range(0, rows.width, C):
             columns = begin + tl.arange(0, C)
-            inside = columns < width
-            x = tl.load(tensor + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+            inside = columns < rows.width
+            place = rows.tensor + start + columns
+            x = tl.load(place, mask=inside, other=float("-inf")).to(tl.float32)
             keys = tl.where(inside, _keys(x, columns), -9223372036854775808)
             if tl.max(keys, 0) > least:
                 best = tl.topk(keys, K)
@@ -296,39 +258,34 @@ def clear_rows(tensor, named, stride, width, C: tl.constexpr):
 
 
 @triton.jit
-def _softmaxes(
-    x, columns, scale, terms, number,
-    T: tl.constexpr, STANDARDIZE: tl.constexpr, MASKED: tl.constexpr, WHICH: tl.constexpr,
-):  # fmt: skip
+def _softmaxes(x, columns, scale, terms, number, FORM: tl.constexpr, WHICH: tl.constexpr):
     """Gradient of the log-normalizers of terms: those that are standardized, or the others."""
-    normalizers, totals, inverses, widths, masks = terms
     gradient = tl.zeros(x.shape, tl.float32)
-    for t in tl.static_range(T):
-        if STANDARDIZE[t] == WHICH:
+    for t in tl.static_range(len(FORM.sizes)):
+        if FORM.standardize[t] == WHICH:
+            term = terms[t]
             y = x * scale if WHICH else x
             # The difference comes first: it cancels large numbers.
-            exponent = y * inverses[t] - tl.load(normalizers[t] + number)
-            inside = columns < widths[t]
-            if MASKED[t]:
-                counts = tl.load(masks[t] + columns, mask=inside, other=0)
+            exponent = y * term.inverse - tl.load(term.normalizers + number)
+            inside = columns < term.width
+            if term.columns is not None:
+                counts = tl.load(term.columns + columns, mask=inside, other=0)
                 inside = inside & (counts != 0)
             exponent = tl.where(inside, exponent * _LOG2_E, float("-inf"))
-            gradient += tl.exp2(exponent) * (tl.load(totals[t] + number) * -inverses[t])
+            gradient += tl.exp2(exponent) * (tl.load(term.totals + number) * -term.inverse)
     return gradient
 
 
 @triton.jit
-def _named(
-    columns, ids, weights, sizes, inverses, number,
-    T: tl.constexpr, STANDARDIZE: tl.constexpr, WHICH: tl.constexpr,
-):  # fmt: skip
+def _named(columns, terms, number, FORM: tl.constexpr, WHICH: tl.constexpr):
     """Weights of all ids that name these columns, in the order of the ids."""
     gradient = tl.zeros(columns.shape, tl.float32)
-    for t in tl.static_range(T):
-        if STANDARDIZE[t] == WHICH:
-            for k in range(0, sizes[t]):
-                column = tl.load(ids[t] + number * sizes[t] + k)
-                weight = tl.load(weights[t] + number * sizes[t] + k) * inverses[t]
+    for t in tl.static_range(len(FORM.sizes)):
+        if FORM.standardize[t] == WHICH:
+            term = terms[t]
+            for k in range(0, term.size):
+                column = tl.load(term.ids + number * term.size + k)
+                weight = tl.load(term.weights + number * term.size + k) * term.inverse
                 gradient += tl.where(columns == column, weight, 0.0)
     return gradient
 
@@ -343,101 +300,95 @@ def _through_deviation(gradient, x, columns, standard):
 @triton.jit
 def _known(known, columns):
     """A known gradient times a weight, of which 0 stands for nothing at all."""
-    tensor, start, width, weight = known
-    inside = columns < tl.where(weight != 0.0, width, 0)
-    return weight * tl.load(tensor + start + columns, mask=inside, other=0.0).to(tl.float32)
+    rows, start, weight = known
+    inside = columns < tl.where(weight != 0.0, rows.width, 0)
+    return weight * tl.load(rows.tensor + start + columns, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _gradient(
-    x, columns, terms, standard, known, number,
-    T: tl.constexpr, STANDARDIZE: tl.constexpr, ANY_STANDARDIZED: tl.constexpr,
-    MASKED: tl.constexpr, KNOWN: tl.constexpr,
-):  # fmt: skip
+def _gradient(x, columns, terms, standard, known, number, FORM: tl.constexpr):
     """The gradient of some entries, but for ids."""
     scale = standard[0]
-    value = _softmaxes(x, columns, scale, terms, number, T, STANDARDIZE, MASKED, False)
-    if ANY_STANDARDIZED:
-        turned = _softmaxes(x, columns, scale, terms, number, T, STANDARDIZE, MASKED, True)
+    value = _softmaxes(x, columns, scale, terms, number, FORM, False)
+    if FORM.any_standardized:
+        turned = _softmaxes(x, columns, scale, terms, number, FORM, True)
         value += _through_deviation(turned, x, columns, standard)
-    if KNOWN:
+    if known[0].tensor is not None:
         value += _known(known, columns)
     return value
 
 
 @triton.jit
 def gradient_rows(
-    tensor, index, length, outer, inner,
-    out, out_index, out_length, out_outer, out_inner,
-    known, known_index, known_length, known_outer, known_inner, known_weights,
-    normalizers, totals, inverses, widths, masks, ids, weights, sizes,
-    standard_width, out_width, known_width,
-    INDEXED: tl.constexpr, OUT_INDEXED: tl.constexpr, KNOWN_INDEXED: tl.constexpr,
-    ALIGNED: tl.constexpr, CONGRUENT: tl.constexpr,
-    KNOWN: tl.constexpr, T: tl.constexpr, SIZES: tl.constexpr,
-    STANDARDIZE: tl.constexpr, ANY_STANDARDIZED: tl.constexpr, MASKED: tl.constexpr,
-    C: tl.constexpr,
-):  # fmt: skip
+    rows, out, known, known_weights, terms, standard_width, FORM: tl.constexpr, C: tl.constexpr
+):
     """The gradient of a row: a sum over softmax terms, and a weighted known gradient.
 
     However many ids there are, they cost only themselves: an entry that one names is computed on
     its own, before anything is written, and written last.
+
+    Args:
+        rows: Logits, as wide as what is written.
+        out: What is written to.
+        known: A known gradient, if there is one.
+        known_weights: (N,) its weights.
+        terms: A `ctkd.ops.cuda.row_operators.Term` each.
+        standard_width: Of rows that are divided by their deviations.
+        FORM: A `ctkd.ops.cuda.row_operators.GradientForm`.
+        C: Columns of a tile.
     """
+    # Triton before 3.7 loses a number 1 of a tuple in a tuple within a loop, if it is not assigned.
+    terms = terms
+    tensor = rows.tensor
     number = tl.program_id(0).to(tl.int64)
-    row = row_number(index, number, INDEXED)
-    target = row_number(out_index, number, OUT_INDEXED)
+    row = row_number(rows, number)
+    target = row_number(out, number)
     if row >= 0 and target >= 0:
-        start = row_start(row, length, outer, inner)
-        out_start = row_start(target, out_length, out_outer, out_inner)
+        start = row_start(rows, row)
+        out_start = row_start(out, target)
         # How far behind an aligned entry the row begins, on both sides.
         shift = (start % 16).to(tl.int32)
-        if ALIGNED or not CONGRUENT:
+        if FORM.aligned or not FORM.congruent:
             shift = shift * 0
-        terms = normalizers, totals, inverses, widths, masks
-        added = known, start, known_width, 0.0
-        if KNOWN:
-            source = row_number(known_index, number, KNOWN_INDEXED)
-            known_start = row_start(source, known_length, known_outer, known_inner)
-            added = known, known_start, known_width, tl.load(known_weights + number).to(tl.float32)
+        added = known, start, 0.0
+        if known.tensor is not None:
+            known_start = row_start(known, row_number(known, number))
+            added = known, known_start, tl.load(known_weights + number).to(tl.float32)
         standard = 1.0, 0.0, 0.0, standard_width
-        if ANY_STANDARDIZED:
-            center, deviation = _moments(tensor, start, standard_width, ALIGNED, 1, C)
+        if FORM.any_standardized:
+            center, deviation = _moments(tensor, start, standard_width, FORM.aligned, 1, C)
             scale = 1.0 / (deviation + _EPSILON)
             along = tl.zeros((C,), tl.float32)
             for begin in range(0, standard_width, C):
                 lanes = begin + tl.arange(0, C)
                 y = _part(tensor, start, lanes, standard_width, 0.0)
-                dense = _softmaxes(y, lanes, scale, terms, number, T, STANDARDIZE, MASKED, True)
+                dense = _softmaxes(y, lanes, scale, terms, number, FORM, True)
                 along += tl.where(lanes < standard_width, dense * y, 0.0)
             change = tl.sum(along, 0)
-            for t in tl.static_range(T):
-                if STANDARDIZE[t]:
-                    for k in range(0, sizes[t]):
-                        place = number * sizes[t] + k
-                        entry = tl.load(tensor + start + tl.load(ids[t] + place)).to(tl.float32)
-                        change += tl.load(weights[t] + place) * inverses[t] * entry
+            for t in tl.static_range(len(FORM.sizes)):
+                if FORM.standardize[t]:
+                    term = terms[t]
+                    for k in range(0, term.size):
+                        place = number * term.size + k
+                        entry = tl.load(tensor + start + tl.load(term.ids + place)).to(tl.float32)
+                        change += tl.load(term.weights + place) * term.inverse * entry
             # A constant row has no direction in which its deviation grows.
-            spread = deviation * (standard_width - 1).to(tl.float32)
+            spread = deviation * tl.cast(standard_width - 1, tl.float32)
             varies = deviation != 0.0
             slope = tl.where(varies, change * scale * scale / tl.where(varies, spread, 1.0), 0.0)
             standard = scale, center, slope, standard_width
         chosen = ()
-        for t in tl.static_range(T):
-            if SIZES[t] > 0:
-                places = tl.arange(0, SIZES[t])
-                there = places < sizes[t]
-                some = tl.load(ids[t] + number * sizes[t] + places, mask=there, other=0)
+        for t in tl.static_range(len(FORM.sizes)):
+            if FORM.sizes[t] > 0:
+                term = terms[t]
+                places = tl.arange(0, FORM.sizes[t])
+                there = places < term.size
+                some = tl.load(term.ids + number * term.size + places, mask=there, other=0)
                 entries = tl.load(tensor + start + some, mask=there, other=0.0).to(tl.float32)
-                value = _gradient(
-                    entries, some, terms, standard, added, number,
-                    T, STANDARDIZE, ANY_STANDARDIZED, MASKED, KNOWN,
-                )  # fmt: skip
-                value += _named(some, ids, weights, sizes, inverses, number, T, STANDARDIZE, False)
-                if ANY_STANDARDIZED:
-                    of_ids = _named(
-                        some, ids, weights, sizes, inverses, number, T, STANDARDIZE, True
-                    )
-                    value += of_ids * standard[0]
+                value = _gradient(entries, some, terms, standard, added, number, FORM)
+                value += _named(some, terms, number, FORM, False)
+                if FORM.any_standardized:
+                    value += _named(some, terms, number, FORM, True) * standard[0]
                 chosen = chosen + ((some, there, value),)
             else:
                 chosen = chosen + (0,)
@@ -445,94 +396,78 @@ def gradient_rows(
         tl.debug_barrier()
         first = start - shift
         out_first = out_start - shift
-        if CONGRUENT:
+        if FORM.congruent:
             first = tl.multiple_of(first, 16)
             out_first = tl.multiple_of(out_first, 16)
         # The first tile may begin before the row, and the last one may end behind it.
         columns = tl.arange(0, C) - shift
-        inside = (columns >= 0) & (columns < out_width)
+        inside = (columns >= 0) & (columns < out.width)
         x = tl.load(tensor + first + tl.arange(0, C), mask=inside, other=0.0).to(tl.float32)
-        gradient = _gradient(
-            x, columns, terms, standard, added, number,
-            T, STANDARDIZE, ANY_STANDARDIZED, MASKED, KNOWN,
-        )  # fmt: skip
-        narrow = gradient.to(out.dtype.element_ty)
-        tl.store(out + out_first + tl.arange(0, C), narrow, mask=inside)
-        stop = (out_width + shift) // C * C
+        gradient = _gradient(x, columns, terms, standard, added, number, FORM)
+        narrow = gradient.to(out.tensor.dtype.element_ty)
+        tl.store(out.tensor + out_first + tl.arange(0, C), narrow, mask=inside)
+        stop = (out.width + shift) // C * C
         for begin in range(C, stop, C):
             columns = begin - shift + tl.arange(0, C)
             x = tl.load(tensor + first + begin + tl.arange(0, C)).to(tl.float32)
-            gradient = _gradient(
-                x, columns, terms, standard, added, number,
-                T, STANDARDIZE, ANY_STANDARDIZED, MASKED, KNOWN,
-            )  # fmt: skip
-            narrow = gradient.to(out.dtype.element_ty)
-            tl.store(out + out_first + begin + tl.arange(0, C), narrow)
+            gradient = _gradient(x, columns, terms, standard, added, number, FORM)
+            narrow = gradient.to(out.tensor.dtype.element_ty)
+            tl.store(out.tensor + out_first + begin + tl.arange(0, C), narrow)
         if stop >= C:
             columns = stop - shift + tl.arange(0, C)
-            inside = columns < out_width
+            inside = columns < out.width
             last = tensor + first + stop + tl.arange(0, C)
             x = tl.load(last, mask=inside, other=0.0).to(tl.float32)
-            gradient = _gradient(
-                x, columns, terms, standard, added, number,
-                T, STANDARDIZE, ANY_STANDARDIZED, MASKED, KNOWN,
-            )  # fmt: skip
-            narrow = gradient.to(out.dtype.element_ty)
-            tl.store(out + out_first + stop + tl.arange(0, C), narrow, mask=inside)
+            gradient = _gradient(x, columns, terms, standard, added, number, FORM)
+            narrow = gradient.to(out.tensor.dtype.element_ty)
+            tl.store(out.tensor + out_first + stop + tl.arange(0, C), narrow, mask=inside)
         tl.debug_barrier()
-        for t in tl.static_range(T):
-            if SIZES[t] > 0:
+        for t in tl.static_range(len(FORM.sizes)):
+            if FORM.sizes[t] > 0:
                 some, there, value = chosen[t]
-                tl.store(out + out_start + some, value.to(out.dtype.element_ty), mask=there)
+                narrow = value.to(out.tensor.dtype.element_ty)
+                tl.store(out.tensor + out_start + some, narrow, mask=there)
 
 
 @triton.jit
-def chosen_entries(
-    tensor, index, length, outer, inner, ids, normalizers, deviations, inverses, answers,
-    count, positions, k,
-    id_outer, id_inner, T: tl.constexpr, STANDARDIZE: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
+def chosen_entries(rows, ids, softmax, answers, count, positions, k, C: tl.constexpr):
     """Log-probabilities (N, K) of chosen entries at T temperatures, 0 where there is no row."""
     places = tl.program_id(0) * C + tl.arange(0, C)
     inside = places < count * k
     number = (places // k).to(tl.int64)
-    row = tl.load(index + number, mask=inside, other=-1)
+    row = tl.load(rows.numbers + number, mask=inside, other=-1)
     there = row >= 0
     sequence, position = number // positions, number % positions
-    ids += sequence * id_outer + position * id_inner + places % k
-    column = tl.load(ids, mask=there, other=0)
-    start = row_start(row, length, outer, inner)
-    x = tl.load(tensor + start + column, mask=there, other=0.0).to(tl.float32)
-    if STANDARDIZE:
-        x = x / (tl.load(deviations + number, mask=there, other=1.0) + _EPSILON)
-    for t in tl.static_range(T):
-        normalizer = tl.load(normalizers + t * count + number, mask=there, other=0.0)
-        answer = tl.where(there, x * inverses[t] - normalizer, 0.0)
+    named = ids.tensor + sequence * ids.outer + position * ids.inner + places % k
+    column = tl.load(named, mask=there, other=0)
+    start = row_start(rows, row)
+    x = tl.load(rows.tensor + start + column, mask=there, other=0.0).to(tl.float32)
+    if softmax.deviations is not None:
+        x = x / (tl.load(softmax.deviations + number, mask=there, other=1.0) + _EPSILON)
+    for t in tl.static_range(len(answers)):
+        normalizer = tl.load(softmax.normalizers + t * count + number, mask=there, other=0.0)
+        answer = tl.where(there, x * softmax.inverses[t] - normalizer, 0.0)
         tl.store(answers[t] + places, answer, mask=inside)
 
 
 @triton.jit
-def pack_scored(
-    targets, chunks, rows, mask, ids, packed_chunks, index, all_rows,
-    target_outer, target_inner, chunk_outer, chunk_inner, positions, size, length, ignored,
-    CHUNKS: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
+def pack_scored(targets, chunks, answers, positions, size, length, ignored, C: tl.constexpr):
     """Scored positions of a sequence first, in their order, then the others."""
     sequence = tl.program_id(0).to(tl.int64)
-    targets += sequence * target_outer
-    chunks += sequence * chunk_outer
+    rows, mask, ids, packed_chunks, index, all_rows = answers
+    first_target = targets.tensor + sequence * targets.outer
     scored_in_all = tl.zeros((), tl.int32)
     for begin in range(0, positions, C):
         places = begin + tl.arange(0, C)
         inside = places < positions
-        target = tl.load(targets + places * target_inner, mask=inside, other=ignored)
+        target = tl.load(first_target + places * targets.inner, mask=inside, other=ignored)
         scored_in_all += tl.sum((target != ignored).to(tl.int32), 0)
     before = tl.zeros((), tl.int32)
     first = sequence * size
     for begin in range(0, positions, C):
         places = begin + tl.arange(0, C)
         inside = places < positions
-        target = tl.load(targets + places * target_inner, mask=inside, other=ignored)
+        target = tl.load(first_target + places * targets.inner, mask=inside, other=ignored)
         scored = (target != ignored).to(tl.int32)
         rank = before + tl.cumsum(scored, 0)
         to = tl.where(scored != 0, rank - 1, scored_in_all + places - rank)
@@ -543,24 +478,23 @@ def pack_scored(
         number = sequence * length + places
         tl.store(all_rows + first + to, number, mask=kept)
         tl.store(index + first + to, tl.where(scored != 0, number, -1), mask=kept)
-        if CHUNKS:
-            chunk = tl.load(chunks + places * chunk_inner, mask=inside, other=-1)
+        if chunks is not None:
+            chunk = chunks.tensor + sequence * chunks.outer + places * chunks.inner
+            chunk = tl.load(chunk, mask=inside, other=-1)
             tl.store(packed_chunks + first + to, tl.where(scored != 0, chunk, -1), mask=kept)
         before += tl.sum(scored, 0)
 
 
 @triton.jit
-def chunk_table(
-    mask, chunks, sizes, first, last, mask_outer, mask_inner, chunk_outer, chunk_inner,
-    positions, count, TILE: tl.constexpr,
-):  # fmt: skip
+def chunk_table(mask, chunks, answers, positions, count, TILE: tl.constexpr):
     """Tokens of each chunk, and the positions of its first and its last one; 0 where it has none.
 
     Whole numbers may be added in any order.
     """
     sequence = tl.program_id(0).to(tl.int64)
-    mask += sequence * mask_outer
-    chunks += sequence * chunk_outer
+    scored_here = mask.tensor + sequence * mask.outer
+    chunks_here = chunks.tensor + sequence * chunks.outer
+    sizes, first, last = answers
     sizes += sequence * count
     first += sequence * count
     last += sequence * count
@@ -575,8 +509,8 @@ def chunk_table(
     for begin in range(0, positions, TILE):
         places = begin + tl.arange(0, TILE)
         inside = places < positions
-        chunk = tl.load(chunks + places * chunk_inner, mask=inside, other=-1)
-        scored = tl.load(mask + places * mask_inner, mask=inside, other=0)
+        chunk = tl.load(chunks_here + places * chunks.inner, mask=inside, other=-1)
+        scored = tl.load(scored_here + places * mask.inner, mask=inside, other=0)
         there = inside & (scored != 0) & (chunk >= 0) & (chunk < count)
         chunk = tl.where(there, chunk, 0)
         ones = tl.full((TILE,), 1, tl.int64)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from inspect import Parameter, Signature
-from typing import Any, NamedTuple, get_type_hints
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ctkd.ops.costs import DECLARED
+from ctkd.ops.costs import Cost
 from ctkd.ops.cuda import row_losses
 from ctkd.ops.cuda.operators import operator
 from ctkd.ops.rows import RowLoss, Rows, RowValues
@@ -30,7 +30,6 @@ def row_loss(
     differentiate: bool,
 ) -> RowValues:
     """See `ctkd.ops.reference.row_loss`."""
-    target = (None, None, 0) if out is None else (out.tensor, out.index, out.width)
     numbers, ids = [], []
     for name in _NAMES[loss.name]:
         value = loss.settings[name]
@@ -41,11 +40,13 @@ def row_loss(
     answers = getattr(torch.ops.ctkd, f"{loss.name}_rows")(
         *(student.tensor, student.index, student.width),
         *(teacher.tensor, teacher.index, teacher.width),
-        per_row,
-        *target,
-        numbers,
-        ids,
-        differentiate,
+        None if out is None else out.tensor,
+        out_index=None if out is None else out.index,
+        out_width=0 if out is None else out.width,
+        per_row=per_row,
+        numbers=numbers,
+        ids=ids,
+        differentiate=differentiate,
     )
     return RowValues(answers[0], answers[1] if len(answers) > 1 else None)
 
@@ -90,8 +91,11 @@ def _settings(name: str, numbers: list[float], ids: list[Tensor]) -> dict[str, A
     return settings
 
 
-class _Call(NamedTuple):
-    """Arguments of every operator here, in their order."""
+@dataclass(frozen=True)
+class _Call:
+    """A call of the operator of a loss, see `ctkd.ops.reference.row_loss`."""
+
+    name: ClassVar[str]
 
     student: Tensor
     student_index: Tensor | None
@@ -99,55 +103,43 @@ class _Call(NamedTuple):
     teacher: Tensor
     teacher_index: Tensor | None
     teacher_width: int
-    per_row: Tensor | None
     out: Tensor | None
+    _: KW_ONLY
     out_index: Tensor | None
     out_width: int
+    per_row: Tensor | None
     numbers: list[float]
     ids: list[Tensor]
     differentiate: bool
 
-    def arguments(self, name: str) -> tuple[Any, ...]:
+    @property
+    def arguments(self) -> tuple[Any, ...]:
         """Those of the functions of `ctkd.ops.cuda.row_losses`."""
         return (
             Rows(self.student, self.student_index, self.student_width),
             Rows(self.teacher, self.teacher_index, self.teacher_width),
-            _settings(name, self.numbers, self.ids),
+            _settings(self.name, self.numbers, self.ids),
             self.per_row,
             None if self.out is None else Rows(self.out, self.out_index, self.out_width),
             self.differentiate,
         )
 
-
-def _register(name: str) -> None:
-    """Register the operator of a loss, with its cost."""
-    start, cost = getattr(row_losses, name), getattr(row_losses, f"{name}_cost")
-
-    def answers(*args: Any) -> list[Tensor]:
-        call = _Call(*args)
-        index = call.student_index
-        count = call.student.shape[0] if index is None else index.shape[0]
-        values = call.student.new_empty((count, _PARTS[name]), dtype=torch.float32)
-        if call.per_row is None or not call.differentiate:
+    def answers(self) -> list[Tensor]:
+        index = self.student_index
+        count = self.student.shape[0] if index is None else index.shape[0]
+        values = self.student.new_empty((count, _PARTS[self.name]), dtype=torch.float32)
+        if self.per_row is None or not self.differentiate:
             return [values]
-        return [values, torch.empty_like(call.per_row)]
+        return [values, torch.empty_like(self.per_row)]
 
-    def compute(*args: Any) -> list[Tensor]:
-        found: RowValues = start(*_Call(*args).arguments(name))
-        given = found.per_row_gradient
-        return [found.values] if given is None else [found.values, given]
+    def start(self, answers: list[Tensor]) -> None:
+        found: RowValues = getattr(row_losses, self.name)(*self.arguments)
+        answers[:] = [one for one in found if one is not None]
 
-    compute.__signature__ = _SIGNATURE  # type: ignore[attr-defined]  # what a schema is made from
-    operator(f"{name}_rows", answers, mutates=("out",))(compute)
-    DECLARED[f"{name}_rows"] = lambda *args: cost(*_Call(*args).arguments(name))
+    def cost(self) -> Cost:
+        cost: Cost = getattr(row_losses, f"{self.name}_cost")(*self.arguments)
+        return cost
 
 
-_SIGNATURE = Signature(
-    [
-        Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
-        for name, kind in get_type_hints(_Call).items()
-    ],
-    return_annotation=list[Tensor],
-)
 for _name in _NAMES:
-    _register(_name)
+    operator(f"{_name}_rows", type(_name, (_Call,), {"name": _name}), mutates=("out",))

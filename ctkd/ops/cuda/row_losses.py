@@ -57,7 +57,7 @@ class _Format(NamedTuple):
 _FORMATS = {torch.bfloat16: _Format(7, 127, 0x7F80), torch.float16: _Format(10, 15, 0x7C00)}
 
 
-class _Classes(NamedTuple):
+class Classes(NamedTuple):
     """Classes of 16-bit logits, as ``rank_kernels`` has them.
 
     Attributes:
@@ -65,17 +65,15 @@ class _Classes(NamedTuple):
         half: Classes above 0 that are not the last.
         far: The smallest number of the last class.
         size: Classes, rounded up.
-        steps: Of a search among them.
     """
 
     low: int
     half: int
     far: float
     size: int
-    steps: int
 
     @classmethod
-    def of(cls, dtype: torch.dtype, temperature: float) -> _Classes:
+    def of(cls, dtype: torch.dtype, temperature: float) -> Classes:
         form = _FORMATS[dtype]
         # From here on the next smaller number is below by more than 104 temperatures, of which no
         # exponential is left in float32.
@@ -83,8 +81,120 @@ class _Classes(NamedTuple):
         low = form.bits(math.floor(math.log2(temperature)) - 20)
         half = max(form.bits(exponent) - 1 - low, 0)
         far = math.inf if exponent > form.bias else 2.0**exponent
-        count = 2 * half + 2
-        return cls(low, half, far, -(-count // _CLASSES) * _CLASSES, count.bit_length())
+        return cls(low, half, far, -(-(2 * half + 2) // _CLASSES) * _CLASSES)
+
+    @property
+    def steps(self) -> int:
+        """Steps of a search among them: log2 of their number, rounded up."""
+        return (2 * self.half + 2).bit_length()
+
+
+class Counted(NamedTuple):
+    """A side as kernels are given it that count classes.
+
+    Attributes:
+        rows: Where they lie.
+        classes: What their entries are counted in.
+        temperature: Of the side.
+        scale: log2(e) over the temperature.
+    """
+
+    rows: Place
+    classes: Classes
+    temperature: float
+    scale: float
+
+
+class CountingForm(NamedTuple):
+    """What kernels that count classes are compiled for.
+
+    Attributes:
+        tile: Columns at a time.
+        classes: Classes at a time.
+        group: Entries that are compared with each other.
+        steps: Of a search among the student's and among the teacher's classes.
+        kind: Of the divergence, see `_kind`.
+    """
+
+    tile: int
+    classes: int
+    group: int
+    steps: tuple[int, int]
+    kind: int
+
+
+class GOLDSettings(NamedTuple):
+    """What `gold_rows` reads beside the rows.
+
+    Attributes:
+        partners: As `pair_columns` writes them.
+        log_scales: (N, 2), added to both sides' log-probabilities, or None.
+        beta: Of the divergence.
+        floor: What lower log-probabilities are raised to.
+        lowest: None: no logit is raised.
+        matched_weight: Of the divergence, None where it is left out.
+        unmatched_weight: Of the ranked distance, None where it is left out.
+    """
+
+    partners: Tensor
+    log_scales: Tensor | None
+    beta: float
+    floor: float
+    lowest: None
+    matched_weight: float | None
+    unmatched_weight: float | None
+
+
+class Sorted(NamedTuple):
+    """A side as `sorted_uld_rows` is given it.
+
+    Attributes:
+        entries: (N, V) float32, descending.
+        order: (N, V) columns that they come from, or None.
+        numbers: (N,) as of a `Place`, of which only -1 matters.
+        width: V.
+        temperature: Of the side.
+        scale: log2(e) over the temperature.
+    """
+
+    entries: Tensor
+    order: Tensor | None
+    numbers: Tensor | None
+    width: int
+    temperature: float
+    scale: float
+
+
+class SharedKLSettings(NamedTuple):
+    """Numbers of `shared_kl_rows`.
+
+    Attributes:
+        temperature: Of both sides.
+        scale: log2(e) over the temperature.
+        beta: Of the divergence.
+        lowest: What lower logits are raised to.
+        floor: What lower log-probabilities are raised to.
+    """
+
+    temperature: float
+    scale: float
+    beta: float
+    lowest: float
+    floor: float
+
+
+class SharedKLForm(NamedTuple):
+    """What `shared_kl_rows` is compiled for.
+
+    Attributes:
+        kind: Of the divergence, see `_kind`.
+        rest: Whether columns that are not shared are a class of their own.
+        tile: Rows and columns that a row is folded to.
+    """
+
+    kind: int
+    rest: bool
+    tile: tuple[int, int]
 
 
 def shared_kl(
@@ -110,29 +220,20 @@ def shared_kl(
     if count and values.device.type != "meta":
         partners = _partners(student, teacher, settings["student_ids"], settings["teacher_ids"])
         beta, temperature = settings["beta"], settings["temperature"]
-        target = student if out is None else out
         kernels("divergence_kernels").shared_kl_rows[(count,)](
             values,
-            *_place(student),
-            *_place(teacher),
-            *_place(target),
+            place_of(student),
+            place_of(teacher),
+            place_of(out),
             partners,
-            student.width,
-            teacher.width,
-            target.width,
-            temperature,
-            math.log2(math.e) / temperature,
-            float(beta),
-            settings["lowest_logit"],
-            settings["log_floor"],
-            STUDENT_INDEXED=student.index is not None,
-            TEACHER_INDEXED=teacher.index is not None,
-            OUT_INDEXED=target.index is not None,
-            WRITES=out is not None,
-            REST=_has_rest(settings),
-            KIND=_kind(beta),
-            R=_TILE[0],
-            C=_TILE[1],
+            SharedKLSettings(
+                temperature,
+                math.log2(math.e) / temperature,
+                float(beta),
+                settings["lowest_logit"],
+                settings["log_floor"],
+            ),
+            FORM=SharedKLForm(_kind(beta), _has_rest(settings), _TILE),
             num_warps=_WARPS,
             num_stages=1,
             # Left to itself, the assembler spills a few numbers to fit more programs.
@@ -194,8 +295,8 @@ def uld(
     if count and not (per_row is None and can_count(student, teacher)):
         _sorted_uld(student, teacher, settings, per_row, out, values)
     elif count:
-        grid, args, options = _counting(student, teacher, settings, out, _COLUMNS)
-        kernels("rank_kernels").uld_rows[grid](values, *args, **options)
+        grid, *args, form = _counting(student, teacher, settings, out, _COLUMNS)
+        kernels("rank_kernels").uld_rows[grid](values, *args, FORM=form, **_COUNTING)
     return RowValues(values, per_row_gradient)
 
 
@@ -223,24 +324,22 @@ def gold(
     if count and values.device.type != "meta":
         shared, beta = settings["shared"], settings["beta"]
         ids = settings["student_columns"][:shared], settings["teacher_columns"][:shared]
-        grid, args, options = _counting(student, teacher, settings, out, _COLUMNS // 2)
+        grid, *args, form = _counting(student, teacher, settings, out, _COLUMNS // 2)
+        # A weight of 0 leaves a term out, even if it is not finite.
+        weights = (settings[name] or None for name in ("matched_weight", "unmatched_weight"))
         kernels("rank_kernels").gold_rows[grid](
-            values,
+            (values, per_row_gradient),
             *args,
-            _partners(student, teacher, *ids),
-            values if per_row is None else per_row.detach().contiguous(),
-            values if per_row_gradient is None else per_row_gradient,
-            float(beta),
-            settings["log_floor"],
-            settings["matched_weight"],
-            settings["unmatched_weight"],
-            SCALED=per_row is not None,
-            SCALE_GRADIENTS=per_row_gradient is not None,
-            # A weight of 0 leaves a term out, even if it is not finite.
-            MATCHED=settings["matched_weight"] != 0,
-            RANKED=settings["unmatched_weight"] != 0,
-            BETA_KIND=_kind(beta),
-            **options | _WIDE,
+            GOLDSettings(
+                _partners(student, teacher, *ids),
+                None if per_row is None else per_row.detach().contiguous(),
+                float(beta),
+                settings["log_floor"],
+                None,
+                *weights,
+            ),
+            FORM=form._replace(kind=_kind(beta)),
+            **_COUNTING | _WIDE,
         )
     return RowValues(values, per_row_gradient)
 
@@ -272,53 +371,36 @@ def gold_cost(
 
 def _both_classes(
     student: Rows, teacher: Rows, settings: Mapping[str, Any]
-) -> tuple[_Classes, _Classes]:
-    return (
-        _Classes.of(student.tensor.dtype, settings["student_temperature"]),
-        _Classes.of(teacher.tensor.dtype, settings["teacher_temperature"]),
-    )
+) -> tuple[Classes, Classes]:
+    first, second = _temperatures(settings)
+    return Classes.of(student.tensor.dtype, first), Classes.of(teacher.tensor.dtype, second)
 
 
 def _counting(
     student: Rows, teacher: Rows, settings: Mapping[str, Any], out: Rows | None, columns: int
-) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-    """The grid, the first arguments and the options of kernels that count classes."""
-    temperatures = settings["student_temperature"], settings["teacher_temperature"]
-    count, target = len(student), student if out is None else out
-    classes, others = _both_classes(student, teacher, settings)
-    programs, size = _programs(student, classes, others, columns)
-    args = (
-        *_place(student),
-        *_place(teacher),
-        *_place(target),
-        torch.empty(programs * size, dtype=torch.int32, device=student.tensor.device),
-        count,
-        student.width,
-        teacher.width,
-        target.width,
-        float(temperatures[0]),
-        math.log2(math.e) / temperatures[0],
-        math.log2(math.e) / temperatures[1],
-        *classes[:3],
-        *others[:3],
-        classes.size,
-        others.size,
+) -> tuple[tuple[int], Counted, Counted, Place, Tensor, int, CountingForm]:
+    """The grid, arguments and the form of kernels that count classes."""
+    both = _both_classes(student, teacher, settings)
+    programs, size = _programs(student, *both, columns)
+    student_side, teacher_side = (
+        Counted(place_of(rows), classes, float(temperature), math.log2(math.e) / temperature)
+        for rows, classes, temperature in zip(
+            (student, teacher), both, _temperatures(settings), strict=True
+        )
     )
-    options = {
-        "STUDENT_INDEXED": student.index is not None,
-        "TEACHER_INDEXED": teacher.index is not None,
-        "OUT_INDEXED": target.index is not None,
-        "WRITES": out is not None,
-        "STUDENT_BF16": student.tensor.dtype == torch.bfloat16,
-        "TEACHER_BF16": teacher.tensor.dtype == torch.bfloat16,
-        "STUDENT_STEPS": classes.steps,
-        "TEACHER_STEPS": others.steps,
-        "TILE": columns,
-        "CLASSES": _CLASSES,
-        "GROUP": _GROUP,
-        **_COUNTING,
-    }
-    return (programs,), args, options
+    return (
+        (programs,),
+        student_side,
+        teacher_side,
+        place_of(out),
+        torch.empty(programs * size, dtype=torch.int32, device=student.tensor.device),
+        len(student),
+        CountingForm(columns, _CLASSES, _GROUP, (both[0].steps, both[1].steps), 0),
+    )
+
+
+def _temperatures(settings: Mapping[str, Any]) -> tuple[float, float]:
+    return settings["student_temperature"], settings["teacher_temperature"]
 
 
 def can_count(student: Rows, teacher: Rows) -> bool:
@@ -335,43 +417,33 @@ def _sorted_uld(
     values: Tensor,
 ) -> None:
     """Write what `uld` returns, of rows that torch sorts, a block at a time."""
-    scales = [
-        math.log2(math.e) / settings[name]
-        for name in ("student_temperature", "teacher_temperature")
-    ]
+    temperatures = _temperatures(settings)
+    scales = [math.log2(math.e) / one for one in temperatures]
     size = block_rows(max(student.width, teacher.width), values.device)
     for start in range(0, len(student), size):
         which = slice(start, start + size)
         # Of equal entries, those in lower columns come first.
         ranked = student.read(which).sort(dim=-1, descending=True, stable=True)
         others = teacher.read(which).sort(dim=-1, descending=True).values
-        target = (student if out is None else out)[which]
-        numbers = values if tails is None else tails[which].to(torch.float32).contiguous()
         kernels("rank_kernels").sorted_uld_rows[(others.shape[0],)](
             values[which],
-            ranked.values,
-            ranked.indices,
-            _place(student[which])[1],
-            others,
-            _place(teacher[which])[1],
-            numbers,
-            *_place(target),
-            student.width,
-            teacher.width,
-            target.width,
-            float(settings["student_temperature"]),
-            *scales,
-            STUDENT_INDEXED=student.index is not None,
-            TEACHER_INDEXED=teacher.index is not None,
-            OUT_INDEXED=target.index is not None,
-            WRITES=out is not None,
-            TAILS=tails is not None,
+            Sorted(*ranked, student[which].index, student.width, float(temperatures[0]), scales[0]),
+            Sorted(
+                others,
+                None,
+                teacher[which].index,
+                teacher.width,
+                float(temperatures[1]),
+                scales[1],
+            ),
+            None if tails is None else tails[which].to(torch.float32).contiguous(),
+            place_of(None if out is None else out[which]),
             TILE=_COLUMNS,
             **_RANKED,
         )
 
 
-def _programs(rows: Rows, classes: _Classes, others: _Classes, columns: int) -> tuple[int, int]:
+def _programs(rows: Rows, classes: Classes, others: Classes, columns: int) -> tuple[int, int]:
     """Programs that count classes, and entries of the scratch memory of each."""
     size = 2 * classes.size + others.size + columns
     most = _PROGRAMS
@@ -438,10 +510,6 @@ def _partners(student: Rows, teacher: Rows, ids: Tensor, teacher_ids: Tensor) ->
             ids, teacher_ids, partners, ids.shape[0], student.width, BLOCK=_PAIRS
         )
     return partners
-
-
-def _place(rows: Rows) -> Place:
-    return place_of(rows.tensor, rows.index)
 
 
 def _read(rows: Rows, width: int) -> int:

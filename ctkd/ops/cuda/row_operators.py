@@ -6,14 +6,24 @@ operator would make. It is chosen elsewhere what goes to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ctkd.ops.costs import DECLARED, Cost
-from ctkd.ops.cuda.operators import kernels, operator, place_of, power_of_two, row_bytes
+from ctkd.ops.costs import Cost
+from ctkd.ops.cuda.operators import (
+    Matrix,
+    Place,
+    kernels,
+    operator,
+    place_of,
+    power_of_two,
+    row_bytes,
+)
+from ctkd.ops.rows import Packed, Rows
 
 __all__ = [
     "chosen_entries",
@@ -32,26 +42,64 @@ _WARPS = 4
 _MOST_WARPS = 8
 
 
-def _operator(
-    cost: Callable[..., Cost], answers: Callable[..., Any], *, mutates: tuple[str, ...] = ()
-) -> Callable[[Callable[..., Any]], Any]:
-    """Register an operator with its cost and the tensors it makes, and stand in its place."""
+class Softmax(NamedTuple):
+    """What makes probabilities of logits x: ``exp(x * inverse - normalizer)``.
 
-    def register(function: Callable[..., Any]) -> Any:
-        name = function.__name__
-        operator(name, answers, mutates=mutates)(function)
-        DECLARED[name] = cost
-        return getattr(torch.ops.ctkd, name)
+    Attributes:
+        normalizers: (T, N) at all temperatures.
+        deviations: (N,) what logits are divided by before, or None.
+        inverses: 1 over each temperature.
+    """
 
-    return register
-
-
-def _nothing(*_: Any) -> None:
-    """What an operator makes that only writes."""
+    normalizers: Tensor
+    deviations: Tensor | None
+    inverses: tuple[float, ...]
 
 
-def _count(tensor: Tensor, index: Tensor | None) -> int:
-    return tensor.shape[0] if index is None else index.shape[0]
+class Term(NamedTuple):
+    """A `ctkd.ops.SoftmaxTerm` as `gradient_rows` is given it.
+
+    Attributes:
+        normalizers: (N,) of each row.
+        totals: (N,) weight of the probabilities of each row.
+        inverse: 1 over the temperature.
+        width: Columns that have a probability.
+        columns: (V,) bool, those of them that count, or None.
+        ids: (N, size) columns that a weight is added to.
+        weights: (N, size) these weights.
+        size: How many there are of each row.
+    """
+
+    normalizers: Tensor
+    totals: Tensor
+    inverse: float
+    width: int
+    columns: Tensor | None
+    ids: Tensor
+    weights: Tensor
+    size: int
+
+
+class GradientForm(NamedTuple):
+    """What `gradient_rows` is compiled for.
+
+    Attributes:
+        aligned: Whether rows of all tensors begin at aligned entries.
+        congruent: Whether they begin equally far behind one, as well as those that are written.
+        sizes: Ids of each term, rounded up.
+        standardize: Whether a term's rows are divided by their deviations.
+        any_standardized: Whether those of any are.
+    """
+
+    aligned: bool
+    congruent: bool
+    sizes: tuple[int, ...]
+    standardize: tuple[bool, ...]
+    any_standardized: bool
+
+
+def _inverses(temperatures: Sequence[float]) -> tuple[float, ...]:
+    return tuple(1.0 / one for one in temperatures)
 
 
 def _row_stride(tensor: Tensor) -> int | None:
@@ -65,377 +113,324 @@ def _row_stride(tensor: Tensor) -> int | None:
     return tensor.stride(-2)
 
 
-def _statistics_cost(
-    tensor: Tensor,
-    index: Tensor | None,
-    width: int,
-    temperatures: Sequence[float],
-    standardize: bool,
-    columns: Tensor | None,
-    deviations: bool,
-) -> Cost:
-    rows = _count(tensor, index)
-    moments = standardize or deviations
-    reads = moments + bool(temperatures)
-    written = 4 * rows * (len(temperatures) + deviations)
-    return Cost(1, reads * row_bytes(tensor, index, width) + written, 0)
+@dataclass(frozen=True)
+class _OfRows:
+    """Arguments of all operators that read rows."""
+
+    tensor: Tensor
+    index: Tensor | None
+    width: int
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.tensor, self.index, self.width)
+
+    @property
+    def place(self) -> Place:
+        return place_of(self.rows)
+
+    def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.tensor.new_empty(size, dtype=dtype)
 
 
-def _statistics(
-    tensor: Tensor, index: Tensor | None, width: int, temperatures: Sequence[float], *rest: Any
-) -> tuple[Tensor, Tensor]:
-    count = _count(tensor, index)
-    deviations = rest[-1]
-    return (
-        tensor.new_empty((len(temperatures), count), dtype=torch.float32),
-        tensor.new_empty(count if deviations else 0, dtype=torch.float32),
-    )
-
-
-@_operator(_statistics_cost, _statistics)
-def row_statistics(
-    tensor: Tensor,
-    index: Tensor | None,
-    width: int,
-    temperatures: Sequence[float],
-    standardize: bool,
-    columns: Tensor | None,
-    deviations: bool,
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Statistics(_OfRows):
     """Log-normalizers (T, N) and, if wanted, standard deviations (N,)."""
-    count = _count(tensor, index)
-    normalizers, answers = _statistics(tensor, index, width, temperatures, deviations)
-    if count:
-        place = place_of(tensor, index)
-        kernels("row_kernels").statistics[(count,)](
-            *place,
-            tensor if columns is None else columns,
-            normalizers,
-            answers,
-            tuple(1.0 / one for one in temperatures),
-            count,
-            width,
-            INDEXED=index is not None,
-            ALIGNED=place.is_aligned,
-            T=len(temperatures),
-            STANDARDIZE=standardize,
-            MASKED=columns is not None,
-            DEVIATIONS=deviations,
-            R=2 if standardize or deviations else 4,
-            C=_LANES,
-            num_warps=_WARPS,
+
+    temperatures: Sequence[float]
+    standardize: bool
+    columns: Tensor | None
+    deviations: bool
+
+    def answers(self) -> tuple[Tensor, Tensor]:
+        count = len(self.rows)
+        return (
+            self.empty(len(self.temperatures), count),
+            self.empty(count if self.deviations else 0),
         )
-    return normalizers, answers
+
+    def start(self, answers: tuple[Tensor, Tensor]) -> None:
+        if len(self.rows):
+            normalizers, deviations = answers
+            moments = self.standardize or self.deviations
+            kernels("row_kernels").statistics[(len(self.rows),)](
+                self.place,
+                self.columns,
+                normalizers,
+                deviations if self.deviations else None,
+                _inverses(self.temperatures),
+                ALIGNED=self.place.is_aligned,
+                STANDARDIZE=self.standardize,
+                TILE=(2 if moments else 4, _LANES),
+                num_warps=_WARPS,
+            )
+
+    def cost(self) -> Cost:
+        reads = (self.standardize or self.deviations) + bool(self.temperatures)
+        written = 4 * len(self.rows) * (len(self.temperatures) + self.deviations)
+        return Cost(1, reads * row_bytes(self.rows) + written, 0)
 
 
-def _mass_cost(
-    tensor: Tensor,
-    index: Tensor | None,
-    width: int,
-    sequence: Tensor,
-    sequences: int,
-    normalizers: Tensor,
-    deviations: Tensor | None,
-    temperature: float,
-) -> Cost:
-    tiles = -(-width // _LANES)
-    per_row = 4 * (4 if deviations is None else 5) * tiles * _count(tensor, index)
-    return Cost(1, row_bytes(tensor, index, width) + per_row + 4 * sequences * width, 0)
-
-
-def _mass(
-    tensor: Tensor, index: Tensor | None, width: int, sequence: Tensor, sequences: int, *_: Any
-) -> Tensor:
-    return tensor.new_empty((sequences, width), dtype=torch.float32)
-
-
-@_operator(_mass_cost, _mass)
-def mass_of_columns(
-    tensor: Tensor,
-    index: Tensor | None,
-    width: int,
-    sequence: Tensor,
-    sequences: int,
-    normalizers: Tensor,
-    deviations: Tensor | None,
-    temperature: float,
-) -> Tensor:
+@dataclass(frozen=True)
+class _Mass(_OfRows):
     """Probabilities summed over the rows of each sequence, (B, V)."""
-    mass = _mass(tensor, index, width, sequence, sequences)
-    if sequences:
-        place = place_of(tensor, index)
-        kernels("row_kernels").mass_of_columns[(-(-width // _LANES), sequences)](
-            *place,
-            sequence,
-            normalizers,
-            normalizers if deviations is None else deviations,
-            mass,
-            1.0 / temperature,
-            _count(tensor, index),
-            width,
-            INDEXED=index is not None,
-            ALIGNED=place.is_aligned,
-            STANDARDIZE=deviations is not None,
-            C=_LANES,
-            num_warps=_WARPS,
-        )
-    return mass
+
+    sequence: Tensor
+    sequences: int
+    normalizers: Tensor
+    deviations: Tensor | None
+    temperature: float
+
+    def answers(self) -> Tensor:
+        return self.empty(self.sequences, self.width)
+
+    def start(self, answers: Tensor) -> None:
+        if self.sequences:
+            kernels("row_kernels").mass_of_columns[(-(-self.width // _LANES), self.sequences)](
+                self.place,
+                self.sequence,
+                Softmax(self.normalizers, self.deviations, _inverses([self.temperature])),
+                answers,
+                len(self.rows),
+                ALIGNED=self.place.is_aligned,
+                C=_LANES,
+                num_warps=_WARPS,
+            )
+
+    def cost(self) -> Cost:
+        tiles = -(-self.width // _LANES)
+        per_row = 4 * (4 if self.deviations is None else 5) * tiles * len(self.rows)
+        return Cost(1, row_bytes(self.rows) + per_row + 4 * self.sequences * self.width, 0)
 
 
-def _top_cost(tensor: Tensor, index: Tensor | None, width: int, k: int) -> Cost:
-    rows = _count(tensor, index)
-    cleared = 0 if index is None else 2
-    written = rows * (1 + (cleared > 0)) * 12 * k
-    return Cost(1 + cleared, row_bytes(tensor, index, width) + written, 0)
-
-
-def _top(tensor: Tensor, index: Tensor | None, width: int, k: int) -> tuple[Tensor, Tensor]:
-    count = _count(tensor, index)
-    # Where there is no row, zeros are expected.
-    make = tensor.new_empty if index is None else tensor.new_zeros
-    return make((count, k), dtype=torch.int64), make((count, k), dtype=torch.float32)
-
-
-@_operator(_top_cost, _top)
-def row_top(tensor: Tensor, index: Tensor | None, width: int, k: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Top(_OfRows):
     """Columns and values of the largest entries, (N, k)."""
-    count = _count(tensor, index)
-    ids, values = _top(tensor, index, width, k)
-    if count and k:
-        place = place_of(tensor, index)
-        size = power_of_two(max(k, 2))
-        kernels("row_kernels").largest[(count,)](
-            *place,
-            ids,
-            values,
-            width,
-            k,
-            INDEXED=index is not None,
-            ALIGNED=place.is_aligned,
-            K=size,
-            C=max(_LANES, size),
-            num_warps=_WARPS,
-        )
-    return ids, values
+
+    k: int
+
+    def answers(self) -> tuple[Tensor, Tensor]:
+        size = len(self.rows), self.k
+        # Where there is no row, zeros are expected.
+        make = self.tensor.new_empty if self.index is None else self.tensor.new_zeros
+        return make(size, dtype=torch.int64), make(size, dtype=torch.float32)
+
+    def start(self, answers: tuple[Tensor, Tensor]) -> None:
+        if answers[0].numel():
+            size = power_of_two(max(self.k, 2))
+            kernels("row_kernels").largest[(len(self.rows),)](
+                self.place,
+                *answers,
+                self.k,
+                ALIGNED=self.place.is_aligned,
+                K=size,
+                C=max(_LANES, size),
+                num_warps=_WARPS,
+            )
+
+    def cost(self) -> Cost:
+        cleared = 0 if self.index is None else 2
+        written = len(self.rows) * (1 + (cleared > 0)) * 12 * self.k
+        return Cost(1 + cleared, row_bytes(self.rows) + written, 0)
 
 
-def _gradients_cost(
-    tensor: Tensor,
-    index: Tensor | None,
-    out: Tensor,
-    out_index: Tensor | None,
-    out_width: int,
-    known: Tensor | None,
-    known_index: Tensor | None,
-    known_width: int,
-    known_weights: Tensor | None,
-    temperatures: Sequence[float],
-    standardize: Sequence[bool],
-    widths: Sequence[int],
-    columns: Sequence[Tensor],
-    masked: Sequence[bool],
-    normalizers: Sequence[Tensor],
-    totals: Sequence[Tensor],
-    ids: Sequence[Tensor],
-    weights: Sequence[Tensor],
-) -> Cost:
-    moved = row_bytes(tensor, index, out_width) + row_bytes(out, out_index, out_width)
-    # For the moments, and for what changes along the row.
-    moved += 2 * any(standardize) * row_bytes(tensor, index, out_width)
-    if known is not None:
-        moved += row_bytes(known, known_index, known_width)
-    # Ids and weights are read to find equal ids, and once more where one is written.
-    moved += 2 * sum(one.nbytes for one in (*ids, *weights)) + sum(map(_nbytes, columns))
-    return Cost(1, moved + sum(one.nbytes for one in (*normalizers, *totals)), 0)
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.nbytes
-
-
-@_operator(_gradients_cost, _nothing, mutates=("out",))
-def row_gradients(
-    tensor: Tensor,
-    index: Tensor | None,
-    out: Tensor,
-    out_index: Tensor | None,
-    out_width: int,
-    known: Tensor | None,
-    known_index: Tensor | None,
-    known_width: int,
-    known_weights: Tensor | None,
-    temperatures: Sequence[float],
-    standardize: Sequence[bool],
-    widths: Sequence[int],
-    columns: Sequence[Tensor],
-    masked: Sequence[bool],
-    normalizers: Sequence[Tensor],
-    totals: Sequence[Tensor],
-    ids: Sequence[Tensor],
-    weights: Sequence[Tensor],
-) -> None:
+@dataclass(frozen=True)
+class _Gradients:
     """Write the gradient of rows, see `ctkd.ops.reference.softmax_backward`."""
-    count = _count(tensor, index)
-    if not count:
-        return
-    place = place_of(tensor, index)
-    out_place = place_of(out, out_index)
-    known_place = out_place if known is None else place_of(known, known_index)
-    aligned = place.is_aligned and out_place.is_aligned and known_place.is_aligned
-    # Rows of one number begin equally far behind an aligned entry in both tensors.
-    stride = _row_stride(tensor)
-    same = (
-        stride is not None and stride == _row_stride(out) and (index is None) == (out_index is None)
-    )
-    of_masks = iter(columns)
-    sizes = [one.shape[1] for one in ids]
-    wide = [width for width, one in zip(widths, standardize, strict=True) if one]
-    kernels("row_kernels").gradient_rows[(count,)](
-        *place,
-        *out_place,
-        *known_place,
-        tensor if known_weights is None else known_weights,
-        tuple(normalizers),
-        tuple(totals),
-        tuple(1.0 / one for one in temperatures),
-        tuple(widths),
-        tuple(next(of_masks) if one else tensor for one in masked),
-        tuple(ids),
-        tuple(weights),
-        tuple(sizes),
-        wide[0] if wide else 0,
-        out_width,
-        known_width,
-        INDEXED=index is not None,
-        OUT_INDEXED=out_index is not None,
-        KNOWN_INDEXED=known_index is not None,
-        ALIGNED=aligned,
-        CONGRUENT=aligned or same,
-        KNOWN=known is not None,
-        T=len(temperatures),
-        SIZES=tuple(power_of_two(one) if one else 0 for one in sizes),
-        STANDARDIZE=tuple(map(bool, standardize)),
-        ANY_STANDARDIZED=any(standardize),
-        MASKED=tuple(map(bool, masked)),
-        C=2 * _LANES,
-        num_warps=_MOST_WARPS if any(standardize) else _WARPS,
-    )
 
+    tensor: Tensor
+    index: Tensor | None
+    out: Tensor
+    out_index: Tensor | None
+    out_width: int
+    _: KW_ONLY
+    known: Tensor | None
+    known_index: Tensor | None
+    known_width: int
+    known_weights: Tensor | None
+    temperatures: Sequence[float]
+    standardize: Sequence[bool]
+    widths: Sequence[int]
+    columns: Sequence[Tensor | None]
+    normalizers: Sequence[Tensor]
+    totals: Sequence[Tensor]
+    ids: Sequence[Tensor]
+    weights: Sequence[Tensor]
 
-def _clear_cost(tensor: Tensor, index: Tensor) -> Cost:
-    # A row is written here or where its gradient is, whatever the index holds.
-    rest = max(tensor.shape[0] - index.shape[0], 0)
-    return Cost(3, 2 * tensor.shape[0] + index.nbytes + rest * tensor[0].nbytes, tensor.shape[0])
+    @property
+    def rows(self) -> Rows:
+        """As wide as what is written."""
+        return Rows(self.tensor, self.index, self.out_width)
 
+    @property
+    def target(self) -> Rows:
+        return Rows(self.out, self.out_index, self.out_width)
 
-@_operator(_clear_cost, _nothing, mutates=("tensor",))
-def clear_rows(tensor: Tensor, index: Tensor) -> None:
-    """Write zeros to the rows of a tensor that an index does not name; -1 is the last one."""
-    rows, width = tensor.shape
-    named = torch.zeros(rows, dtype=torch.uint8, device=tensor.device)
-    named[index] = 1
-    size = 4 * _LANES
-    kernels("row_kernels").clear_rows[(-(-width // size), rows)](
-        tensor, named, tensor.stride(0), width, C=size, num_warps=_WARPS
-    )
+    @property
+    def known_rows(self) -> Rows | None:
+        if self.known is None:
+            return None
+        return Rows(self.known, self.known_index, self.known_width)
 
+    def answers(self) -> None:
+        """Nothing: what is given is written to."""
 
-def _chosen_cost(
-    tensor: Tensor,
-    index: Tensor,
-    ids: Tensor,
-    positions: int,
-    normalizers: Tensor,
-    temperatures: Sequence[float],
-    deviations: Tensor | None,
-) -> Cost:
-    entries = index.shape[0] * ids.shape[2]
-    answers = 4 * len(temperatures) * entries
-    moved = index.nbytes + ids.nbytes + normalizers.nbytes + entries * tensor.element_size()
-    return Cost(1, moved + answers + (0 if deviations is None else deviations.nbytes), 0)
-
-
-def _chosen(
-    tensor: Tensor,
-    index: Tensor,
-    ids: Tensor,
-    positions: int,
-    normalizers: Tensor,
-    temperatures: Sequence[float],
-    deviations: Tensor | None,
-) -> list[Tensor]:
-    size = ids.shape[0], positions, ids.shape[2]
-    return [tensor.new_empty(size, dtype=torch.float32) for _ in temperatures]
-
-
-@_operator(_chosen_cost, _chosen)
-def chosen_entries(
-    tensor: Tensor,
-    index: Tensor,
-    ids: Tensor,
-    positions: int,
-    normalizers: Tensor,
-    temperatures: Sequence[float],
-    deviations: Tensor | None,
-) -> list[Tensor]:
-    """Log-probabilities (B, S, K) of ids (B, S or 1, K), 0 where there is no row."""
-    count, k = index.shape[0], ids.shape[2]
-    answers = _chosen(tensor, index, ids, positions, normalizers, temperatures, deviations)
-    if answers[0].numel():
-        place = place_of(tensor, index)
-        kernels("row_kernels").chosen_entries[(-(-count * k // _LANES),)](
-            *place,
-            ids.contiguous(),
-            normalizers,
-            normalizers if deviations is None else deviations,
-            tuple(1.0 / one for one in temperatures),
-            tuple(answers),
-            count,
-            positions,
-            k,
-            ids.shape[1] * k,
-            0 if ids.shape[1] == 1 else k,
-            T=len(temperatures),
-            STANDARDIZE=deviations is not None,
-            C=_LANES,
-            num_warps=_WARPS,
+    def start(self, answers: None) -> None:
+        if not len(self.rows):
+            return
+        places = [place_of(one) for one in (self.rows, self.target, self.known_rows)]
+        is_aligned = all(one.is_aligned for one in places)
+        # Rows of one number begin equally far behind an aligned entry in both tensors.
+        stride = _row_stride(self.tensor)
+        is_same = stride is not None and stride == _row_stride(self.out)
+        is_same &= (self.index is None) == (self.out_index is None)
+        sizes = [one.shape[1] for one in self.ids]
+        form = GradientForm(
+            aligned=is_aligned,
+            congruent=is_aligned or is_same,
+            sizes=tuple(power_of_two(one) if one else 0 for one in sizes),
+            standardize=tuple(map(bool, self.standardize)),
+            any_standardized=any(self.standardize),
         )
-    return answers
-
-
-def _pack_cost(
-    targets: Tensor, chunk_ids: Tensor | None, size: int, length: int, ignored: int
-) -> Cost:
-    read = 2 * targets.nbytes + (0 if chunk_ids is None else chunk_ids.nbytes)
-    return Cost(1, read + targets.shape[0] * size * (33 + 8 * (chunk_ids is not None)), 0)
-
-
-def _packed(
-    targets: Tensor, chunk_ids: Tensor | None, size: int, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = targets.shape[0], size
-    return (
-        targets.new_empty(shape),
-        targets.new_empty(shape, dtype=torch.bool),
-        targets.new_empty(shape),
-        targets.new_empty(shape if chunk_ids is not None else (0, 0)),
-        targets.new_empty(targets.shape[0] * size),
-        targets.new_empty(targets.shape[0] * size),
-    )
-
-
-@_operator(_pack_cost, _packed)
-def pack_scored(
-    targets: Tensor, chunk_ids: Tensor | None, size: int, length: int, ignored: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows, mask, ids, chunk numbers and flattened rows of scored positions, each (B, S)."""
-    answers = _packed(targets, chunk_ids, size)
-    rows, mask, ids, chunks, index, all_rows = answers
-    if rows.numel():
-        other = targets if chunk_ids is None else chunk_ids
-        kernels("row_kernels").pack_scored[(targets.shape[0],)](
-            targets, other, rows, mask, ids, chunks, index, all_rows,
-            *targets.stride(), *other.stride(), targets.shape[1], size, length, ignored,
-            CHUNKS=chunk_ids is not None, C=_LANES, num_warps=_WARPS,
+        of_terms = (
+            (self.normalizers, self.totals, _inverses(self.temperatures), self.widths)
+            + (self.columns, self.ids, self.weights, sizes)
         )  # fmt: skip
-    return answers
+        standardized = zip(self.widths, self.standardize, strict=True)
+        kernels("row_kernels").gradient_rows[(len(self.rows),)](
+            *places,
+            self.known_weights,
+            tuple(Term(*one) for one in zip(*of_terms, strict=True)),
+            max((width for width, is_one in standardized if is_one), default=0),
+            FORM=form,
+            C=2 * _LANES,
+            num_warps=_MOST_WARPS if form.any_standardized else _WARPS,
+        )
+
+    def cost(self) -> Cost:
+        # Once more for the moments, and for what changes along the row.
+        reads = 3 if any(self.standardize) else 1
+        moved = reads * row_bytes(self.rows) + row_bytes(self.target)
+        if self.known_rows is not None:
+            moved += row_bytes(self.known_rows)
+        # Ids and weights are read to find equal ids, and once more where one is written.
+        of_ids = 2 * sum(one.nbytes for one in (*self.ids, *self.weights))
+        of_rows = sum(one.nbytes for one in (*self.normalizers, *self.totals))
+        masks = sum(one.nbytes for one in self.columns if one is not None)
+        return Cost(1, moved + of_ids + of_rows + masks, 0)
+
+
+@dataclass(frozen=True)
+class _Clear:
+    """Write zeros to the rows of a tensor that an index does not name; -1 is the last one."""
+
+    tensor: Tensor
+    index: Tensor
+
+    def answers(self) -> None:
+        """Nothing: what is given is written to."""
+
+    def start(self, answers: None) -> None:
+        rows, width = self.tensor.shape
+        named = torch.zeros(rows, dtype=torch.uint8, device=self.tensor.device)
+        named[self.index] = 1
+        size = 4 * _LANES
+        kernels("row_kernels").clear_rows[(-(-width // size), rows)](
+            self.tensor, named, self.tensor.stride(0), width, C=size, num_warps=_WARPS
+        )
+
+    def cost(self) -> Cost:
+        # A row is written here or where its gradient is, whatever the index holds.
+        rows = self.tensor.shape[0]
+        rest = max(rows - self.index.shape[0], 0)
+        return Cost(3, 2 * rows + self.index.nbytes + rest * self.tensor[0].nbytes, rows)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Log-probabilities (B, S, K) of ids (B, S or 1, K), 0 where there is no row."""
+
+    tensor: Tensor
+    index: Tensor
+    ids: Tensor
+    positions: int
+    normalizers: Tensor
+    temperatures: Sequence[float]
+    deviations: Tensor | None
+
+    def answers(self) -> list[Tensor]:
+        size = self.ids.shape[0], self.positions, self.ids.shape[2]
+        return [self.tensor.new_empty(size, dtype=torch.float32) for _ in self.temperatures]
+
+    def start(self, answers: list[Tensor]) -> None:
+        if answers[0].numel():
+            count, (_, positions, k) = self.index.shape[0], self.ids.shape
+            kernels("row_kernels").chosen_entries[(-(-count * k // _LANES),)](
+                place_of(Rows(self.tensor, self.index, self.tensor.shape[-1])),
+                Matrix(self.ids.contiguous(), positions * k, 0 if positions == 1 else k),
+                Softmax(self.normalizers, self.deviations, _inverses(self.temperatures)),
+                tuple(answers),
+                count,
+                self.positions,
+                k,
+                C=_LANES,
+                num_warps=_WARPS,
+            )
+
+    def cost(self) -> Cost:
+        entries = self.index.shape[0] * self.ids.shape[2]
+        answers = 4 * len(self.temperatures) * entries
+        moved = self.index.nbytes + self.ids.nbytes + self.normalizers.nbytes
+        moved += entries * self.tensor.element_size() + answers
+        return Cost(1, moved + (0 if self.deviations is None else self.deviations.nbytes), 0)
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """Rows, mask, ids, chunk numbers and flattened rows of scored positions, each (B, S)."""
+
+    targets: Tensor
+    chunk_ids: Tensor | None
+    size: int
+    length: int
+    ignored: int
+
+    def answers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        make, shape = self.targets.new_empty, (self.targets.shape[0], self.size)
+        return (
+            make(shape),
+            make(shape, dtype=torch.bool),
+            make(shape),
+            make(shape if self.chunk_ids is not None else (0, 0)),
+            make(self.targets.shape[0] * self.size),
+            make(self.targets.shape[0] * self.size),
+        )
+
+    def start(self, answers: tuple[Tensor, ...]) -> None:
+        if answers[0].numel():
+            batch, positions = self.targets.shape
+            kernels("row_kernels").pack_scored[(batch,)](
+                Matrix.of(self.targets),
+                None if self.chunk_ids is None else Matrix.of(self.chunk_ids),
+                Packed(*answers),
+                positions,
+                self.size,
+                self.length,
+                self.ignored,
+                C=_LANES,
+                num_warps=_WARPS,
+            )
+
+    def cost(self) -> Cost:
+        chunks = 0 if self.chunk_ids is None else self.chunk_ids.nbytes
+        written = self.targets.shape[0] * self.size * (33 + 8 * (self.chunk_ids is not None))
+        return Cost(1, 2 * self.targets.nbytes + chunks + written, 0)
+
+
+row_statistics = operator("row_statistics", _Statistics)
+mass_of_columns = operator("mass_of_columns", _Mass)
+row_top = operator("row_top", _Top)
+row_gradients = operator("row_gradients", _Gradients, mutates=("out",))
+clear_rows = operator("clear_rows", _Clear, mutates=("tensor",))
+chosen_entries = operator("chosen_entries", _Chosen)
+pack_scored = operator("pack_scored", _Pack)

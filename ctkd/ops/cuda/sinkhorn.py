@@ -6,13 +6,14 @@ The operators are there whether triton is or not: on the meta device they have s
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ctkd.ops.costs import DECLARED, Cost
+from ctkd.ops.costs import Cost
 from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two
 
 __all__ = ["fits", "l1_cost", "transport"]
@@ -75,7 +76,7 @@ class _Transport(torch.autograd.Function):
         regularization: float,
         iterations: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        plan, value, error, rows, columns = torch.ops.ctkd.sinkhorn(
+        plan, value, error, rows, columns = _sinkhorn(
             cost, row_mass, column_mass, row_mask, column_mask, regularization, iterations
         )
         ctx.regularization = regularization
@@ -93,7 +94,7 @@ class _Transport(torch.autograd.Function):
             return (None,) * 7
         # Once: a checkpoint hands each saved tensor out a single time.
         cost, row_mass, column_mass, rows, columns = ctx.saved_tensors
-        cost_grad, row_mass_grad, column_mass_grad = torch.ops.ctkd.sinkhorn_backward(
+        cost_grad, row_mass_grad, column_mass_grad = _sinkhorn_backward(
             cost, row_mass, column_mass, rows, columns, plan_grad, value_grad, ctx.regularization
         )
         return (
@@ -108,7 +109,7 @@ class _L1Cost(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
         ctx.save_for_backward(first, second)
-        cost: Tensor = torch.ops.ctkd.l1_cost(first, second)
+        cost: Tensor = _l1_cost(first, second)
         return cost
 
     @staticmethod
@@ -116,186 +117,242 @@ class _L1Cost(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         first, second = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        of = torch.ops.ctkd.l1_cost_backward
+        of = _l1_cost_backward
         return (
             of(gradient.transpose(1, 2), first, second) if needed[0] else None,
             of(gradient, second, first) if needed[1] else None,
         )
 
 
-def _sinkhorn_answers(
-    cost: Tensor,
-    row_mass: Tensor | None,
-    column_mass: Tensor | None,
-    row_mask: Tensor | None,
-    column_mask: Tensor | None,
-    regularization: float,
-    iterations: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, rows, columns = cost.shape
-    return (
-        cost.new_empty(cost.shape),
-        cost.new_empty(batch),
-        cost.new_empty(batch),
-        cost.new_empty(batch, iterations + 1, rows),
-        cost.new_empty(batch, iterations + 1, columns),
-    )
+class Marginal(NamedTuple):
+    """Rows or columns of a problem, as kernels are given them.
+
+    Attributes:
+        mass: (B, size) target sums, or None for 1.
+        mask: (B, size) uint8, those that take part, or None for all.
+        size: How many there are.
+        potentials: (B, N + 1, size) of every iteration.
+        gradient: (B, size) where that of the masses goes, in a backward pass.
+    """
+
+    mass: Tensor | None
+    mask: Tensor | None
+    size: int
+    potentials: Tensor
+    gradient: Tensor | None = None
 
 
-@operator("sinkhorn", _sinkhorn_answers)
-def _sinkhorn(
-    cost: Tensor,
-    row_mass: Tensor | None,
-    column_mass: Tensor | None,
-    row_mask: Tensor | None,
-    column_mask: Tensor | None,
-    regularization: float,
-    iterations: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+class Upstream(NamedTuple):
+    """Gradients of the plan (B, R, C) and of its cost (B,), as kernels are given them.
+
+    Attributes:
+        plan: None where there is none.
+        value: Likewise.
+        stride: Of ``value``.
+    """
+
+    plan: Tensor | None
+    value: Tensor | None
+    stride: int
+
+
+class DistanceGradient(NamedTuple):
+    """Gradient of distances, and its strides: by the batch, other points and the points."""
+
+    tensor: Tensor
+    outer: int
+    from_other: int
+    from_point: int
+
+
+class Points(NamedTuple):
+    """Points (B, size, K)."""
+
+    tensor: Tensor
+    size: int
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    """As kernels read it; None is nothing."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+@dataclass(frozen=True)
+class _Sinkhorn:
     """Plan, its cost, the row error, and potentials (B, N + 1, R) and (B, N + 1, C)."""
-    answers = _sinkhorn_answers(
-        cost, row_mass, column_mass, row_mask, column_mask, regularization, iterations
-    )
-    batch, rows, columns = cost.shape
-    given = [
-        cost if one is None else one.contiguous()
-        for one in (cost, row_mass, column_mass, row_mask, column_mask)
-    ]
-    kernels("sinkhorn_kernels").sinkhorn[(batch,)](
-        *(one.view(torch.uint8) if one.dtype == torch.bool else one for one in given),
-        *answers,
-        rows,
-        columns,
-        iterations,
-        -1.0 / regularization,
-        WITH_ROW_MASS=row_mass is not None,
-        WITH_COLUMN_MASS=column_mass is not None,
-        WITH_ROW_MASK=row_mask is not None,
-        WITH_COLUMN_MASK=column_mask is not None,
-        ROWS=power_of_two(rows),
-        **_program(columns),
-    )
-    return answers
+
+    cost_matrix: Tensor
+    row_mass: Tensor | None
+    column_mass: Tensor | None
+    row_mask: Tensor | None
+    column_mask: Tensor | None
+    regularization: float
+    iterations: int
+
+    def answers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        make, (batch, rows, columns) = self.cost_matrix.new_empty, self.cost_matrix.shape
+        return (
+            make(batch, rows, columns),
+            make(batch),
+            make(batch),
+            make(batch, self.iterations + 1, rows),
+            make(batch, self.iterations + 1, columns),
+        )
+
+    def start(self, answers: tuple[Tensor, ...]) -> None:
+        *results, row_potentials, column_potentials = answers
+        batch, rows, columns = self.cost_matrix.shape
+        row_mass, column_mass, row_mask, column_mask = map(
+            _contiguous, (self.row_mass, self.column_mass, self.row_mask, self.column_mask)
+        )
+        kernels("sinkhorn_kernels").sinkhorn[(batch,)](
+            self.cost_matrix.contiguous(),
+            Marginal(row_mass, row_mask, rows, row_potentials),
+            Marginal(column_mass, column_mask, columns, column_potentials),
+            tuple(results),
+            self.iterations,
+            -1.0 / self.regularization,
+            ROWS=power_of_two(rows),
+            **_program(columns),
+        )
+
+    def cost(self) -> Cost:
+        # Every iteration reads the cost again, from the second cache as long as it holds the batch.
+        batch, rows, columns = self.cost_matrix.shape
+        given = self.row_mass, self.column_mass, self.row_mask, self.column_mask
+        vectors = 4 * batch * ((self.iterations + 2) * (rows + columns) + 2)
+        moved = (self.iterations + 2) * nbytes(self.cost_matrix) + nbytes(*given) + vectors
+        return kernel_cost(moved, self.cost_matrix, *given)
 
 
-def _sinkhorn_gradients(
-    cost: Tensor,
-    row_mass: Tensor | None,
-    column_mass: Tensor | None,
-    row_potentials: Tensor,
-    column_potentials: Tensor,
-    plan_grad: Tensor | None,
-    value_grad: Tensor | None,
-    regularization: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, rows, columns = cost.shape
-    return (
-        cost.new_empty(cost.shape),
-        cost.new_empty(batch, rows),
-        cost.new_empty(batch, columns),
-    )
-
-
-@operator("sinkhorn_backward", _sinkhorn_gradients)
-def _sinkhorn_backward(
-    cost: Tensor,
-    row_mass: Tensor | None,
-    column_mass: Tensor | None,
-    row_potentials: Tensor,
-    column_potentials: Tensor,
-    plan_grad: Tensor | None,
-    value_grad: Tensor | None,
-    regularization: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class _SinkhornBackward:
     """Gradients of the cost, of the row masses and of the column masses."""
-    answers = _sinkhorn_gradients(
-        cost,
-        row_mass,
-        column_mass,
-        row_potentials,
-        column_potentials,
-        plan_grad,
-        value_grad,
-        regularization,
-    )
-    batch, rows, columns = cost.shape
-    cost = cost.contiguous()
-    kernels("sinkhorn_kernels").sinkhorn_backward[(batch,)](
-        cost,
-        *(cost if one is None else one.contiguous() for one in (row_mass, column_mass)),
-        row_potentials,
-        column_potentials,
-        cost if plan_grad is None else plan_grad.contiguous(),
-        cost if value_grad is None else value_grad,
-        0 if value_grad is None else value_grad.stride(0),
-        *answers,
-        rows,
-        columns,
-        row_potentials.shape[1] - 1,
-        -1.0 / regularization,
-        WITH_ROW_MASS=row_mass is not None,
-        WITH_COLUMN_MASS=column_mass is not None,
-        WITH_PLAN=plan_grad is not None,
-        WITH_VALUE=value_grad is not None,
-        **_program(columns),
-    )
-    return answers
+
+    cost_matrix: Tensor
+    row_mass: Tensor | None
+    column_mass: Tensor | None
+    row_potentials: Tensor
+    column_potentials: Tensor
+    plan_grad: Tensor | None
+    value_grad: Tensor | None
+    regularization: float
+
+    @property
+    def iterations(self) -> int:
+        return self.row_potentials.shape[1] - 1
+
+    def answers(self) -> tuple[Tensor, Tensor, Tensor]:
+        make, (batch, rows, columns) = self.cost_matrix.new_empty, self.cost_matrix.shape
+        return make(batch, rows, columns), make(batch, rows), make(batch, columns)
+
+    def start(self, answers: tuple[Tensor, Tensor, Tensor]) -> None:
+        cost_grad, row_grad, column_grad = answers
+        batch, rows, columns = self.cost_matrix.shape
+        row_mass, column_mass, plan = map(
+            _contiguous, (self.row_mass, self.column_mass, self.plan_grad)
+        )
+        stride = 0 if self.value_grad is None else self.value_grad.stride(0)
+        kernels("sinkhorn_kernels").sinkhorn_backward[(batch,)](
+            self.cost_matrix.contiguous(),
+            Marginal(row_mass, None, rows, self.row_potentials, row_grad),
+            Marginal(column_mass, None, columns, self.column_potentials, column_grad),
+            Upstream(plan, self.value_grad, stride),
+            cost_grad,
+            self.iterations,
+            -1.0 / self.regularization,
+            **_program(columns),
+        )
+
+    def cost(self) -> Cost:
+        # Every iteration but the last reads the cost, and reads and writes its gradient.
+        passes = 3 * max(self.iterations - 1, 0) + 2 + (self.iterations > 0)
+        vectors = 4 * nbytes(self.row_potentials, self.column_potentials)
+        moved = passes * nbytes(self.cost_matrix) + 2 * nbytes(self.plan_grad) + vectors
+        moved += nbytes(self.value_grad)
+        return kernel_cost(moved, self.cost_matrix, self.row_mass, self.column_mass, self.plan_grad)
 
 
-def _l1_cost_answer(first: Tensor, second: Tensor) -> Tensor:
-    return first.new_empty(*first.shape[:2], second.shape[1])
-
-
-@operator("l1_cost", _l1_cost_answer)
-def _l1_cost(first: Tensor, second: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _L1:
     """L1 distance of each of (B, R, K) to each of (B, C, K), (B, R, C)."""
-    cost = _l1_cost_answer(first, second)
-    batch, rows, columns = cost.shape
-    tiles = math.ceil(rows / _COST_TILE), math.ceil(columns / _COST_TILE)
-    if cost.numel():
-        kernels("sinkhorn_kernels").l1_cost[(batch, *tiles)](
-            first.contiguous(),
-            second.contiguous(),
-            cost,
-            rows,
-            columns,
-            first.shape[2],
-            ROWS=_COST_TILE,
-            COLUMNS=_COST_TILE,
-            num_warps=4,
-        )
-    return cost
+
+    first: Tensor
+    second: Tensor
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Along rows and columns."""
+        rows, columns = self.first.shape[1], self.second.shape[1]
+        return math.ceil(rows / _COST_TILE), math.ceil(columns / _COST_TILE)
+
+    def answers(self) -> Tensor:
+        return self.first.new_empty(*self.first.shape[:2], self.second.shape[1])
+
+    def start(self, answers: Tensor) -> None:
+        if answers.numel():
+            kernels("sinkhorn_kernels").l1_cost[(len(answers), *self.tiles)](
+                self.first.contiguous(),
+                self.second.contiguous(),
+                answers,
+                *answers.shape[1:],
+                self.first.shape[2],
+                ROWS=_COST_TILE,
+                COLUMNS=_COST_TILE,
+                num_warps=4,
+            )
+
+    def cost(self) -> Cost:
+        # A tile reads its rows and columns once.
+        batch, rows, width = self.first.shape
+        columns = self.second.shape[1]
+        entries = rows * columns + width * (self.tiles[1] * rows + self.tiles[0] * columns)
+        return kernel_cost(4 * batch * entries, self.first, self.second)
 
 
-def _l1_cost_gradient(gradient: Tensor, points: Tensor, others: Tensor) -> Tensor:
-    return points.new_empty(points.shape)
-
-
-@operator("l1_cost_backward", _l1_cost_gradient)
-def _l1_cost_backward(gradient: Tensor, points: Tensor, others: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _L1Backward:
     """Gradient of points (B, N, K) from that of their distances to others, (B, M, N)."""
-    answer = _l1_cost_gradient(gradient, points, others)
-    batch, count, width = points.shape
-    entries = min(power_of_two(width), _MOST_ENTRIES)
-    tiles = math.ceil(count / _POINTS), math.ceil(width / entries)
-    if answer.numel():
-        kernels("sinkhorn_kernels").l1_cost_backward[(batch, *tiles)](
-            gradient,
-            *gradient.stride(),
-            points.contiguous(),
-            others.contiguous(),
-            answer,
-            count,
-            others.shape[1],
-            width,
-            POINTS=_POINTS,
-            ENTRIES=entries,
-            num_warps=4,
-        )
-    return answer
+
+    gradient: Tensor
+    points: Tensor
+    others: Tensor
+
+    def answers(self) -> Tensor:
+        return self.points.new_empty(self.points.shape)
+
+    def start(self, answers: Tensor) -> None:
+        batch, count, width = self.points.shape
+        tile = _POINTS, min(power_of_two(width), _MOST_ENTRIES)
+        tiles = math.ceil(count / tile[0]), math.ceil(width / tile[1])
+        if answers.numel():
+            kernels("sinkhorn_kernels").l1_cost_backward[(batch, *tiles)](
+                DistanceGradient(self.gradient, *self.gradient.stride()),
+                Points(self.points.contiguous(), count),
+                Points(self.others.contiguous(), self.others.shape[1]),
+                answers,
+                width,
+                TILE=tile,
+                num_warps=4,
+            )
+
+    def cost(self) -> Cost:
+        tiles = math.ceil(self.points.shape[1] / _POINTS)
+        of_gradient = math.ceil(self.points.shape[2] / _MOST_ENTRIES) * nbytes(self.gradient)
+        moved = 2 * nbytes(self.points) + tiles * nbytes(self.others) + of_gradient
+        return kernel_cost(moved, self.points, self.others)
 
 
-def _program(columns: int) -> dict[str, int | None]:
+_sinkhorn = operator("sinkhorn", _Sinkhorn)
+_sinkhorn_backward = operator("sinkhorn_backward", _SinkhornBackward)
+_l1_cost = operator("l1_cost", _L1)
+_l1_cost_backward = operator("l1_cost_backward", _L1Backward)
+
+
+def _program(columns: int) -> dict[str, Any]:
     """The shape of a program whose tiles are as wide as the problem."""
     width = max(power_of_two(columns), 16)
     warps = min(max(width // 16, 4), 16)
@@ -304,63 +361,4 @@ def _program(columns: int) -> dict[str, int | None]:
         tile = min(tile, _TILE // width // 2)
     # ptxas spills some registers to have more programs on a multiprocessor, which then has one.
     most = 255 if warps < 16 else None
-    return {"COLUMNS": width, "TILE": tile, "num_warps": warps, "maxnreg": most}
-
-
-def _cost_of_sinkhorn(
-    cost: Tensor,
-    row_mass: Tensor | None,
-    column_mass: Tensor | None,
-    row_mask: Tensor | None,
-    column_mask: Tensor | None,
-    regularization: float,
-    iterations: int,
-) -> Cost:
-    # Every iteration reads the cost again, from the second cache as long as it holds the batch.
-    batch, rows, columns = cost.shape
-    given = row_mass, column_mass, row_mask, column_mask
-    vectors = 4 * batch * ((iterations + 2) * (rows + columns) + 2)
-    moved = (iterations + 2) * nbytes(cost) + nbytes(*given) + vectors
-    return kernel_cost(moved, cost, *given)
-
-
-def _cost_of_sinkhorn_backward(
-    cost: Tensor,
-    row_mass: Tensor | None,
-    column_mass: Tensor | None,
-    row_potentials: Tensor,
-    column_potentials: Tensor,
-    plan_grad: Tensor | None,
-    value_grad: Tensor | None,
-    regularization: float,
-) -> Cost:
-    # Every iteration but the last reads the cost, and reads and writes its gradient.
-    iterations = row_potentials.shape[1] - 1
-    passes = 3 * max(iterations - 1, 0) + 2 + (iterations > 0)
-    vectors = 4 * nbytes(row_potentials, column_potentials)
-    moved = passes * nbytes(cost) + 2 * nbytes(plan_grad) + nbytes(value_grad) + vectors
-    return kernel_cost(moved, cost, row_mass, column_mass, plan_grad)
-
-
-def _cost_of_l1_cost(first: Tensor, second: Tensor) -> Cost:
-    # A tile reads its rows and columns once.
-    batch, rows, width = first.shape
-    columns = second.shape[1]
-    tiles = math.ceil(rows / _COST_TILE), math.ceil(columns / _COST_TILE)
-    entries = rows * columns + width * (tiles[1] * rows + tiles[0] * columns)
-    return kernel_cost(4 * batch * entries, first, second)
-
-
-def _cost_of_l1_cost_backward(gradient: Tensor, points: Tensor, others: Tensor) -> Cost:
-    tiles = math.ceil(points.shape[1] / _POINTS)
-    of_gradient = math.ceil(points.shape[2] / _MOST_ENTRIES) * nbytes(gradient)
-    moved = 2 * nbytes(points) + tiles * nbytes(others) + of_gradient
-    return kernel_cost(moved, points, others)
-
-
-DECLARED.update(
-    sinkhorn=_cost_of_sinkhorn,
-    sinkhorn_backward=_cost_of_sinkhorn_backward,
-    l1_cost=_cost_of_l1_cost,
-    l1_cost_backward=_cost_of_l1_cost_backward,
-)
+    return {"TILE": (tile, width), "num_warps": warps, "maxnreg": most}

@@ -20,13 +20,14 @@ __all__ = ["l1_cost", "l1_cost_backward", "sinkhorn", "sinkhorn_backward"]
 
 
 @triton.jit
-def _masses(mass, mask, at, inside, WITH_MASS: tl.constexpr, WITH_MASK: tl.constexpr):
+def _masses(side, at, inside):
     """Target sums: 1 where no mass is given, 0 where masked or where a mass is not above 0."""
     values = tl.where(inside, 1.0, 0.0)
-    if WITH_MASS:
-        values = tl.load(mass + at, mask=inside, other=0.0).to(tl.float32)
-    if WITH_MASK:
-        values = tl.where(tl.load(mask + at, mask=inside, other=0).to(tl.int32) != 0, values, 0.0)
+    if side.mass is not None:
+        values = tl.load(side.mass + at, mask=inside, other=0.0).to(tl.float32)
+    if side.mask is not None:
+        is_open = tl.load(side.mask + at, mask=inside, other=0).to(tl.int32) != 0
+        values = tl.where(is_open, values, 0.0)
     return tl.where(values > 0.0, values, 0.0)
 
 
@@ -63,56 +64,50 @@ def _exponents(prices, first_f, first_g, scale):
 
 @triton.jit
 def sinkhorn(
-    cost,
-    row_mass,
-    column_mass,
-    row_mask,
-    column_mask,
-    plan,
-    value,
-    error,
-    row_potentials,
-    column_potentials,
-    row_count,
-    column_count,
-    iterations,
-    scale,
-    WITH_ROW_MASS: tl.constexpr,
-    WITH_COLUMN_MASS: tl.constexpr,
-    WITH_ROW_MASK: tl.constexpr,
-    WITH_COLUMN_MASK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Potentials of every iteration (B, N + 1, R or C), the plan, its cost and the row error."""
+    cost, row_side, column_side, answers, iterations, scale,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Potentials of every iteration (B, N + 1, R or C), the plan, its cost and the row error.
+
+    Args:
+        cost: (B, R, C).
+        row_side: A `ctkd.ops.cuda.sinkhorn.Marginal`.
+        column_side: A `ctkd.ops.cuda.sinkhorn.Marginal`.
+        answers: Where the plan (B, R, C), its cost (B,) and the row error (B,) go.
+        iterations: N.
+        scale: -1 / regularization.
+        ROWS: R, rounded up.
+        TILE: Rows at a time, and C, rounded up.
+    """
+    HEIGHT: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    plan, value, error = answers
+    row_count, column_count = row_side.size, column_side.size
     problem = tl.program_id(0).to(tl.int64)
     cost += problem * row_count * column_count
     plan += problem * row_count * column_count
-    row_potentials += problem * row_count * (iterations + 1)
-    column_potentials += problem * column_count * (iterations + 1)
+    row_potentials = row_side.potentials + problem * row_count * (iterations + 1)
+    column_potentials = column_side.potentials + problem * column_count * (iterations + 1)
 
     columns = tl.arange(0, COLUMNS)
     in_columns = columns < column_count
     column_at = problem * column_count + columns
-    masses = _masses(
-        column_mass, column_mask, column_at, in_columns, WITH_COLUMN_MASS, WITH_COLUMN_MASK
-    )
+    masses = _masses(column_side, column_at, in_columns)
     all_rows = tl.arange(0, ROWS)
     in_rows = all_rows < row_count
     row_at = problem * row_count + all_rows
-    targets = _masses(row_mass, row_mask, row_at, in_rows, WITH_ROW_MASS, WITH_ROW_MASK)
+    targets = _masses(row_side, row_at, in_rows)
     flowing = tl.minimum(tl.max(masses, 0), tl.max(targets, 0))
     log_masses = _logs(masses, flowing)
-    rows_in_tile = tl.arange(0, TILE)
+    rows_in_tile = tl.arange(0, HEIGHT)
 
     first_g = tl.where(log_masses > float("-inf"), 0.0, float("-inf"))
     largest = tl.full((COLUMNS,), float("-inf"), tl.float32)
-    for start in range(0, row_count, TILE):
+    for start in range(0, row_count, HEIGHT):
         rows = start + rows_in_tile
         inside = rows < row_count
         at = problem * row_count + rows
-        target = _masses(row_mass, row_mask, at, inside, WITH_ROW_MASS, WITH_ROW_MASK)
+        target = _masses(row_side, at, inside)
         f = _logs(target, flowing)
         first_f = tl.where(f > float("-inf"), 0.0, float("-inf"))
         if iterations > 0:
@@ -135,11 +130,11 @@ def sinkhorn(
         g = _centered(g)
         largest = tl.full((COLUMNS,), float("-inf"), tl.float32)
         total = tl.zeros((COLUMNS,), tl.float32)
-        for start in range(0, row_count, TILE):
+        for start in range(0, row_count, HEIGHT):
             rows = start + rows_in_tile
             inside = rows < row_count
             at = problem * row_count + rows
-            target = _masses(row_mass, row_mask, at, inside, WITH_ROW_MASS, WITH_ROW_MASK)
+            target = _masses(row_side, at, inside)
             f = _logs(target, flowing)
             first_f = tl.load(row_potentials + rows, mask=inside, other=float("-inf"))
             places = rows[:, None] * column_count + columns[None, :]
@@ -162,7 +157,7 @@ def sinkhorn(
     tl.debug_barrier()
     spent = tl.zeros((), tl.float32)
     missed = tl.zeros((), tl.float32)
-    for start in range(0, row_count, TILE):
+    for start in range(0, row_count, HEIGHT):
         rows = start + rows_in_tile
         inside = rows < row_count
         first_f = tl.load(row_potentials + rows, mask=inside, other=float("-inf"))
@@ -176,17 +171,17 @@ def sinkhorn(
         tl.store(plan + places, flow, mask=here)
         spent += tl.sum(tl.sum(flow * _opened(prices, f, g), 1), 0)
         at = problem * row_count + rows
-        target = _masses(row_mass, row_mask, at, inside, WITH_ROW_MASS, WITH_ROW_MASK)
+        target = _masses(row_side, at, inside)
         missed = tl.maximum(missed, tl.max(tl.abs(tl.sum(flow, 1) - target), 0))
     tl.store(value + problem, spent)
     tl.store(error + problem, missed)
 
 
 @triton.jit
-def _upstream(plan_grad, value_grad, places, here, prices, f, g, WITH_PLAN: tl.constexpr):
+def _upstream(plan_grad, value_grad, places, here, prices, f, g):
     """Gradient of a tile of the plan, in which that of its cost is contained."""
     gradient = _opened(prices, f, g) * value_grad
-    if WITH_PLAN:
+    if plan_grad is not None:
         given = tl.load(plan_grad + places, mask=here, other=0.0).to(tl.float32)
         gradient += _opened(given, f, g)
     return gradient
@@ -194,27 +189,7 @@ def _upstream(plan_grad, value_grad, places, here, prices, f, g, WITH_PLAN: tl.c
 
 @triton.jit
 def sinkhorn_backward(
-    cost,
-    row_mass,
-    column_mass,
-    row_potentials,
-    column_potentials,
-    plan_grad,
-    value_grad,
-    value_stride,
-    cost_grad,
-    row_mass_grad,
-    column_mass_grad,
-    row_count,
-    column_count,
-    iterations,
-    scale,
-    WITH_ROW_MASS: tl.constexpr,
-    WITH_COLUMN_MASS: tl.constexpr,
-    WITH_PLAN: tl.constexpr,
-    WITH_VALUE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TILE: tl.constexpr,
+    cost, row_side, column_side, upstream, cost_grad, iterations, scale, TILE: tl.constexpr
 ):
     """Gradients of the cost and of the masses, from those of the plan and of its cost.
 
@@ -225,34 +200,47 @@ def sinkhorn_backward(
         d exponent -= diag(x) Q,    d log columns of the iteration before = -(x Q)
 
     The last iteration comes first; it fixes the sums of columns, so the mean over each of them is
-    taken out of what comes in. ``scale`` is -1 / regularization.
+    taken out of what comes in.
+
+    Args:
+        cost: As of `sinkhorn`.
+        row_side: With masses that are not masked.
+        column_side: Likewise.
+        upstream: A `ctkd.ops.cuda.sinkhorn.Upstream`.
+        cost_grad: (B, R, C) what is written.
+        iterations: As of `sinkhorn`.
+        scale: As of `sinkhorn`.
+        TILE: As of `sinkhorn`.
     """
+    HEIGHT: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    row_count, column_count = row_side.size, column_side.size
     problem = tl.program_id(0).to(tl.int64)
     cost += problem * row_count * column_count
-    plan_grad += problem * row_count * column_count
     cost_grad += problem * row_count * column_count
-    row_mass_grad += problem * row_count
-    row_mass += problem * row_count
-    column_mass_grad += problem * column_count
-    row_potentials += problem * row_count * (iterations + 1)
-    column_potentials += problem * column_count * (iterations + 1)
+    plan_grad = upstream.plan
+    if plan_grad is not None:
+        plan_grad += problem * row_count * column_count
+    row_potentials = row_side.potentials + problem * row_count * (iterations + 1)
+    column_potentials = column_side.potentials + problem * column_count * (iterations + 1)
+    row_mass_grad = row_side.gradient + problem * row_count
+    column_mass_grad = column_side.gradient + problem * column_count
     of_value = tl.zeros((), tl.float32)
-    if WITH_VALUE:
-        of_value = tl.load(value_grad + problem * value_stride).to(tl.float32)
+    if upstream.value is not None:
+        of_value = tl.load(upstream.value + problem * upstream.stride).to(tl.float32)
 
     columns = tl.arange(0, COLUMNS)
     in_columns = columns < column_count
     first_g = tl.load(column_potentials + columns, mask=in_columns, other=float("-inf"))
     column_at = iterations * column_count + columns
     g = tl.load(column_potentials + column_at, mask=in_columns, other=float("-inf"))
-    column_mass += problem * column_count
-    masses = _masses(column_mass, column_mass, columns, in_columns, WITH_COLUMN_MASS, False)
-    rows_in_tile = tl.arange(0, TILE)
+    masses = _masses(column_side, problem * column_count + columns, in_columns)
+    rows_in_tile = tl.arange(0, HEIGHT)
 
     mean = tl.zeros((COLUMNS,), tl.float32)
     if iterations > 0:
         sums = tl.zeros((COLUMNS,), tl.float32)
-        for start in range(0, row_count, TILE):
+        for start in range(0, row_count, HEIGHT):
             rows = start + rows_in_tile
             inside = rows < row_count
             first_f = tl.load(row_potentials + rows, mask=inside, other=float("-inf"))
@@ -263,8 +251,8 @@ def sinkhorn_backward(
             prices = tl.load(cost + places, mask=here, other=0.0).to(tl.float32)
             exponent = _exponents(prices, first_f, first_g, scale)
             flow = tl.exp(exponent + f[:, None] + g[None, :])
-            upstream = _upstream(plan_grad, of_value, places, here, prices, f, g, WITH_PLAN)
-            mean += tl.sum(upstream * flow, 0)
+            given = _upstream(plan_grad, of_value, places, here, prices, f, g)
+            mean += tl.sum(given * flow, 0)
             sums += tl.sum(flow, 0)
         mean = tl.where(sums > 0.0, mean / sums, 0.0)
 
@@ -274,7 +262,7 @@ def sinkhorn_backward(
         before = _centered(tl.load(last, mask=in_columns, other=float("-inf")))
     of_columns = tl.zeros((COLUMNS,), tl.float32)
     of_column_mass = mean
-    for start in range(0, row_count, TILE):
+    for start in range(0, row_count, HEIGHT):
         rows = start + rows_in_tile
         inside = rows < row_count
         first_f = tl.load(row_potentials + rows, mask=inside, other=float("-inf"))
@@ -285,12 +273,12 @@ def sinkhorn_backward(
         prices = tl.load(cost + places, mask=here, other=0.0).to(tl.float32)
         exponent = _exponents(prices, first_f, first_g, scale)
         flow = tl.exp(exponent + f[:, None] + g[None, :])
-        upstream = _upstream(plan_grad, of_value, places, here, prices, f, g, WITH_PLAN)
-        change = flow * (upstream - mean[None, :])
+        given = _upstream(plan_grad, of_value, places, here, prices, f, g)
+        change = flow * (given - mean[None, :])
         gradient = flow * of_value + change * scale
-        x = tl.zeros((TILE,), tl.float32)
+        x = tl.zeros((HEIGHT,), tl.float32)
         if iterations > 0:
-            target = _masses(row_mass, row_mass, rows, inside, WITH_ROW_MASS, False)
+            target = _masses(row_side, problem * row_count + rows, inside)
             x = tl.where(f > float("-inf"), tl.sum(change, 1) / target, 0.0)
             sent = tl.exp(exponent + f[:, None] + before[None, :]) * x[:, None]
             of_columns -= tl.sum(sent, 0)
@@ -309,13 +297,13 @@ def sinkhorn_backward(
         y = tl.where(g > float("-inf"), of_columns / masses, 0.0)
         of_column_mass += y
         of_columns = tl.zeros((COLUMNS,), tl.float32)
-        for start in range(0, row_count, TILE):
+        for start in range(0, row_count, HEIGHT):
             rows = start + rows_in_tile
             inside = rows < row_count
             first_f = tl.load(row_potentials + rows, mask=inside, other=float("-inf"))
             at = iteration * row_count + rows
             f = tl.load(row_potentials + at, mask=inside, other=float("-inf"))
-            target = _masses(row_mass, row_mass, rows, inside, WITH_ROW_MASS, False)
+            target = _masses(row_side, problem * row_count + rows, inside)
             places = rows[:, None] * column_count + columns[None, :]
             here = inside[:, None] & in_columns[None, :]
             prices = tl.load(cost + places, mask=here, other=0.0).to(tl.float32)
@@ -360,37 +348,34 @@ def l1_cost(
 
 
 @triton.jit
-def l1_cost_backward(
-    cost_grad,
-    outer,
-    from_other,
-    from_point,
-    points,
-    others,
-    gradient,
-    point_count,
-    other_count,
-    width,
-    POINTS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
+def l1_cost_backward(cost_grad, points, others, gradient, width, TILE: tl.constexpr):
     """Gradient of points (B, N, K) from that of their distances to others (B, M, K).
 
-    ``outer``, ``from_other`` and ``from_point`` are the strides of ``cost_grad``.
+    Args:
+        cost_grad: A `ctkd.ops.cuda.sinkhorn.DistanceGradient`.
+        points: `ctkd.ops.cuda.sinkhorn.Points`.
+        others: `ctkd.ops.cuda.sinkhorn.Points`.
+        gradient: What is written.
+        width: K.
+        TILE: Points and entries of them at a time.
     """
+    POINTS: tl.constexpr = TILE[0]
+    ENTRIES: tl.constexpr = TILE[1]
+    point_count = points.size
     problem = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * POINTS + tl.arange(0, POINTS)
     entries = tl.program_id(2) * ENTRIES + tl.arange(0, ENTRIES)
     in_rows, in_width = rows < point_count, entries < width
     here = in_rows[:, None] & in_width[None, :]
     places = (problem * point_count + rows[:, None]) * width + entries[None, :]
-    point = tl.load(points + places, mask=here, other=0.0).to(tl.float32)
-    others += problem * other_count * width
-    cost_grad += problem * outer + rows * from_point
+    point = tl.load(points.tensor + places, mask=here, other=0.0).to(tl.float32)
+    first = others.tensor + problem * others.size * width
+    from_points = cost_grad.tensor + problem * cost_grad.outer + rows * cost_grad.from_point
     total = tl.zeros((POINTS, ENTRIES), tl.float32)
-    for number in range(0, other_count):
-        other = tl.load(others + number * width + entries, mask=in_width, other=0.0).to(tl.float32)
-        weight = tl.load(cost_grad + number * from_other, mask=in_rows, other=0.0).to(tl.float32)
+    for number in range(0, others.size):
+        other = tl.load(first + number * width + entries, mask=in_width, other=0.0).to(tl.float32)
+        weight = from_points + number * cost_grad.from_other
+        weight = tl.load(weight, mask=in_rows, other=0.0).to(tl.float32)
         gap = point - other[None, :]
         total += tl.where(gap > 0.0, weight[:, None], 0.0)
         total -= tl.where(gap < 0.0, weight[:, None], 0.0)

@@ -1,10 +1,11 @@
-"""Kernels of row losses as machine code, without a GPU: nothing may be spilled to memory.
+"""All kernels as machine code, without a GPU: nothing may be spilled to memory.
 
     python -m tests.ops.cuda.machine_code
 
 prints a line for each kernel and fails where one spills. The process must not interpret kernels.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -16,79 +17,43 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from ctkd.ops.cuda import row_losses
-from ctkd.ops.rows import Rows
+from ctkd.ops import Rows, SoftmaxTerm, cuda
+from ctkd.ops.cuda import chunks, matched_columns, row_losses, sinkhorn
 
 CAPABILITIES = 80, 90
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 
-def type_of(value) -> str:
-    if isinstance(value, torch.Tensor):
-        return POINTERS[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
+class Device:
+    """Stands for the driver of a GPU: kernels are compiled as if they were started there."""
+
+    capability = CAPABILITIES[0]
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
 
 
-class Recorder:
-    """Stands for a module of kernels: compiles each for the arguments it would be started with."""
+def compile_only(device: Device, found: dict) -> None:
+    """Have a start of a kernel compile it for each capability, by what it is compiled for."""
+    start = JITFunction.run
 
-    def __init__(self, module, found: dict) -> None:
-        self.module, self.found = module, found
+    def run(kernel, *args, grid, warmup, **kwargs) -> None:
+        for device.capability in CAPABILITIES:
+            compiled = start(kernel, *args, grid=grid, warmup=True, **kwargs)
+            found[compiled.hash] = kernel.fn.__name__, device.capability, compiled
 
-    def __getattr__(self, name: str):
-        kernel = getattr(self.module, name)
-
-        class Launcher:
-            def __getitem__(launcher, grid):
-                return lambda *args, **kwargs: self.compile(name, kernel, args, kwargs)
-
-        return Launcher()
-
-    def compile(self, name, kernel, args, kwargs) -> None:
-        options = {one: kwargs.pop(one) for one in OPTIONS if one in kwargs}
-        named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        constants = [p.name for p in kernel.params if p.is_constexpr]
-        # What the launcher would find out: numbers that are 1, and alignment for wide loads.
-        constants += [one for one, value in named.items() if type(value) is int and value == 1]
-        signature = {
-            one: "constexpr" if one in constants else type_of(named[one])
-            for one in kernel.arg_names
-        }
-        aligned = [
-            (number,)
-            for number, one in enumerate(kernel.arg_names)
-            if signature[one].startswith("*")
-            or (signature[one] in ("i32", "i64") and named[one] % 16 == 0)
-        ]
-        values = {one: named[one] for one in constants}
-        key = name, str(signature), str(values), str(aligned)
-        if key in self.found:
-            return
-        self.found[key] = []
-        for capability in CAPABILITIES:
-            source = ASTSource(
-                kernel,
-                signature,
-                constexprs=values,
-                attrs={one: [["tt.divisibility", 16]] for one in aligned},
-            )
-            target = GPUTarget("cuda", capability, 32)
-            compiled = triton.compile(source, target=target, options=options)
-            self.found[key].append((capability, *usage(compiled.asm["cubin"])))
+    JITFunction.run = run
 
 
+@functools.cache
 def usage(cubin: bytes) -> tuple[int, list[str]]:
     """Registers, and instructions that move registers to memory or atomically add."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -104,11 +69,14 @@ def usage(cubin: bytes) -> tuple[int, list[str]]:
     return registers, ["".join(one) for one in found]
 
 
-def starts(dtype: torch.dtype, width: int, other_width: int) -> None:
-    """Start each loss once, on few rows that are not read."""
+def pair_of_rows(dtype: torch.dtype, width: int, other_width: int) -> tuple[Rows, Rows, Rows]:
+    """Few rows of a student, of a teacher and of a gradient."""
     student = Rows(torch.zeros(2, width, dtype=dtype), torch.zeros(2, dtype=torch.int64), width)
     teacher = Rows(torch.zeros(2, other_width, dtype=dtype), student.index, other_width)
-    out = Rows(torch.zeros(3, width, dtype=dtype), student.index, width)
+    return student, teacher, Rows(torch.zeros(3, width, dtype=dtype), student.index, width)
+
+
+def start_row_losses(student: Rows, teacher: Rows, out: Rows) -> None:
     ids = torch.arange(16)
     for beta, others in ((0.0, None), (0.5, ids)):
         settings = {
@@ -124,13 +92,13 @@ def starts(dtype: torch.dtype, width: int, other_width: int) -> None:
         row_losses.shared_kl(student, teacher, settings, None, out)
     temperatures = {"student_temperature": 1.0, "teacher_temperature": 1.0}
     row_losses.uld(student, teacher, temperatures, None, out)
-    if dtype == torch.float32:
+    if student.tensor.dtype == torch.float32:
         row_losses.uld(student, teacher, temperatures, torch.zeros(2, 2), out)
         return
     for beta in (0.0, 0.5):
         settings = temperatures | {
-            "student_columns": torch.arange(width),
-            "teacher_columns": torch.arange(other_width),
+            "student_columns": torch.arange(student.width),
+            "teacher_columns": torch.arange(teacher.width),
             "shared": 16,
             "beta": beta,
             "matched_weight": 0.5,
@@ -140,22 +108,94 @@ def starts(dtype: torch.dtype, width: int, other_width: int) -> None:
         row_losses.gold(student, teacher, settings, torch.zeros(2, 2), out, True)
 
 
+def start_operations(rows: Rows, out: Rows) -> None:
+    columns = torch.ones(rows.width, dtype=torch.bool)
+    sequence, ids = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1, 3, dtype=torch.int64)
+    deviations = cuda.deviations(rows)
+    for temperatures in ((1.0,), (2.0, 1.0)):
+        cuda.log_normalizers(rows, temperatures, columns=columns)
+        for standardize in (False, True):
+            _, found = cuda.column_mass(rows, sequence, 1, temperatures, standardize=standardize)
+            given = deviations if standardize else None
+            cuda.chosen_log_probs(rows, ids, 1, found, temperatures, given)
+            terms = [
+                SoftmaxTerm(
+                    temperature=one,
+                    standardize=standardize,
+                    width=rows.width,
+                    columns=None if standardize else columns,
+                    log_normalizers=deviations,
+                    totals=deviations,
+                    ids=ids[:, 0],
+                    weights=torch.zeros(2, 3),
+                )
+                for one in temperatures
+            ]
+            cuda.softmax_backward(rows, terms, out)
+            cuda.softmax_backward(rows, terms, out, out, deviations)
+    cuda.top_k(rows, min(16, rows.width))
+    cuda.clear_rows(out.tensor, out.index)
+
+
+def start_positions() -> None:
+    """Operations on masks, ids and chunks."""
+    targets = torch.zeros(2, 50, dtype=torch.int64)
+    for chunk_ids in (None, targets):
+        cuda.pack_scored(targets, -100, 40, 50, chunk_ids)
+    chunks.chunk_table(targets > 0, targets, 30)
+
+
+def start_transport(rows: int, columns: int) -> None:
+    masses = torch.zeros(1, rows), torch.zeros(1, columns)
+    masks = tuple(one > 0 for one in masses)
+    for given in ((None, None, *masks), (*masses, *masks)):
+        cost = torch.zeros(1, rows, columns, requires_grad=True)
+        plan, value, _ = sinkhorn.transport(cost, *given, 0.1, 3)
+        total = value.sum() if given[0] is None else value.sum() + plan.sum()
+        total.backward()
+
+
+def start_points(width: int) -> None:
+    """Costs of points, and terms of matched columns, which have as many."""
+    points, others = torch.zeros(2, 5, width), torch.zeros(2, 4, width)
+    sinkhorn.l1_cost(points.requires_grad_(), others).sum().backward()
+    positions = torch.zeros(2, 3, dtype=torch.int64)
+    missing, valid = torch.zeros(2, 1, width) > 0, positions > 0
+    for count in (1, 2):
+        student = [torch.zeros(2, 5, width, requires_grad=True) for _ in range(count)]
+        sums = matched_columns.sums_at_positions(
+            (student[0], student[-1]), (others, others), missing, positions, positions, valid,
+            (1.0, 0.5),
+        )  # fmt: skip
+        (sums[0] + sums[1]).sum().backward()
+
+
 def main() -> int:
     assert os.environ.get("TRITON_INTERPRET") != "1"
     found: dict = {}
-    kernels = row_losses.kernels
-    row_losses.kernels = lambda name: Recorder(kernels(name), found)
+    device = Device()
+    driver.set_active(device)
+    compile_only(device, found)
     # Rows as models have them, rows that can be read entry by entry only, and the narrowest ones.
-    for dtype, (width, other_width) in itertools.product(
+    for dtype, widths in itertools.product(
         (torch.bfloat16, torch.float32), ((4096, 2048), (4097, 2049), (1, 1))
     ):
-        starts(dtype, width, other_width)
+        student, teacher, out = pair_of_rows(dtype, *widths)
+        start_row_losses(student, teacher, out)
+        start_operations(student, out)
+    start_positions()
+    for size in (512, 256, 128, 64, 16, 511, 100):
+        start_transport(size, size)
+    for width in (64, 5):
+        start_points(width)
     spilled = False
-    for (name, signature, values, _), answers in found.items():
-        for capability, registers, instructions in answers:
-            counts = {one: instructions.count(one) for one in sorted({*instructions})}
-            print(f"{name} sm_{capability}: {registers} registers, {counts}", values, signature)
-            spilled |= any(one.startswith(("LDL", "STL")) for one in instructions)
+    for name, capability, compiled in found.values():
+        registers, instructions = usage(compiled.asm["cubin"])
+        counts = {one: instructions.count(one) for one in sorted({*instructions})}
+        arguments = re.search(r"func public @\w+\((.*?)\) attributes", compiled.asm["ttir"])[1]
+        arguments = re.sub(r" loc\(.*?\)\)", "", arguments)
+        print(f"{name} sm_{capability}: {registers} registers, {counts}", arguments, flush=True)
+        spilled |= any(one.startswith(("LDL", "STL")) for one in instructions)
     return int(spilled)
 
 

@@ -63,14 +63,14 @@ def test_operators_are_those_that_torch_expects(apart):
     missing = torch.arange(70).view(1, 1, -1).expand(2, -1, -1) % 9 == 0
     position = torch.arange(3).expand(2, -1)
     valid = torch.tensor([[True, False, True], [True, True, True]])
-    given = (student, log_student if apart else None, teacher, None)
-    given = (*given, missing, position, position, valid, 1.0, 0.5)
-    gradients = (torch.tensor(2.0).expand(2), None)
+    given = ([student, log_student] if apart else [student], [teacher])
+    given = (*given, missing, [position, position], valid, [1.0, 0.5])
+    gradients = [torch.tensor(2.0).expand(2), None]
     checks = ("test_schema", "test_faketensor")
     operators = torch.ops.ctkd
     for operator, arguments, launches in (
         (operators.matched_columns, given, 1),
-        (operators.matched_columns_backward, (*given, *gradients), 2),
+        (operators.matched_columns_backward, (*given, gradients), 2),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
         cost = cost_of(operator.default, arguments, {})
