@@ -31,7 +31,8 @@ class Answer:
         prompt: What the model read.
         prediction: What it answered.
         references: The accepted answers.
-        scores: Each metric's value for this answer, from 0 to 100.
+        scores: Each metric's value for this answer: from 0 to 100, or bits per byte.
+        weight: In every mean: 1, but of a text that is measured in bits its bytes.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Answer:
     prediction: str
     references: tuple[str, ...]
     scores: dict[str, float]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

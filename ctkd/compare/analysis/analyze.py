@@ -172,17 +172,19 @@ def analyze(
     metric, baseline = comparison.metric, comparison.baseline
     _check_runs(comparison)
     _check_answers(comparison)
-    groups = [answer.group for answer in comparison.finals[0].answers]
+    answers = comparison.finals[0].answers
+    groups, weights = [one.group for one in answers], _weights(comparison.finals[0])
 
     def bootstrap(values: Scores) -> Bootstrap:
-        return cluster_bootstrap(values, groups, resamples=resamples, seed=seed)
+        return cluster_bootstrap(values, groups, weights=weights, resamples=resamples, seed=seed)
 
     boots, differences = {}, {}
     for method in comparison.methods:
         if method != baseline:
             shared, each = _paired(comparison, method)
             boots[method] = bootstrap(each.mean(axis=0))
-            differences[method] = _untested(boots[method], shared, each, 1 - alpha)
+            means = tuple(np.average(each, axis=1, weights=weights).tolist())
+            differences[method] = _untested(boots[method], shared, means, 1 - alpha)
     tested = [
         method
         for method, one in differences.items()
@@ -238,8 +240,9 @@ def _paired(comparison: Comparison, method: str) -> tuple[tuple[int, ...], Score
     return shared, np.stack([of_method[seed] - of_baseline[seed] for seed in shared])
 
 
-def _untested(boot: Bootstrap, seeds: tuple[int, ...], each: Scores, level: float) -> Difference:
-    seed_means = tuple(float(mean) for mean in each.mean(axis=1))
+def _untested(
+    boot: Bootstrap, seeds: tuple[int, ...], seed_means: tuple[float, ...], level: float
+) -> Difference:
     return Difference(
         mean=boot.mean,
         seeds=seeds,
@@ -294,14 +297,17 @@ def _result(
     level: float,
 ) -> MethodResult:
     seeds = tuple(run.seed for run in runs if run.seed is not None)
-    by_run = tuple(float(_scores(run, metric).mean()) for run in runs)
+    weights = _weights(runs[0])
+    by_run = tuple(float(np.average(_scores(run, metric), weights=weights)) for run in runs)
     names = [name for name in METRICS if all(name in one.scores for one in runs[0].answers)]
     timed = [run.seconds_per_step for run in runs if run.seconds_per_step is not None]
     losses = [name for name in runs[0].losses if all(name in run.losses for run in runs)]
     return MethodResult(
         method=runs[0].method,
         mean=float(np.mean(by_run)),
-        means={name: float(_seed_averaged(runs, name).mean()) for name in names},
+        means={
+            name: float(np.average(_seed_averaged(runs, name), weights=weights)) for name in names
+        },
         seeds=seeds,
         seed_means=by_run if seeds else (),
         interval=interval,
@@ -317,6 +323,10 @@ def _result(
 
 def _seed_averaged(runs: Sequence[Record], metric: str) -> Scores:
     return np.asarray(np.mean([_scores(run, metric) for run in runs], axis=0), dtype=np.float64)
+
+
+def _weights(record: Record) -> Scores:
+    return np.array([answer.weight for answer in record.answers], dtype=np.float64)
 
 
 def _scores(record: Record, metric: str) -> Scores:
@@ -363,11 +373,11 @@ def _check_answers(comparison: Comparison) -> None:
                 f"{len(first.answers)}; measure both on the same examples"
             )
         for place, (expected, got) in enumerate(zip(first.answers, record.answers, strict=True)):
-            if (expected.id, expected.group) != (got.id, got.group):
+            if (expected.id, expected.group, expected.weight) != (got.id, got.group, got.weight):
                 raise DataError(
                     f"{_named(record)} has example {got.id!r} of {got.group!r} at place {place} "
-                    f"where {_named(first)} has {expected.id!r} of {expected.group!r}; measure "
-                    "both on the same examples in one order"
+                    f"where {_named(first)} has {expected.id!r} of {expected.group!r}, or of "
+                    "another weight; measure both on the same examples in one order"
                 )
 
 
@@ -388,6 +398,11 @@ def sentences_of(analysis: Analysis) -> list[str]:
         f"{_count(analysis.clusters, 'cluster')} (examples about one text), "
         f"{_count(len(analysis.seeds), 'seed')}, differences taken to {baseline}."
     ]
+    if all(one.interval is None for one in (*analysis.references, *analysis.methods)):
+        lines.append(
+            f"No mean has an interval: {_count(analysis.clusters, 'cluster')} of examples cannot "
+            f"tell how far it might move at {100 * (1 - analysis.alpha):g} %."
+        )
     if analysis.is_demonstration:
         lines.append(
             "One seed only: this is a demonstration and nothing is ranked. The order of the means "

@@ -142,27 +142,32 @@ class Bootstrap:
 
 
 def resampled_means(
-    sums: NDArray[np.float64], counts: NDArray[np.int64], weights: NDArray[np.int64]
+    sums: NDArray[np.float64], sizes: NDArray[np.float64], times: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    r"""Mean over the examples of each resample, :math:`\sum_g w_g S_g / \sum_g w_g n_g`.
+    r"""Mean over the examples of each resample, :math:`\sum_g t_g S_g / \sum_g t_g n_g`.
 
     Shape:
         (G,), (G,), (R, G) -> (R,).
 
     Args:
-        sums: Of each group's values.
-        counts: Of each group's examples, at least 1.
-        weights: How often each resample holds each group.
+        sums: Of each group's values, by weight.
+        sizes: Sums of each group's weights, above 0.
+        times: How often each resample holds each group.
 
     Example:
         >>> resampled_means(np.array([2.0, 9.0]), np.array([2, 1]), np.array([[1, 1], [2, 0]]))
         array([3.66666667, 1.        ])
     """
-    return np.asarray((weights @ sums) / (weights @ counts), dtype=np.float64)
+    return np.asarray((times @ sums) / (times @ sizes), dtype=np.float64)
 
 
 def cluster_bootstrap(
-    values: NDArray[np.float64], groups: Sequence[str], *, resamples: int = 10_000, seed: int = 0
+    values: NDArray[np.float64],
+    groups: Sequence[str],
+    *,
+    weights: NDArray[np.float64] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Bootstrap:
     """Bootstrap a mean over examples by drawing whole groups with replacement.
 
@@ -173,11 +178,13 @@ def cluster_bootstrap(
     The same groups in the same order with the same seed are drawn the same way whatever the values.
 
     Shape:
-        values: (N,), with one of `groups` per value.
+        values: (N,), with one of `groups` per value. weights: (N,).
 
     Args:
         values: One per example.
         groups: The group that each example belongs to.
+        weights: Of the examples, such as the bytes of texts, in every mean; above 0. They are drawn
+            with their examples. Default all 1.
         resamples: At least 100.
         seed: Of the draw.
 
@@ -201,23 +208,29 @@ def cluster_bootstrap(
         raise DataError(
             f"expected finite values, got {values[at]} at place {at}; score that example again"
         )
+    sized = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    if sized.shape != values.shape or not (np.isfinite(sized) & (sized > 0)).all():
+        raise DataError(
+            f"expected {values.size} weights above 0, got {sized.tolist()}; pass one per value"
+        )
     if resamples < 100:
         raise SettingError(f"resamples must be at least 100, got {resamples}; 10000 is usual")
     places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
     of_value = np.array([places[group] for group in groups])
-    sums: NDArray[np.float64] = np.bincount(of_value, weights=values).astype(np.float64)
-    counts = np.bincount(of_value)
+    sums: NDArray[np.float64] = np.bincount(of_value, weights=sized * values).astype(np.float64)
+    sizes: NDArray[np.float64] = np.bincount(of_value, weights=sized).astype(np.float64)
     means = np.empty(resamples if len(places) > 1 else 0)
     generator = np.random.default_rng(seed)
     rows = max(1, _WEIGHTS_AT_ONCE // len(places))
     for start in range(0, means.size, rows):
         part = means[start : start + rows]
         chances = np.full(len(places), 1 / len(places))
-        weights = generator.multinomial(len(places), chances, size=part.size)
-        part[:] = resampled_means(sums, counts, weights)
+        times = generator.multinomial(len(places), chances, size=part.size)
+        part[:] = resampled_means(sums, sizes, times)
     # Scores that cancel exactly on paper leave 1e-15 in floating point, which is no difference.
     means[np.abs(means) <= 1e-12 * np.abs(values).max()] = 0.0
-    return Bootstrap(mean=float(values.mean()), means=np.sort(means), clusters=len(places))
+    mean = float(np.average(values, weights=sized))
+    return Bootstrap(mean=mean, means=np.sort(means), clusters=len(places))
 
 
 def seed_interval(means: Sequence[float], level: float = 0.95) -> Interval | None:

@@ -270,14 +270,14 @@ def metric_intervals(comparison: Comparison, analysis: Analysis) -> str:
             markerfacecolor="none", color=color,
         )  # fmt: skip
     metric = METRICS[comparison.metric]
-    title = metric.title if metric.sign > 0 else f"{metric.title} (less is better)"
-    dress(axes, "", across=f"{title} on the held-out test split")
+    dress(axes, "", across=f"{metric.heading} on the held-out test split")
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     _name_rows(axes, comparison, results)
     for row, result in enumerate(results):
         _value_beside(axes, row, result, comparison.metric)
     _draw_references(axes, analysis.references, comparison.metric)
-    heading = f"{title}: mean (diamond), 95 % interval (bar), seeds (circles)"
+    bars = "" if all(one.interval is None for one in results) else ", 95 % interval (bar)"
+    heading = f"{metric.title}: mean (diamond){bars}, seeds (circles)"
     axes.set_title(heading, loc="left", color=INK, fontsize=11, fontweight="bold", pad=36)
     return svg_text(figure, "metric")
 

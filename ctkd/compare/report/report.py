@@ -154,14 +154,15 @@ def _title(comparison: Comparison) -> str:
 def _pictures(comparison: Comparison, analysis: Analysis) -> list[Picture]:
     metric = METRICS[comparison.metric].title
     held_out = _curve_rows(comparison)
+    has_bars = any(one.interval is not None for one in analysis.methods)
+    bars = " bars their 95 % intervals over groups of examples," if has_bars else ""
     return [
         Picture(
             name="metric",
             title=f"{metric} of each method",
-            caption="Diamonds are means over seeds and held-out examples, bars their 95 % "
-            "intervals over groups of examples, circles single seeds. Vertical lines are the "
-            "untrained student and the teacher. Bars say nothing about differences: see the "
-            "table.",
+            caption=f"Diamonds are means over seeds and held-out examples,{bars} circles single "
+            "seeds. Vertical lines are the untrained student and the teacher. Differences are "
+            "tested in the table, not here.",
             svg=pictures.metric_intervals(comparison, analysis),
         ),
         Picture(

@@ -161,9 +161,12 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
     measured = {name for result in analysis.methods for name in result.means}
     others = [name for name in METRICS if name in measured and name != comparison.metric]
     baseline = comparison.baseline
+    heading = METRICS[comparison.metric].heading.replace(" (", "\n(").splitlines()
+    shown = (*analysis.references, *analysis.methods)
+    has_intervals = any(result.interval is not None for result in shown)
     columns = (
         Column("method", words=True),
-        Column(f"{METRICS[comparison.metric].title}\n[95 % interval]"),
+        Column("\n".join([*heading, "[95 % interval]"] if has_intervals else heading)),
         *(Column(METRICS[name].title.replace(" ", "\n")) for name in others),
         Column("held-out\nCE"),
         Column(f"difference to {baseline}\n[Holm-adjusted]"),
@@ -172,7 +175,7 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
         Column("peak\nGiB"),
     )
     rows = []
-    for result in (*analysis.references, *analysis.methods):
+    for result in shown:
         is_reference = any(result is one for one in analysis.references)
         # Per token of its own tokenizer: the teacher's is no number to stand beside the others.
         comparable = not is_reference or result.method == UNTRAINED
@@ -376,7 +379,7 @@ def metric_value(value: float | None, metric: str, *, signed: bool = False) -> s
 
     Example:
         >>> metric_value(81.25, "f1"), metric_value(2.25, "bits_per_byte")
-        ('81.2', '2.250')
+        ('81.2', '2.2500')
     """
     return decimal(value, METRICS[metric].digits, signed=signed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -136,15 +137,11 @@ def _read(
     split: Split,
     sides: Sequence[EncodedSide],
 ) -> tuple[Answer, ...]:
-    """The texts of a split, each with its bits over the mean bytes of a text.
-
-    So their mean is all bits over all bytes.
-    """
+    """The texts of a split, each with its bits per byte, weighted by its bytes."""
     logits = ModelLogits(model)
     found = text_bits(
         logits, tokenizer, split.examples, sides, progress=f"reading the {split.name} split"
     )
-    size = sum(found.bytes) / len(found.bytes)
     return tuple(
         Answer(
             id=one.id,
@@ -153,8 +150,9 @@ def _read(
             prediction="",
             references=one.references,
             scores={BITS_PER_BYTE: bits / size},
+            weight=size,
         )
-        for one, bits in zip(split.examples, found.bits, strict=True)
+        for one, bits, size in zip(split.examples, found.bits, found.bytes, strict=True)
     )
 
 
@@ -176,6 +174,9 @@ def scored(examples: Sequence[Example], texts: Sequence[str]) -> tuple[Answer, .
 
 
 def means(answers: Sequence[Answer]) -> dict[str, float]:
-    """Mean of each metric."""
-    names = answers[0].scores
-    return {name: sum(one.scores[name] for one in answers) / len(answers) for name in names}
+    """Mean of each metric, by the answers' weights."""
+    total = math.fsum(one.weight for one in answers)
+    return {
+        name: math.fsum(one.weight * one.scores[name] for one in answers) / total
+        for name in answers[0].scores
+    }

@@ -319,7 +319,7 @@ class _Reader:
         near = difflib.get_close_matches(fields[0], rows.columns, n=1, cutoff=0.5)
         return DataError(
             f"{rows.name} has no column {joint.join(map(repr, fields))}, which task {task.name} "
-            f"needs; its columns: {_list(rows.columns)}; map one: "
+            f"needs; its columns: {_list(rows.columns)}; map one: --column "
             f"{fields[0]}={near[0] if near else 'COLUMN'}"
         )
 
@@ -385,7 +385,9 @@ class _Reader:
 
     def references(self, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
         column = self.column[self.task.target]
-        value = self.text(row, column, where) if self.task.window else row.get(column)
+        value = row.get(column)
+        if self.task.window:
+            value = self.text(row, self.task.target, where)
         if isinstance(value, Mapping):
             value = value.get("text")
         answers = list(value) if isinstance(value, list | tuple) else [value]

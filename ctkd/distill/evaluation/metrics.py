@@ -61,6 +61,11 @@ class Metric:
     digits: int = 1
     sign: int = 1
 
+    @property
+    def heading(self) -> str:
+        """Its name, and which way is better unless more is."""
+        return self.title if self.sign > 0 else f"{self.title} (less is better)"
+
     def gain(self, before: float, after: float) -> float:
         """How much better the second value is than the first."""
         return self.sign * (after - before)
@@ -71,7 +76,7 @@ METRICS = {
     "f1": Metric(title="F1"),
     "exact_match": Metric(title="exact match"),
     "rouge_lsum": Metric(title="Rouge-LSum"),
-    BITS_PER_BYTE: Metric(title="bits per byte", unit="bits per byte", digits=3, sign=-1),
+    BITS_PER_BYTE: Metric(title="bits per byte", unit="bits per byte", digits=4, sign=-1),
 }
 """Metrics by name."""
 

@@ -36,18 +36,24 @@ def is_excluded(boot, level):
 def test_resamples_are_those_of_a_loop_over_drawn_examples():
     values = np.random.default_rng(3).normal(size=len(GROUPS))
     chances = [1 / len(SIZES)] * len(SIZES)
-    weights = np.random.default_rng(11).multinomial(len(SIZES), chances, size=200)
-    expected = []
-    for drawn in weights:
-        examples = []
-        for place, times in enumerate(drawn):
-            of_group = [v for v, g in zip(values, GROUPS, strict=True) if g == f"story {place}"]
-            examples += of_group * int(times)
-        expected.append(sum(examples) / len(examples))
-    found = cluster_bootstrap(values, GROUPS, resamples=200, seed=11)
-    np.testing.assert_allclose(found.means, sorted(expected), rtol=0, atol=1e-12)
-    assert found.mean == pytest.approx(sum(values) / len(values), abs=1e-12)
-    assert found.clusters == 5
+    draws = np.random.default_rng(11).multinomial(len(SIZES), chances, size=200)
+    # Bits per byte of texts of some bytes each: all bits over all bytes.
+    sizes = np.random.default_rng(4).integers(5, 900, size=len(GROUPS)).astype(float)
+    for weights in (None, sizes):
+        sized = np.ones(len(GROUPS)) if weights is None else weights
+        expected = []
+        for drawn in draws:
+            examples = []
+            for value, size, group in zip(values, sized, GROUPS, strict=True):
+                examples += [(value * size, size)] * int(drawn[int(group.split()[1])])
+            expected.append(sum(one for one, _ in examples) / sum(size for _, size in examples))
+        found = cluster_bootstrap(values, GROUPS, weights=weights, resamples=200, seed=11)
+        np.testing.assert_allclose(found.means, sorted(expected), rtol=0, atol=1e-12)
+        assert found.mean == pytest.approx(sum(values * sized) / sum(sized), abs=1e-12)
+        assert found.clusters == 5
+    for wrong in (sizes[1:], sizes * 0, sizes * math.nan):
+        with pytest.raises(DataError, match="expected 17 weights above 0, got"):
+            cluster_bootstrap(values, GROUPS, weights=wrong)
 
 
 def test_large_draws_are_split_without_changing_them(monkeypatch):

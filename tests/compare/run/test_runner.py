@@ -349,6 +349,15 @@ def test_documents_are_compared_in_bits_per_byte(place, worked, monkeypatch):
     sft, shared_kl, warm = live.finals
     assert sft.metrics[BITS_PER_BYTE] < untrained.metrics[BITS_PER_BYTE] - 0.1
     assert len({one.metrics[BITS_PER_BYTE] for one in (sft, shared_kl, warm)}) == 3
+    # Each text has its own bits per byte, of which long ones count as much as they are long.
+    assert {one.weight for one in sft.answers} == {
+        float(len(text.encode())) for one in sft.answers for text in one.references
+    }
+    assert len({one.weight for one in sft.answers}) > 1
+    total = sum(one.weight for one in sft.answers)
+    bits = sum(one.weight * one.scores[BITS_PER_BYTE] for one in sft.answers)
+    assert sft.metrics[BITS_PER_BYTE] == pytest.approx(bits / total, rel=1e-12)
+    assert max(one.scores[BITS_PER_BYTE] for one in untrained.answers) < 16
     # The teacher's figure, and the untrained student's, are those of `ctkd evaluate`.
     test = place.folder / "lm-live" / "data" / "test.jsonl"
     for reference, model in ((untrained, place.student), (teacher, place.teacher)):
@@ -358,7 +367,7 @@ def test_documents_are_compared_in_bits_per_byte(place, worked, monkeypatch):
         )
         assert reference.metrics[BITS_PER_BYTE] == pytest.approx(found[BITS_PER_BYTE], rel=1e-5)
     shown = terminal(live, outcomes["lm-live"].analysis)
-    assert f"{sft.metrics[BITS_PER_BYTE]:.3f}" in shown and "F1" not in shown
+    assert f"{sft.metrics[BITS_PER_BYTE]:.4f}" in shown and "F1" not in shown
     refused = config(place, "lm-random", common={"student": "pocket-llama"})
     with pytest.raises(SettingError, match="cannot learn to answer in a short run"):
         runner.compare(refused, say=lambda line: None)

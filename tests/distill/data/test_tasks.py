@@ -130,7 +130,9 @@ def test_a_missing_column_is_refused_with_a_way_out():
     row = {"context": "c", "question": "q", "answer": "a"}
     message = refused("qa", [row])
     assert "has no column 'answers', which task qa needs" in message
-    assert message.endswith("its columns: context, question, answer; map one: answers=answer")
+    assert message.endswith("columns: context, question, answer; map one: --column answers=answer")
+        "its columns: context, question, answer; map one: --column answers=answer"
+    )
     assert "no column 'context' and 'question'" in refused("qa", [{"answers": "a"}])
     assert "no column 'question', which" in refused("qa", [{"text": "c"}], {"context": "text"})
     message = refused("summarization", [{"article": "x", "summary": "y"}])
@@ -203,6 +205,9 @@ def test_documents_are_cut_into_windows_that_add_up_to_them():
     assert by_document[windows[0].group][0].answer.endswith(".\n")
     assert windows[0].where == "texts.jsonl row 1, part 1"
     assert "no column 'text'" in refused("lm", [{"content": "x"}])
+    renamed = Rows("texts.csv", [{"body": text} for text in ("a b", "c")])
+    named = examples(renamed, "lm", {"text": "body"})
+    assert [one.answer for one in named] == ["a b", "c"]
     assert "holds list ['a', 'b']; expected text" in refused("lm", [{"text": ["a", "b"]}])
 
 
