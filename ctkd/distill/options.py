@@ -246,7 +246,19 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML takes 1e-6 for text and 2026-03-01 for a date; here they are a number and text."""
+    """YAML takes 1e-6 for text and 2026-03-01 for a date; here they are a number and text.
+
+    It also takes the last of two values for one name; here that is an error.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names: list[Any] = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if isinstance(key.value, str) and key.value in names[:place]:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

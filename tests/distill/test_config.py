@@ -190,6 +190,7 @@ def test_an_empty_file_sets_nothing(tmp_path):
         (None, "run.yaml: No such file or directory; name a YAML file of settings"),
         (b"\xff\xfe\x00", "cannot read the configuration"),
         (b"loss: [uld\nseed: 1\n", "is not YAML: expected ',' or ']'"),
+        (b"task: lm\nseed: 1\ntask: qa\n", "task is given twice (line 3, column 1)"),
         (b"- loss\n", "must hold settings as 'name: value' lines"),
         (b"just words\n", "must hold settings as 'name: value' lines"),
     ],

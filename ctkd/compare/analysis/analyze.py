@@ -32,6 +32,7 @@ from ctkd.errors import DataError, SettingError
 __all__ = ["Analysis", "Difference", "MethodResult", "analyze", "listed", "sentences_of"]
 
 POWER = 0.8
+_ROUNDING = 1e-6
 
 Scores = NDArray[np.float64]
 Verdict = Literal["better", "worse", "undecided", "not tested"]
@@ -91,6 +92,7 @@ class MethodResult:
         seconds_per_step: Median over runs; None if no run has it.
         peak_memory: Bytes, the largest of any run; None if no run has it.
         difference: To the baseline; None for the baseline and for a reference.
+        is_one_run: Whether all seeds gave one and the same student, by its held-out cross-entropy.
     """
 
     method: str
@@ -106,6 +108,7 @@ class MethodResult:
     seconds_per_step: float | None
     peak_memory: int | None
     difference: Difference | None = None
+    is_one_run: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,7 +321,16 @@ def _result(
         seconds_per_step=float(np.median(timed)) if timed else None,
         peak_memory=max((run.peak_memory for run in runs if run.peak_memory), default=None),
         difference=difference,
+        is_one_run=len(runs) > 1 and _is_constant([run.losses.get("ce") for run in runs]),
     )
+
+
+def _is_constant(values: Sequence[float | None]) -> bool:
+    """True if all are known and equal but for rounding."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return False
+    return max(known) - min(known) <= _ROUNDING * max(map(abs, known))
 
 
 def _seed_averaged(runs: Sequence[Record], metric: str) -> Scores:
@@ -413,6 +425,7 @@ def sentences_of(analysis: Analysis) -> list[str]:
     if differences and not analysis.is_demonstration:
         lines += _verdicts(analysis, differences)
         lines += _over_seeds(analysis, differences)
+        lines += _equal_seeds(analysis)
         lines += _disagreements(differences, METRICS[analysis.metric])
     lines += _missing_seeds(analysis, differences)
     if differences and not analysis.is_demonstration:
@@ -505,6 +518,17 @@ def _over_seeds(analysis: Analysis, differences: Mapping[str, Difference]) -> li
         "Verdicts are about these trained models: examples were drawn again, runs were not. How "
         "far other seeds would move a difference, its interval over seeds tells, here at "
         f"{100 * (1 - analysis.alpha):g} %: {'; '.join(intervals)}."
+    ]
+
+
+def _equal_seeds(analysis: Analysis) -> list[str]:
+    """Seeds that moved nothing, so that there is one run where there seem to be several."""
+    names = [result.method for result in analysis.methods if result.is_one_run]
+    if not names:
+        return []
+    return [
+        f"The seeds of {listed(names)} gave one and the same student, as where all rows fit in one "
+        "step and nothing is drawn: intervals over seeds say nothing there."
     ]
 
 

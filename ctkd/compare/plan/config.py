@@ -307,6 +307,11 @@ class CompareConfig:
         for name in ("live_teacher", "keep_models"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.live_teacher and self.top_k is not None:
+            raise SettingError(
+                f"top_k {self.top_k} says how much of the teacher is kept, and live_teacher keeps "
+                "nothing of it; leave one of them out"
+            )
         for name in ("output", "baseline", "metric", "dev_data", "cache", "published_task"):
             value = getattr(self, name)
             entries = value if name == "dev_data" and isinstance(value, list) else [value]

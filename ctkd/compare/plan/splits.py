@@ -61,6 +61,7 @@ class Splits:
         curve: The first rows of the development split, of the test split if there is none, at most
             `CURVE_ROWS`: held-out cross-entropy while training is averaged over them.
         held_out: Held-out rows of the teacher cache: those of the test split and the curve.
+        shared: What two of the splits have in common; empty if nothing.
     """
 
     train: Split
@@ -68,6 +69,7 @@ class Splits:
     test: Split
     curve: Split
     held_out: Split
+    shared: str = ""
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each split by name."""
@@ -99,7 +101,9 @@ def prepare_splits(config: CompareConfig, models: Models, folder: Path, say: Say
     if dev is not None:
         dev = _readable(config.teacher_base, models, dev, forms, "held-out", say)
     test = _readable(config.teacher_base, models, test, forms, "held-out", say)
-    _warn_of_overlap({"training": train, "development": dev or [], "test": test}, say)
+    shared = _overlap({"training": train, "development": dev or [], "test": test})
+    if shared:
+        say(f"warning: {shared}; what is measured there may be remembered")
     curve = (dev or test)[:CURVE_ROWS]
     task = config.base.task
     splits = Splits(
@@ -108,6 +112,7 @@ def prepare_splits(config: CompareConfig, models: Models, folder: Path, say: Say
         test=_write("test", test, folder, task, cuts.get("test")),
         curve=_write("curve", curve, folder, task),
         held_out=_write("held-out", [*curve, *test] if dev else test, folder, task),
+        shared=shared,
     )
     say(
         f"{len(train)} training examples, {f'{len(dev)} for development, ' if dev else ''}"
@@ -199,16 +204,18 @@ def _readable(
     return readable
 
 
-def _warn_of_overlap(splits: Mapping[str, Sequence[_Row]], say: Say) -> None:
+def _overlap(splits: Mapping[str, Sequence[_Row]]) -> str:
     groups = {name: {row.example.group for row in rows} for name, rows in splits.items()}
+    found = []
     for first, second in (("training", "test"), ("training", "development"),
                           ("development", "test")):  # fmt: skip
         shared = len(groups[first] & groups[second])
         if shared:
-            say(
-                f"warning: {shared} passages are in the {first} split and in the {second} split; "
-                "what is measured there may be remembered"
+            found.append(
+                f"{shared} {'text is' if shared == 1 else 'texts are'} in the {first} split and in "
+                f"the {second} split"
             )
+    return ", ".join(found)
 
 
 def _write(

@@ -339,6 +339,7 @@ class _Comparing:
             "development rows": 0 if splits.dev is None else len(splits.dev.examples),
             "test rows": len(splits.test.examples),
             **{name: one.cut for name, one in cuts.items() if one is not None and one.cut},
+            **({"not held out": splits.shared} if splits.shared else {}),
             "curve rows": len(splits.curve.examples),
             "teacher logits": self.prepared.teacher_logits,
             **({} if config.published_task is None else {"published task": config.published_task}),

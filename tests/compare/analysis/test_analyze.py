@@ -370,6 +370,17 @@ def test_other_comparisons_that_cannot_be_made():
         analyze(compared(finals), alpha=5)
 
 
+def test_seeds_that_gave_one_student_are_told():
+    runs = [
+        dataclasses.replace(
+            one, losses={"ce": 2.0 + 1e-9 * one.seed + (one.method == "uld") * place}
+        )
+        for place, one in enumerate(noisy({"sft": 0.0, "uld": 8.0}))
+    ]
+    (said,) = (one for one in analyze(compared(runs)).sentences() if "same student" in one)
+    assert said.startswith("The seeds of sft gave one and the same student")
+
+
 def test_of_bits_per_byte_less_is_better():
     def measured(record, sign):
         scores = [{"bits_per_byte": 2 + sign * one.scores["f1"] / 100} for one in record.answers]

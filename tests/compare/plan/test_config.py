@@ -190,6 +190,7 @@ def test_runs_are_saved_more_often_than_a_single_run_is_unless_told_otherwise():
         ({"dev_data": "pocketqa"}, "there is no sweep"),
         ({"dev_data": ["a.jsonl", 3]}, "dev_data must be text"),
         ({"live_teacher": "yes"}, "live_teacher must be true or false"),
+        ({"live_teacher": True, "top_k": 5}, "live_teacher keeps nothing of it; leave one"),
         ({"cache": 3}, "cache must be text"),
         ({"published_task": 3}, "published_task must be text"),
         (

@@ -19,7 +19,8 @@ def opened(tmp_path, **settings):
 
 
 def temperatures(tmp_path, **settings) -> list[float]:
-    config = CompareConfig(output=str(tmp_path / "out"), **{"top_k": 256, **settings})
+    kept = {} if settings.get("live_teacher") else {"top_k": 256}
+    config = CompareConfig(output=str(tmp_path / "out"), **kept, **settings)
     with ComparisonFolder.opened(config) as folder:
         return preparation._temperatures(config, folder)
 
