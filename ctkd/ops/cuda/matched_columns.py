@@ -17,7 +17,12 @@ from torch.autograd.function import once_differentiable
 from ctkd.ops.costs import Cost
 from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two
 
-__all__ = ["sums_at_positions"]
+__all__ = [
+    "Matched",
+    "Side",
+    "Term",
+    "sums_at_positions",
+]
 
 _TILE, _MOST_COLUMNS = 16, 64
 

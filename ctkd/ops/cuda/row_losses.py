@@ -17,7 +17,22 @@ from ctkd.ops.costs import Cost
 from ctkd.ops.cuda.operators import Place, kernels, place_of
 from ctkd.ops.rows import Rows, RowValues
 
-__all__ = ["can_count", "gold", "gold_cost", "shared_kl", "shared_kl_cost", "uld", "uld_cost"]
+__all__ = [
+    "Classes",
+    "Counted",
+    "CountingForm",
+    "GOLDSettings",
+    "SharedKLForm",
+    "SharedKLSettings",
+    "Sorted",
+    "can_count",
+    "gold",
+    "gold_cost",
+    "shared_kl",
+    "shared_kl_cost",
+    "uld",
+    "uld_cost",
+]
 
 # Entries of a tile that a lane has, and lanes that are read at once.
 _TILE = 2, 2048

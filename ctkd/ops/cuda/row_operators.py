@@ -26,6 +26,9 @@ from ctkd.ops.cuda.operators import (
 from ctkd.ops.rows import Packed, Rows
 
 __all__ = [
+    "GradientForm",
+    "Softmax",
+    "Term",
     "chosen_entries",
     "clear_rows",
     "mass_of_columns",

@@ -16,7 +16,15 @@ from torch.autograd.function import once_differentiable
 from ctkd.ops.costs import Cost
 from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two
 
-__all__ = ["fits", "l1_cost", "transport"]
+__all__ = [
+    "DistanceGradient",
+    "Marginal",
+    "Points",
+    "Upstream",
+    "fits",
+    "l1_cost",
+    "transport",
+]
 
 MOST_POSITIONS = 512
 """Rows and columns of the largest problem that one program solves."""
