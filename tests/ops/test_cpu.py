@@ -11,6 +11,7 @@ from ctkd.errors import BatchError
 from ctkd.logits import TopK, TopKLogits
 from ctkd.ops import RowLoss, Rows, SoftmaxTerm, backend_for, use_backend
 from ctkd.testing import make_inputs, make_pair
+from tests.ops.torch_threads import torch_threads
 from tests.rounding import rounding
 
 cpu = pytest.importorskip("ctkd.ops.cpu", exc_type=ImportError)
@@ -381,7 +382,9 @@ def test_no_rows_at_all():
         Rows(torch.zeros(2, 3, 5), torch.full((3,), -1), 5),
         Rows(torch.zeros(2, 0, 5), torch.full((3,), -1), 5),
     ):
-        check_no_rows(rows)
+        for threads in (1, 2):
+            with torch_threads(threads):
+                check_no_rows(rows)
 
 
 def check_no_rows(rows: Rows) -> None:

@@ -309,10 +309,11 @@ def share(
         kernel: Takes some of them first; others may be worked on meanwhile.
         args: What it takes next.
     """
+    if not len(which):
+        return
     threads = torch.get_num_threads()
     if threads == 1 or len(which) * columns < _LEAST_SHARED:
-        if len(which):
-            kernel(which, *args)
+        kernel(which, *args)
         return
     count = min(threads * _PARTS_PER_THREAD, len(which))
     # An iterator over a list hands out each element once, whichever threads ask.
