@@ -52,7 +52,7 @@ def test_every_option_arrives(given):
         "--sweep strong.kd_weight=0.15,1.5 --baseline strong --metric exact_match "
         "--student s --teacher t --data rows.jsonl --task text --column prompt=question "
         "--column id=key --eval-data test.jsonl --dev-data a.jsonl --dev-data b.jsonl "
-        "--dev-fraction 0.2 --teacher-cache cached --live-teacher --top-k 64 "
+        "--dev-fraction 0.2 --teacher-cache cached --live-teacher "
         "--max-steps 7 --epochs 2 --batch-size 8 "
         "--grad-accumulation 2 --learning-rate 1e-4 --warmup 0.2 --weight-decay 0.1 "
         "--max-length 99 --on-long refuse --min-coverage 0.5 --student-template chat "
@@ -75,7 +75,6 @@ def test_every_option_arrives(given):
             output="out",
             cache="cached",
             live_teacher=True,
-            top_k=64,
             curve_points=2,
             published=("a.json", "b.json"),
             published_task="fairytaleqa",
@@ -95,6 +94,8 @@ def test_every_option_arrives(given):
 
 
 def test_options_override_the_file(given, tmp_path):
+    assert run("--top-k", "64").exit_code == 0
+    assert given.pop().top_k == 64
     file = tmp_path / "compare.yaml"
     file.write_text(
         "losses: [sft, uld]\nseeds: 2\nmax_steps: 9\ncolumns: {prompt: question}\n"

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.project.test_architecture import PARSED, imported_names
+from tests.project.test_architecture import imported_names, modules
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ def test_every_package_that_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = set(requirements(project["dependencies"]))
     installed = packages_distributions()
-    imported = {path.split(".")[0] for tree in PARSED.values() for path in imported_names(tree)}
+    imported = {path.split(".")[0] for tree in modules().values() for path in imported_names(tree)}
     lacking = {
         name
         for name in imported - sys.stdlib_module_names - {"ctkd"}

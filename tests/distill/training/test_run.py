@@ -201,7 +201,7 @@ def test_the_summary_says_what_share_of_the_gap_was_closed_and_through_what(plac
     said = shown("lm", "bits_per_byte", 2.5, 1.7, 1.6, 0.5)
     assert "40.0% of the gap in bits per byte to the teacher was closed, 45.0% without" in said
     assert "it contributed -5.0 points" in said
-    assert ["bits", "per", "byte", "2.500", "1.700", "1.600", "0.500"] in [
+    assert ["bits", "per", "byte", "2.5000", "1.7000", "1.6000", "0.5000"] in [
         line.split() for line in said.splitlines()
     ]
     del folder.results["teacher"]
