@@ -245,7 +245,7 @@ class _Comparing:
                 resume=not lost,
                 overwrite=lost,
                 say=self.say,
-                known=self.teacher_states,
+                teacher_states=self.teacher_states,
             )
         except Interrupted as error:
             stopped = str(error).split(";")[0]

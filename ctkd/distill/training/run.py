@@ -73,7 +73,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
-    known: KnownStates | None = None,
+    teacher_states: KnownStates | None = None,
 ) -> OutputFolder:
     """Distil the teacher into the student and measure both before and after.
 
@@ -85,7 +85,8 @@ def train(
         resume: Go on with the same run where it was stopped.
         overwrite: Replace a run that is there.
         say: Prints one line of progress.
-        known: What runs with the same teacher pass on to each other, see `TeacherMemory`.
+        teacher_states: What runs with the same teacher pass on to each other, the ``known`` of
+            `ctkd.distill.teachers.memory.TeacherMemory`.
 
     Raises:
         CtkdError: If anything the user gave cannot be used; nothing has been trained then, or a
@@ -115,7 +116,7 @@ def train(
         folder.write()
         # Before hours of training: what stands in its way is found now.
         control = _control_folder(config) if config.control else None
-        _run(config, inputs, folder, device, resume=resume, say=say, known=known)
+        _run(config, inputs, folder, device, resume=resume, say=say, teacher_states=teacher_states)
         if control is not None:
             _train_control(config, inputs, folder, control, device, say)
         _finish(config, folder, say)
@@ -185,12 +186,12 @@ def _run(
     *,
     resume: bool,
     say: Callable[[str], None],
-    known: KnownStates | None = None,
+    teacher_states: KnownStates | None = None,
 ) -> None:
     """Measure, train, save and measure again, as far as that was not done before."""
     student = inputs.student
     stop = StopOnSignal(say)
-    memory = _remembered(config, inputs, device, say, known)
+    memory = _remembered(config, inputs, device, say, teacher_states)
     trainer = _make_trainer(config, inputs, memory, folder, device)
     trainer.checkpoints = Checkpoints(folder.path, say)
     report = StepReport(say, trainer.clock)
@@ -344,7 +345,7 @@ def _remembered(
     inputs: _Inputs,
     device: torch.device,
     say: Callable[[str], None],
-    known: KnownStates | None,
+    teacher_states: KnownStates | None,
 ) -> TeacherMemory | None:
     """The teacher's hidden states, if rows are read more than once and there is room for them."""
     teacher, tokenizer = inputs.models.teacher, inputs.models.teacher_tokenizer
@@ -369,7 +370,7 @@ def _remembered(
         score_eos=config.score_eos,
         vocab_size=inputs.pair.teacher_size,
         batch_size=config.batch_size,
-        known=known,
+        known=teacher_states,
     )
 
 

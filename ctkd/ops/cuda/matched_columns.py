@@ -144,8 +144,8 @@ def _grouped(*given: Tensor | None) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """Sums (B,) of both terms.
+class _Compared:
+    """Arguments of both operators.
 
     Args:
         student: Log-probabilities for both terms; one tensor serves both.
@@ -163,10 +163,6 @@ class _Call:
     valid: Tensor
     weights: Sequence[float]
 
-    def answers(self) -> tuple[Tensor, Tensor]:
-        batch = self.student[0].shape[0]
-        return self.student[0].new_empty(batch), self.student[0].new_empty(batch)
-
     def given(self, student: Sequence[Tensor]) -> tuple[Side, Side, Matched]:
         """First arguments of the kernels, with what is read of the student."""
         valid, missing = (one.contiguous().view(torch.uint8) for one in (self.valid, self.missing))
@@ -180,6 +176,15 @@ class _Call:
     def tile(self) -> tuple[int, int]:
         """Positions and columns of a tile."""
         return _TILE, min(max(power_of_two(self.missing.shape[-1]), 16), _MOST_COLUMNS)
+
+
+@dataclass(frozen=True)
+class _Forward(_Compared):
+    """Sums (B,) of both terms."""
+
+    def answers(self) -> tuple[Tensor, Tensor]:
+        batch = self.student[0].shape[0]
+        return self.student[0].new_empty(batch), self.student[0].new_empty(batch)
 
     def start(self, answers: tuple[Tensor, Tensor]) -> None:
         if len(answers[0]):
@@ -197,15 +202,15 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class _Backward(_Call):
+class _Backward(_Compared):
     """Gradients of the student's log-probabilities, (1 or 2, B, S, K), from those of the sums."""
 
     upstream: Sequence[Tensor | None]
 
-    def answers(self) -> Tensor:  # type: ignore[override]
+    def answers(self) -> Tensor:
         return self.student[0].new_zeros(len(self.student), *self.student[0].shape)
 
-    def start(self, answers: Tensor) -> None:  # type: ignore[override]
+    def start(self, answers: Tensor) -> None:
         batch, count = self.valid.shape
         if batch and count:
             tiles = math.ceil(count / self.tile[0]), math.ceil(answers.shape[-1] / self.tile[1])
@@ -231,5 +236,5 @@ class _Backward(_Call):
         return cost._replace(launches=cost.launches + 1)
 
 
-_matched_columns = operator("matched_columns", _Call)
+_matched_columns = operator("matched_columns", _Forward)
 _matched_columns_backward = operator("matched_columns_backward", _Backward)
