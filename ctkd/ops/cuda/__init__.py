@@ -8,6 +8,7 @@ would cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -43,8 +44,6 @@ OPERATIONS = {
 # More ids of a row than this are compared with each other for too long, and do not fit registers.
 _MOST_IDS = 1024
 _MOST_TERMS = 4
-# Running sums of so many temperatures are kept at a time.
-_TEMPERATURES = 2
 
 
 def log_normalizers(
@@ -55,13 +54,11 @@ def log_normalizers(
     columns: Tensor | None = None,
 ) -> Tensor:
     """See `ctkd.ops.reference.log_normalizers`."""
-    parts = [
-        row_operators.row_statistics(
-            rows.tensor, rows.index, rows.width, some, standardize, columns, False
-        )[0]
-        for some in _some(temperatures)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    every = list(map(float, temperatures))
+    answers: Tensor = row_operators.row_statistics(
+        rows.tensor, rows.index, rows.width, every, standardize, columns, False
+    )[0]
+    return answers
 
 
 def deviations(rows: Rows) -> Tensor:
@@ -107,9 +104,9 @@ def column_mass(
     standardize: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `ctkd.ops.reference.column_mass`."""
-    first, *rest = _some(temperatures)
+    every = list(map(float, temperatures))
     normalizers, deviation = row_operators.row_statistics(
-        rows.tensor, rows.index, rows.width, first, standardize, None, standardize
+        rows.tensor, rows.index, rows.width, every, standardize, None, standardize
     )
     mass: Tensor = row_operators.mass_of_columns(
         rows.tensor,
@@ -119,11 +116,8 @@ def column_mass(
         sequences,
         normalizers[0],
         deviation if standardize else None,
-        temperatures[0],
+        every[0],
     )
-    for some in rest:
-        more = log_normalizers(rows, some, standardize=standardize)
-        normalizers = torch.cat([normalizers, more])
     return mass, normalizers
 
 
@@ -158,14 +152,14 @@ def softmax_backward(
         known_index=None if known is None else known.index,
         known_width=0 if known is None else known.width,
         known_weights=weights,
-        temperatures=[term.temperature for term in terms],
-        standardize=[term.standardize for term in terms],
-        widths=[term.width for term in terms],
-        columns=[term.columns for term in terms],
-        normalizers=[term.log_normalizers.contiguous() for term in terms],
-        totals=[term.totals.contiguous() for term in terms],
-        ids=[term.ids.contiguous() for term in terms],
-        weights=[term.weights.contiguous() for term in terms],
+        temperatures=list(map(attrgetter("temperature"), terms)),
+        standardize=list(map(attrgetter("standardize"), terms)),
+        widths=list(map(attrgetter("width"), terms)),
+        columns=list(map(attrgetter("columns"), terms)),
+        normalizers=list(map(attrgetter("log_normalizers"), terms)),
+        totals=list(map(attrgetter("totals"), terms)),
+        ids=list(map(attrgetter("ids"), terms)),
+        weights=list(map(attrgetter("weights"), terms)),
     )
 
 
@@ -186,9 +180,3 @@ def row_loss(
 def clear_rows(tensor: Tensor, index: Tensor) -> None:
     """Write zeros to the rows of a (R, V') tensor that an index does not name."""
     row_operators.clear_rows(tensor, index)
-
-
-def _some(temperatures: Sequence[float]) -> list[list[float]]:
-    """Temperatures, as many as one reading serves at a time."""
-    every = list(map(float, temperatures))
-    return [every[start : start + _TEMPERATURES] for start in range(0, len(every), _TEMPERATURES)]

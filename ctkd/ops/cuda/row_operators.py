@@ -17,6 +17,7 @@ from ctkd.ops.costs import Cost
 from ctkd.ops.cuda.operators import (
     Matrix,
     Place,
+    kernel_cost,
     kernels,
     operator,
     place_of,
@@ -132,9 +133,6 @@ class _OfRows:
     def place(self) -> Place:
         return place_of(self.rows)
 
-    def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.tensor.new_empty(size, dtype=dtype)
-
 
 @dataclass(frozen=True)
 class _Statistics(_OfRows):
@@ -146,10 +144,10 @@ class _Statistics(_OfRows):
     deviations: bool
 
     def answers(self) -> tuple[Tensor, Tensor]:
-        count = len(self.rows)
+        count, make = len(self.rows), self.tensor.new_empty
         return (
-            self.empty(len(self.temperatures), count),
-            self.empty(count if self.deviations else 0),
+            make(len(self.temperatures), count, dtype=torch.float32),
+            make(count if self.deviations else 0, dtype=torch.float32),
         )
 
     def start(self, answers: tuple[Tensor, Tensor]) -> None:
@@ -185,7 +183,7 @@ class _Mass(_OfRows):
     temperature: float
 
     def answers(self) -> Tensor:
-        return self.empty(self.sequences, self.width)
+        return self.tensor.new_empty(self.sequences, self.width, dtype=torch.float32)
 
     def start(self, answers: Tensor) -> None:
         if self.sequences:
@@ -295,9 +293,13 @@ class _Gradients:
             standardize=tuple(map(bool, self.standardize)),
             any_standardized=any(self.standardize),
         )
+        normalizers, totals, ids, weights = (
+            list(map(Tensor.contiguous, some))
+            for some in (self.normalizers, self.totals, self.ids, self.weights)
+        )
         of_terms = (
-            (self.normalizers, self.totals, _inverses(self.temperatures), self.widths)
-            + (self.columns, self.ids, self.weights, sizes)
+            (normalizers, totals, _inverses(self.temperatures), self.widths)
+            + (self.columns, ids, weights, sizes)
         )  # fmt: skip
         standardized = zip(self.widths, self.standardize, strict=True)
         kernels("row_kernels").gradient_rows[(len(self.rows),)](
@@ -320,7 +322,8 @@ class _Gradients:
         of_ids = 2 * sum(one.nbytes for one in (*self.ids, *self.weights))
         of_rows = sum(one.nbytes for one in (*self.normalizers, *self.totals))
         masks = sum(one.nbytes for one in self.columns if one is not None)
-        return Cost(1, moved + of_ids + of_rows + masks, 0)
+        given = *self.normalizers, *self.totals, *self.ids, *self.weights
+        return kernel_cost(moved + of_ids + of_rows + masks, *given)
 
 
 @dataclass(frozen=True)
@@ -363,7 +366,7 @@ class _Chosen:
 
     def answers(self) -> list[Tensor]:
         size = self.ids.shape[0], self.positions, self.ids.shape[2]
-        return [self.tensor.new_empty(size, dtype=torch.float32) for _ in self.temperatures]
+        return list(map(self.normalizers.new_empty, [size] * len(self.temperatures)))
 
     def start(self, answers: list[Tensor]) -> None:
         if answers[0].numel():
