@@ -33,16 +33,31 @@ __all__ = [
 PAIRINGS = ("position", "chunk")
 
 
-def chunk_sums(side: Side, values: Tensor, num_chunks: int) -> Tensor:
-    """Sum a value per position over each chunk.
+def chunk_sums(
+    side: Side, values: Tensor, num_chunks: int, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum a value per position over each chunk, and count its tokens.
 
     Shape:
-        ``values`` (B, S) give (B, C); a chunk without a position gets 0.
+        ``values`` (B, S) give (B, C), differentiable, and (B, C) int64; a chunk without a position
+        gets 0.
+
+    Args:
+        side: Whose chunks they are.
+        values: What is added up.
+        num_chunks: C.
+        dtype: Of the sums; default that of the values.
     """
+    dtype = dtype or values.dtype
+    kernels = side.chunk_ids is not None and kernels_for("chunks", values)
+    if kernels:
+        found, sizes = kernels.chunk_sums(values, side.mask, side.chunk_ids, num_chunks)
+        return found.to(dtype), sizes
     chunk_ids, in_chunk = _chunk_ids(side)
-    values = values.masked_fill(~in_chunk, 0.0)
-    zeros = values.new_zeros(values.shape[0], num_chunks)
-    return zeros.scatter_add(1, chunk_ids, values)
+    values = values.to(dtype).masked_fill(~in_chunk, 0.0)
+    sums = values.new_zeros(values.shape[0], num_chunks).scatter_add(1, chunk_ids, values)
+    sizes = torch.zeros_like(sums, dtype=torch.int64)
+    return sums, sizes.scatter_add(1, chunk_ids, in_chunk.to(torch.int64))
 
 
 def chunk_sizes(side: Side, num_chunks: int) -> Tensor:

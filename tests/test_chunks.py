@@ -47,7 +47,8 @@ def test_sizes_ends_and_sums(seed):
         values[~side.mask] = torch.nan
         values.requires_grad_()
         sizes = chunk_sizes(side, batch.num_chunks)
-        sums = chunk_sums(side, values, batch.num_chunks)
+        sums, counts = chunk_sums(side, values, batch.num_chunks)
+        assert torch.equal(counts, sizes)
         first = first_positions(side, batch.num_chunks)
         last = last_positions(side, batch.num_chunks)
         for b, chunk, *both in every_chunk(batch):

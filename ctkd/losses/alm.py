@@ -188,10 +188,10 @@ class ALM(Loss):
         return chunks_on_both_sides(batch).sum()
 
     def forward(self, batch: Batch) -> LossOutput:
-        present = chunks_on_both_sides(batch)
-        student = _chunk_log_likelihoods(batch.student, batch.num_chunks)
+        student, student_sizes = _chunk_log_likelihoods(batch.student, batch.num_chunks)
         with torch.no_grad():
-            teacher = _chunk_log_likelihoods(batch.teacher, batch.num_chunks)
+            teacher, teacher_sizes = _chunk_log_likelihoods(batch.teacher, batch.num_chunks)
+        present = (student_sizes > 0) & (teacher_sizes > 0)
         if self.debias:
             check_sizes(batch, self.student_starts.shape[0], self.teacher_starts.shape[0])
             followed, student_next = _following_positions(batch.student, batch.num_chunks)
@@ -213,10 +213,13 @@ class ALM(Loss):
         return f"temperature={self.temperature}, debias={self.debias}"
 
 
-def _chunk_log_likelihoods(side: Side, num_chunks: int) -> Tensor:
-    """Return (B, C) in float64: in float32 the coins of two good models cannot be told apart."""
+def _chunk_log_likelihoods(side: Side, num_chunks: int) -> tuple[Tensor, Tensor]:
+    """Log-likelihood of each chunk and its tokens, (B, C).
+
+    In float64: in float32 the coins of two good models cannot be told apart.
+    """
     (log_probs,) = side.logits.log_probs_at(side.token_ids.unsqueeze(-1), (1.0,))
-    return chunk_sums(side, log_probs.squeeze(-1).double(), num_chunks)
+    return chunk_sums(side, log_probs.squeeze(-1), num_chunks, dtype=torch.float64)
 
 
 def _following_positions(side: Side, num_chunks: int) -> tuple[Tensor, Tensor]:

@@ -267,4 +267,4 @@ def _log_likelihood_of_others(side: Side, compared: Tensor, temperature: float) 
     position = torch.arange(chunk_ids.shape[1], device=chunk_ids.device)
     is_compared = compared.gather(1, chunk_ids) == position
     others = log_probs.squeeze(-1).clamp_min(LOG_FLOOR).masked_fill(is_compared, 0.0)
-    return chunk_sums(side, others, compared.shape[1])
+    return chunk_sums(side, others, compared.shape[1])[0]

@@ -1,17 +1,20 @@
-"""Sizes and ends of chunks by a kernel."""
+"""Sizes, ends and sums of chunks by a kernel."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ctkd.ops.costs import Cost
-from ctkd.ops.cuda.operators import Matrix, kernels, operator
+from ctkd.ops.cuda.operators import Matrix, kernels, nbytes, operator
 
-__all__ = ["chunk_table"]
+__all__ = ["chunk_sums", "chunk_table"]
 
-_TILE = 1024
+_TILE = 64
 _WARPS = 4
 
 
@@ -23,29 +26,62 @@ def chunk_table(mask: Tensor, chunk_ids: Tensor, count: int) -> tuple[Tensor, Te
         chunk_ids: (B, S) chunk of each position, below 0 for none.
         count: C.
     """
-    sizes, first, last = _chunk_table(mask, chunk_ids, count)
+    sizes, first, last, _ = _chunk_table(mask, chunk_ids, None, count)
     return sizes, first, last
+
+
+def chunk_sums(
+    values: Tensor, mask: Tensor, chunk_ids: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Sums of a value per position over each chunk, (B, C) float64, and its tokens.
+
+    Args:
+        values: (B, S), differentiable.
+        mask: As of `chunk_table`.
+        chunk_ids: As of `chunk_table`.
+        count: C.
+    """
+    found: tuple[Tensor, Tensor] = _Sums.apply(values, mask, chunk_ids, count)
+    return found
+
+
+class _Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, mask: Tensor, chunk_ids: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        sizes, _, _, sums = _chunk_table(mask, chunk_ids, values, count)
+        ctx.save_for_backward(mask, chunk_ids)
+        ctx.mark_non_differentiable(sizes)
+        return sums, sizes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _chunk_values(gradient, *ctx.saved_tensors), None, None, None
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Arguments as of `chunk_table`."""
+    """Sizes, ends and sums of chunks, (B, C) each."""
 
     mask: Tensor
     chunk_ids: Tensor
+    values: Tensor | None
     count: int
 
-    def answers(self) -> tuple[Tensor, Tensor, Tensor]:
-        size = self.chunk_ids.shape[0], self.count
-        make = self.chunk_ids.new_empty
-        return make(size), make(size), make(size)
+    def answers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        size, make = (self.mask.shape[0], self.count), self.chunk_ids.new_empty
+        sums = (0, 0) if self.values is None else size
+        return make(size), make(size), make(size), make(sums, dtype=torch.float64)
 
-    def start(self, answers: tuple[Tensor, Tensor, Tensor]) -> None:
+    def start(self, answers: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        batch, positions = self.mask.shape
         if answers[0].numel():
-            batch, positions = self.chunk_ids.shape
-            kernels("row_kernels").chunk_table[(batch,)](
+            kernels("row_kernels").chunk_table[(-(-self.count // _TILE), batch)](
                 Matrix.of(self.mask),
                 Matrix.of(self.chunk_ids),
+                None if self.values is None else Matrix.of(self.values),
                 answers,
                 positions,
                 self.count,
@@ -54,10 +90,40 @@ class _Table:
             )
 
     def cost(self) -> Cost:
-        # Each answer is written, counted in and, the first positions, looked at again.
-        table = 8 * self.chunk_ids.shape[0] * self.count
-        read = self.mask.nbytes + 7 * self.chunk_ids.nbytes
-        return Cost(1, read + 5 * table, 0)
+        # Each tile of chunks looks at all positions.
+        read = nbytes(self.mask, self.chunk_ids, self.values) * -(-self.count // _TILE)
+        answers = 3 if self.values is None else 4
+        return Cost(1, read + 8 * answers * self.mask.shape[0] * self.count, 0)
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The number of each position's chunk, (B, S) float32; 0 where it is in none."""
+
+    numbers: Tensor
+    mask: Tensor
+    chunk_ids: Tensor
+
+    def answers(self) -> Tensor:
+        return self.numbers.new_empty(self.mask.shape, dtype=torch.float32)
+
+    def start(self, answers: Tensor) -> None:
+        batch, positions = self.mask.shape
+        if answers.numel():
+            kernels("row_kernels").chunk_values[(-(-positions // _TILE), batch)](
+                Matrix.of(self.numbers),
+                Matrix.of(self.mask),
+                Matrix.of(self.chunk_ids),
+                answers,
+                positions,
+                TILE=_TILE,
+                num_warps=_WARPS,
+            )
+
+    def cost(self) -> Cost:
+        # At the most each position reads a number of its own.
+        return Cost(1, nbytes(self.mask, self.chunk_ids) + 12 * self.mask.numel(), 0)
 
 
 _chunk_table = operator("chunk_table", _Table)
+_chunk_values = operator("chunk_values", _Values)

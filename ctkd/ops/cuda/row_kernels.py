@@ -19,6 +19,7 @@ __all__ = [
     "ALIGNMENT",
     "chosen_entries",
     "chunk_table",
+    "chunk_values",
     "clear_rows",
     "gradient_rows",
     "largest",
@@ -486,40 +487,60 @@ def pack_scored(targets, chunks, answers, positions, size, length, ignored, C: t
 
 
 @triton.jit
-def chunk_table(mask, chunks, answers, positions, count, TILE: tl.constexpr):
-    """Tokens of each chunk, and the positions of its first and its last one; 0 where it has none.
+def _chunk_of(mask, chunks, sequence, places, positions):
+    """Chunk of each position of a sequence, -1 for none."""
+    inside = places < positions
+    scored = tl.load(
+        mask.tensor + sequence * mask.outer + places * mask.inner, mask=inside, other=0
+    )
+    chunk = tl.load(
+        chunks.tensor + sequence * chunks.outer + places * chunks.inner, mask=inside, other=-1
+    )
+    return tl.where(scored != 0, chunk, -1)
 
-    Whole numbers may be added in any order.
+
+@triton.jit
+def chunk_table(mask, chunks, values, answers, positions, count, TILE: tl.constexpr):
+    """Tokens of each chunk, the positions of its first and its last one, and sums of values.
+
+    A program looks at all positions for a tile of chunks, so that values are added in one order.
     """
-    sequence = tl.program_id(0).to(tl.int64)
-    scored_here = mask.tensor + sequence * mask.outer
-    chunks_here = chunks.tensor + sequence * chunks.outer
-    sizes, first, last = answers
-    sizes += sequence * count
-    first += sequence * count
-    last += sequence * count
-    for begin in range(0, count, TILE):
-        numbers = begin + tl.arange(0, TILE)
-        inside = numbers < count
-        nothing = tl.zeros((TILE,), tl.int64)
-        tl.store(sizes + numbers, nothing, mask=inside)
-        tl.store(first + numbers, nothing + positions, mask=inside)
-        tl.store(last + numbers, nothing, mask=inside)
-    tl.debug_barrier()
+    sequence = tl.program_id(1).to(tl.int64)
+    numbers = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    size = tl.zeros((TILE,), tl.int32)
+    first = tl.full((TILE,), positions, tl.int32)
+    last = tl.zeros((TILE,), tl.int32)
+    total = tl.zeros((TILE,), tl.float64)
     for begin in range(0, positions, TILE):
         places = begin + tl.arange(0, TILE)
-        inside = places < positions
-        chunk = tl.load(chunks_here + places * chunks.inner, mask=inside, other=-1)
-        scored = tl.load(scored_here + places * mask.inner, mask=inside, other=0)
-        there = inside & (scored != 0) & (chunk >= 0) & (chunk < count)
-        chunk = tl.where(there, chunk, 0)
-        ones = tl.full((TILE,), 1, tl.int64)
-        tl.atomic_add(sizes + chunk, ones, mask=there)
-        tl.atomic_min(first + chunk, places.to(tl.int64), mask=there)
-        tl.atomic_max(last + chunk, places.to(tl.int64), mask=there)
-    tl.debug_barrier()
-    for begin in range(0, count, TILE):
-        numbers = begin + tl.arange(0, TILE)
-        inside = numbers < count
-        start = tl.load(first + numbers, mask=inside, other=0)
-        tl.store(first + numbers, tl.where(start == positions, 0, start), mask=inside)
+        chunk = _chunk_of(mask, chunks, sequence, places, positions)
+        # Numbers past the last chunk are not written.
+        is_here = (chunk[:, None] == numbers[None, :]) & (chunk >= 0)[:, None]
+        size += tl.sum(is_here.to(tl.int32), 0)
+        first = tl.minimum(first, tl.min(tl.where(is_here, places[:, None], positions), 0))
+        last = tl.maximum(last, tl.max(tl.where(is_here, places[:, None], 0), 0))
+        if values is not None:
+            added = tl.load(
+                values.tensor + sequence * values.outer + places * values.inner,
+                mask=places < positions,
+                other=0.0,
+            ).to(tl.float64)
+            total += tl.sum(tl.where(is_here, added[:, None], 0.0), 0)
+    inside = numbers < count
+    at = sequence * count + numbers
+    tl.store(answers[0] + at, size.to(tl.int64), mask=inside)
+    tl.store(answers[1] + at, tl.where(size == 0, 0, first).to(tl.int64), mask=inside)
+    tl.store(answers[2] + at, last.to(tl.int64), mask=inside)
+    if values is not None:
+        tl.store(answers[3] + at, total, mask=inside)
+
+
+@triton.jit
+def chunk_values(of_chunks, mask, chunks, answers, positions, TILE: tl.constexpr):
+    """The number of each position's chunk, 0 where it is in none."""
+    sequence = tl.program_id(1).to(tl.int64)
+    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    chunk = _chunk_of(mask, chunks, sequence, places, positions)
+    numbers = of_chunks.tensor + sequence * of_chunks.outer + chunk * of_chunks.inner
+    value = tl.load(numbers, mask=chunk >= 0, other=0.0).to(tl.float32)
+    tl.store(answers + sequence * positions + places, value, mask=places < positions)

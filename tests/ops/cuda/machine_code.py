@@ -143,6 +143,8 @@ def start_positions() -> None:
     for chunk_ids in (None, targets):
         cuda.pack_scored(targets, -100, 40, 50, chunk_ids)
     chunks.chunk_table(targets > 0, targets, 30)
+    values = torch.zeros(2, 50, requires_grad=True)
+    chunks.chunk_sums(values, targets > 0, targets, 30)[0].sum().backward()
 
 
 def start_transport(rows: int, columns: int) -> None:

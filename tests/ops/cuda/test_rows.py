@@ -8,7 +8,7 @@ import torch
 
 import ctkd
 from ctkd import ops
-from ctkd.chunks import chunk_sizes, first_positions, last_positions
+from ctkd.chunks import chunk_sizes, chunk_sums, first_positions, last_positions
 from ctkd.ops import Rows, SoftmaxTerm, cuda, reference, use_backend
 
 WIDTH = 2501
@@ -257,19 +257,27 @@ def test_what_is_declared_is_what_is_started(monkeypatch):
         assert cost.bytes_moved >= len(INDEX) * rows.width * rows.tensor.element_size()
 
 
-def test_sizes_and_ends_of_chunks():
+def test_sizes_ends_and_sums_of_chunks():
     generator = torch.Generator().manual_seed(7)
-    steps = torch.rand(4, 1300, generator=generator) < 0.6
+    steps = torch.rand(4, 300, generator=generator) < 0.6
     chunk_ids = steps.long().cumsum(1) - 1
-    chunk_ids[torch.rand(4, 1300, generator=generator) < 0.1] = -1
-    mask = torch.arange(1300) < torch.tensor([1300, 700, 0, 1])[:, None]
-    logits = torch.zeros(4, 1300, 2)
+    chunk_ids[torch.rand(4, 300, generator=generator) < 0.1] = -1
+    # The number of a chunk says nothing of where it lies.
+    chunk_ids[1] = chunk_ids[1].flip(0)
+    mask = torch.arange(300) < torch.tensor([300, 170, 0, 1])[:, None]
+    logits = torch.zeros(4, 300, 2)
     side = ctkd.Side(logits=logits, token_ids=steps.long(), mask=mask, chunk_ids=chunk_ids)
+    values = torch.randn(4, 300, generator=generator).masked_fill(~mask, torch.nan)
+    weights = torch.randn(4, 301, generator=generator, dtype=torch.float64)
     answers = []
     for backend in ("cuda", "reference"):
         with use_backend(backend):
-            answers.append(
-                [part(side, 1301) for part in (chunk_sizes, first_positions, last_positions)]
-            )
-    for found, expected in zip(*answers, strict=True):
+            given = values.clone().requires_grad_()
+            sums, counts = chunk_sums(side, given, 301, dtype=torch.float64)
+            (gradient,) = torch.autograd.grad((sums * weights).sum(), given)
+            parts = (chunk_sizes, first_positions, last_positions)
+            answers.append([counts, gradient, *(part(side, 301) for part in parts), sums])
+    for found, expected in zip(*(one[:-1] for one in answers), strict=True):
         assert torch.equal(found, expected)
+    # Of each chunk some four values.
+    torch.testing.assert_close(*(one[-1].detach() for one in answers), rtol=1e-14, atol=1e-14)
