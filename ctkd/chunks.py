@@ -8,6 +8,7 @@ and the log-likelihoods of a chunk's tokens add up to that of the same bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +21,14 @@ from ctkd.ops import kernels_for
 __all__ = [
     "PAIRINGS",
     "AlignedPositions",
+    "ChunkTable",
     "align_positions",
-    "chunk_sizes",
     "chunk_sums",
+    "chunk_table",
+    "chunk_tables",
     "chunks_on_both_sides",
-    "first_positions",
     "flat_positions",
-    "last_positions",
-    "one_to_one",
+    "pick",
 ]
 
 PAIRINGS = ("position", "chunk")
@@ -60,54 +61,48 @@ def chunk_sums(
     return sums, sizes.scatter_add(1, chunk_ids, in_chunk.to(torch.int64))
 
 
-def chunk_sizes(side: Side, num_chunks: int) -> Tensor:
-    """Tokens of each chunk, (B, C) int64, 0 where this side does not have it."""
+class ChunkTable(NamedTuple):
+    """Chunks of a side, (B, C) int64 each; 0 where it does not have one.
+
+    Attributes:
+        sizes: Tokens.
+        first: Position of the first token.
+        last: Position of the last token.
+    """
+
+    sizes: Tensor
+    first: Tensor
+    last: Tensor
+
+
+def chunk_table(side: Side, num_chunks: int) -> ChunkTable:
+    """Sizes and ends of a side's chunks."""
     kernels = side.chunk_ids is not None and kernels_for("chunks", side.chunk_ids)
     if kernels:
-        sizes: Tensor = kernels.chunk_table(side.mask, side.chunk_ids, num_chunks)[0]
-        return sizes
+        return ChunkTable(*kernels.chunk_table(side.mask, side.chunk_ids, num_chunks))
     chunk_ids, in_chunk = _chunk_ids(side)
+    size = chunk_ids.shape[1]
+    position = torch.arange(size, device=chunk_ids.device).expand_as(chunk_ids)
     zeros = chunk_ids.new_zeros(chunk_ids.shape[0], num_chunks)
-    return zeros.scatter_add(1, chunk_ids, in_chunk.to(torch.int64))
+    sizes = zeros.scatter_add(1, chunk_ids, in_chunk.to(torch.int64))
+    starts = torch.full_like(zeros, size)
+    starts = starts.scatter_reduce(1, chunk_ids, position.masked_fill(~in_chunk, size), "amin")
+    last = zeros.scatter_reduce(1, chunk_ids, position.masked_fill(~in_chunk, 0), "amax")
+    return ChunkTable(sizes, starts.masked_fill(sizes == 0, 0), last)
 
 
 def chunks_on_both_sides(batch: Batch) -> Tensor:
     """Chunks that hold a scored token of the student and one of the teacher, (B, C) bool."""
-    student = chunk_sizes(batch.student, batch.num_chunks)
-    teacher = chunk_sizes(batch.teacher, batch.num_chunks)
-    return (student > 0) & (teacher > 0)
+    student, teacher = chunk_tables(batch)
+    return (student.sizes > 0) & (teacher.sizes > 0)
 
 
-def one_to_one(batch: Batch) -> Tensor:
-    """Chunks of exactly one token on both sides, (B, C) bool."""
-    student = chunk_sizes(batch.student, batch.num_chunks)
-    teacher = chunk_sizes(batch.teacher, batch.num_chunks)
-    return (student == 1) & (teacher == 1)
-
-
-def first_positions(side: Side, num_chunks: int) -> Tensor:
-    """Position of each chunk's first token, (B, C) int64; 0 where this side does not have it."""
-    return _end_positions(side, num_chunks, first=True)
-
-
-def last_positions(side: Side, num_chunks: int) -> Tensor:
-    """Position of each chunk's last token, (B, C) int64; 0 where this side does not have it."""
-    return _end_positions(side, num_chunks, first=False)
-
-
-def _end_positions(side: Side, num_chunks: int, *, first: bool) -> Tensor:
-    kernels = side.chunk_ids is not None and kernels_for("chunks", side.chunk_ids)
-    if kernels:
-        ends_of: tuple[Tensor, ...] = kernels.chunk_table(side.mask, side.chunk_ids, num_chunks)
-        return ends_of[1 if first else 2]
-    chunk_ids, in_chunk = _chunk_ids(side)
-    size = chunk_ids.shape[1]
-    nowhere = size if first else -1
-    position = torch.arange(size, device=chunk_ids.device).expand_as(chunk_ids)
-    position = position.masked_fill(~in_chunk, nowhere)
-    ends = chunk_ids.new_full((chunk_ids.shape[0], num_chunks), nowhere)
-    ends = ends.scatter_reduce(1, chunk_ids, position, reduce="amin" if first else "amax")
-    return ends.masked_fill(ends == nowhere, 0)
+def chunk_tables(batch: Batch) -> tuple[ChunkTable, ChunkTable]:
+    """The chunks of student and teacher."""
+    return (
+        chunk_table(batch.student, batch.num_chunks),
+        chunk_table(batch.teacher, batch.num_chunks),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,11 +121,11 @@ class AlignedPositions:
 
     def of_student(self, values: Tensor) -> Tensor:
         """Pick the student's values, (B, S, K) to (B, P, K)."""
-        return _pick(values, self.student)
+        return pick(values, self.student)
 
     def of_teacher(self, values: Tensor) -> Tensor:
         """Pick the teacher's values, (B, T, K) to (B, P, K)."""
-        return _pick(values, self.teacher)
+        return pick(values, self.teacher)
 
     def at_student_positions(self, values: Tensor, size: int) -> Tensor:
         """Move values to the student's positions, (B, P, ...) to (B, S, ...)."""
@@ -138,6 +133,12 @@ class AlignedPositions:
         index = self.student.masked_fill(~self.valid, size).view(shape)
         placed = values.new_zeros((values.shape[0], size + 1, *values.shape[2:]))
         return placed.scatter(1, index.expand_as(values), values)[:, :size]
+
+    def teacher_of_student(self, size: int) -> Tensor:
+        """What each of S student positions is compared with, (B, S), -1 for nothing."""
+        index = self.student.masked_fill(~self.valid, size)
+        places = index.new_full((index.shape[0], size + 1), -1)
+        return places.scatter(1, index, self.teacher)[:, :size]
 
     def flattened(self, batch: Batch) -> Tensor:
         """Positions of both sides for `ctkd.logits.map_rows`, (B * P, 2), -1 where none."""
@@ -157,11 +158,9 @@ def align_positions(batch: Batch, pairing: str = "position") -> AlignedPositions
         BatchError: If chunks are to be paired and the batch has none.
     """
     if pairing == "chunk":
-        return AlignedPositions(
-            first_positions(batch.student, batch.num_chunks),
-            first_positions(batch.teacher, batch.num_chunks),
-            chunks_on_both_sides(batch),
-        )
+        student, teacher = chunk_tables(batch)
+        valid = (student.sizes > 0) & (teacher.sizes > 0)
+        return AlignedPositions(student.first, teacher.first, valid)
     length = min(batch.student.mask.shape[1], batch.teacher.mask.shape[1])
     valid = batch.student.mask[:, :length] & batch.teacher.mask[:, :length]
     position = torch.arange(length, device=valid.device).expand_as(valid)
@@ -181,7 +180,8 @@ def flat_positions(batch: Batch, student: Tensor, teacher: Tensor, valid: Tensor
     return rows.masked_fill(~valid.unsqueeze(-1), -1).flatten(0, 1)
 
 
-def _pick(values: Tensor, positions: Tensor) -> Tensor:
+def pick(values: Tensor, positions: Tensor) -> Tensor:
+    """Values at positions, (B, S, K) and (B, P) give (B, P, K)."""
     if values.shape[1] == 0:  # nothing is valid then, and any value will do
         values = F.pad(values, (0, 0, 0, 1))
     return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

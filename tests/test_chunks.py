@@ -6,12 +6,10 @@ import torch
 from ctkd.batch import Batch
 from ctkd.chunks import (
     align_positions,
-    chunk_sizes,
     chunk_sums,
+    chunk_table,
+    chunk_tables,
     chunks_on_both_sides,
-    first_positions,
-    last_positions,
-    one_to_one,
 )
 from ctkd.errors import BatchError
 from tests.ragged_batches import ragged_inputs
@@ -46,11 +44,9 @@ def test_sizes_ends_and_sums(seed):
         values = torch.randn(side.mask.shape, generator=generator, dtype=torch.float64)
         values[~side.mask] = torch.nan
         values.requires_grad_()
-        sizes = chunk_sizes(side, batch.num_chunks)
+        sizes, first, last = chunk_table(side, batch.num_chunks)
         sums, counts = chunk_sums(side, values, batch.num_chunks)
         assert torch.equal(counts, sizes)
-        first = first_positions(side, batch.num_chunks)
-        last = last_positions(side, batch.num_chunks)
         for b, chunk, *both in every_chunk(batch):
             found = both[which]
             assert sizes[b, chunk] == len(found)
@@ -66,13 +62,13 @@ def test_sizes_ends_and_sums(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_both_sides_have(seed):
     batch = a_batch(seed)
-    shared, single = chunks_on_both_sides(batch), one_to_one(batch)
+    shared, tables = chunks_on_both_sides(batch), chunk_tables(batch)
     rows = align_positions(batch, "chunk").flattened(batch).view(*shared.shape, 2)
     width = [side.mask.shape[1] for side in (batch.student, batch.teacher)]
     seen = 0
     for b, chunk, student, teacher in every_chunk(batch):
         assert shared[b, chunk] == bool(student and teacher)
-        assert single[b, chunk] == (len(student) == len(teacher) == 1)
+        assert [one.sizes[b, chunk] for one in tables] == [len(student), len(teacher)]
         if student and teacher:
             seen += 1
             assert rows[b, chunk].tolist() == [b * width[0] + student[0], b * width[1] + teacher[0]]
@@ -102,6 +98,10 @@ def test_values_go_from_positions_to_aligned_and_back(pairing):
                 assert torch.equal(picked[b, p], values[b, aligned.student[b, p]])
     back = aligned.at_student_positions(picked, size)
     used = aligned.at_student_positions(aligned.valid, size)
+    partner = aligned.teacher_of_student(size)
+    assert torch.equal(partner >= 0, used)
+    for b, p in aligned.valid.nonzero().tolist():
+        assert partner[b, aligned.student[b, p]] == aligned.teacher[b, p]
     assert used.sum() == aligned.valid.sum() > 0
     assert torch.equal(back[used], values[used]) and (back[~used] == 0).all()
 

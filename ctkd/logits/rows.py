@@ -71,8 +71,12 @@ class RowLogits(Logits):
         return checked_mask(None, torch.Size(self.shape[:2]), self.source.device)
 
     def masked(self, mask: Tensor) -> Self:
-        is_mine = mask is vars(self).get("mask")
-        return self if is_mine else self.at(self.rows, mask, self.shape[2])
+        if mask is vars(self).get("mask"):
+            return self
+        view = self.at(self.rows, mask, self.shape[2])
+        if "all_rows" in vars(self):
+            view.all_rows = self.all_rows
+        return view
 
     def at(self, rows: Tensor | None, mask: Tensor, vocab_size: int | None = None) -> Self:
         """The same source at other positions; both share normalizers and a backward pass."""

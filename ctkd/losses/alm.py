@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ctkd.batch import Batch, Side
-from ctkd.chunks import chunk_sums, chunks_on_both_sides, last_positions
+from ctkd.chunks import chunk_sums, chunk_table, chunks_on_both_sides
 from ctkd.errors import SettingError
 from ctkd.loss import Loss, LossOutput, Paper, TeacherNeed, Weights, average, masked_sum
 from ctkd.registry import register
@@ -224,7 +224,7 @@ def _chunk_log_likelihoods(side: Side, num_chunks: int) -> tuple[Tensor, Tensor]
 
 def _following_positions(side: Side, num_chunks: int) -> tuple[Tensor, Tensor]:
     """Flags of chunks whose last position a scored one follows, and these positions, at most S."""
-    following = (last_positions(side, num_chunks) + 1).clamp_max(side.mask.shape[1])
+    following = (chunk_table(side, num_chunks).last + 1).clamp_max(side.mask.shape[1])
     return F.pad(side.mask, (0, 1)).gather(1, following), following
 
 

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from ctkd.batch import Batch, Side
-from ctkd.chunks import (
-    chunk_sums,
-    chunks_on_both_sides,
-    first_positions,
-    flat_positions,
-    last_positions,
-)
+from ctkd.chunks import chunk_sums, chunk_tables, chunks_on_both_sides, flat_positions
 from ctkd.divergences import LOG_FLOOR, jsd, sorted_l1
 from ctkd.errors import SettingError
 from ctkd.logits import map_rows
@@ -190,9 +184,12 @@ class GOLD(Loss):
 
     def forward(self, batch: Batch) -> LossOutput:
         check_sizes(batch, self.student_size, self.teacher_size)
-        positions = last_positions if self.merging == "bayesian" else first_positions
-        student_positions = positions(batch.student, batch.num_chunks)
-        teacher_positions = positions(batch.teacher, batch.num_chunks)
+        student_chunks, teacher_chunks = chunk_tables(batch)
+        both = (student_chunks.sizes > 0) & (teacher_chunks.sizes > 0)
+        student_positions, teacher_positions = (
+            one.last if self.merging == "bayesian" else one.first
+            for one in (student_chunks, teacher_chunks)
+        )
         log_scales = None
         if self.merging != "first":
             student_scale = _log_likelihood_of_others(
@@ -203,7 +200,6 @@ class GOLD(Loss):
                     batch.teacher, teacher_positions, self.teacher_temperature
                 )
             log_scales = torch.stack([student_scale, teacher_scale], dim=-1).flatten(0, 1)
-        both = chunks_on_both_sides(batch)
         settings = {
             "student_columns": self.student_columns,
             "teacher_columns": self.teacher_columns,
@@ -262,7 +258,7 @@ class GOLD(Loss):
 def _log_likelihood_of_others(side: Side, compared: Tensor, temperature: float) -> Tensor:
     """Log-likelihood of each chunk's tokens but that at the compared position, (B, C)."""
     log_probs = side.logits.log_probs(side.token_ids.unsqueeze(-1), temperature=temperature)
-    # `positions` has refused a batch without chunks.
+    # `chunk_tables` has refused a batch without chunks.
     chunk_ids = cast(Tensor, side.chunk_ids).clamp_min(0)
     position = torch.arange(chunk_ids.shape[1], device=chunk_ids.device)
     is_compared = compared.gather(1, chunk_ids) == position

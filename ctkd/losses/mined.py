@@ -7,30 +7,46 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctkd.batch import Batch
-from ctkd.chunks import AlignedPositions, first_positions, one_to_one
+from ctkd.chunks import AlignedPositions, chunk_tables, pick
 from ctkd.logits import map_rows
 from ctkd.loss import Loss, LossOutput, Paper, TeacherNeed, Weights, average, masked_sum
 from ctkd.registry import register
 from ctkd.settings import check_choice, check_count, check_positive
 from ctkd.tokenizers import Pair, check_sizes
 
-__all__ = ["MinED", "carried_kl", "first_occurrences", "first_sources"]
+__all__ = ["MinED", "carried_kl", "first_sources", "fused_target"]
 
 
-def first_occurrences(ids: Tensor) -> Tensor:
-    """Mark the entries of each row that do not repeat an earlier one.
+def fused_target(
+    ids: Tensor, log_probs: Tensor, teacher_of: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The student's target: the teacher's renamed entries where it is paired, else its label.
+
+    Of entries that were given one name the first is kept, the largest; what is kept is
+    renormalized.
 
     Shape:
-        (..., K) int64 to the same, bool.
+        ``ids`` and ``log_probs`` (B, T, K), largest first, ``teacher_of`` (B, S), -1 for none, and
+        ``labels`` (B, S) give ids and probabilities (B, S, K).
 
     Example:
-        >>> first_occurrences(torch.tensor([[4, 2, 4, 4]]))
-        tensor([[ True,  True, False, False]])
+        >>> log_probs = torch.tensor([[[0.5, 0.25, 0.25]]]).log()
+        >>> fused_target(torch.tensor([[[4, 4, 2]]]), log_probs, torch.tensor([[0, -1]]),
+        ...     torch.tensor([[4, 7]]))
+        (tensor([[[4, 4, 2],
+                 [7, 7, 7]]]), tensor([[[0.6667, 0.0000, 0.3333],
+                 [1.0000, 0.0000, 0.0000]]]))
     """
     in_order, order = ids.sort(dim=-1, stable=True)
-    first = torch.ones_like(in_order, dtype=torch.bool)
-    first[..., 1:] = in_order[..., 1:] != in_order[..., :-1]
-    return torch.zeros_like(first).scatter(-1, order, first)
+    repeated = F.pad(in_order[..., 1:] == in_order[..., :-1], (1, 0))
+    repeated = torch.empty_like(repeated).scatter_(-1, order, repeated)
+    probs = log_probs.masked_fill(repeated, -torch.inf).softmax(-1)
+    place, is_paired = teacher_of.clamp_min(0), (teacher_of >= 0).unsqueeze(-1)
+    one_hot = (torch.arange(ids.shape[-1], device=ids.device) == 0).to(probs.dtype)
+    return (
+        torch.where(is_paired, pick(ids, place), labels.unsqueeze(-1)),
+        torch.where(is_paired, pick(probs, place), one_hot),
+    )
 
 
 def first_sources(student_ids: Tensor, student_size: int) -> Tensor:
@@ -193,8 +209,12 @@ class MinED(Loss):
     def forward(self, batch: Batch) -> LossOutput:
         check_sizes(batch, self.sources.shape[0], self.nearest_student_ids.shape[0])
         aligned = self._aligned(batch)
-        paired = aligned.at_student_positions(aligned.valid, batch.student.mask.shape[1])
-        values = (self._dense if self.form == "dense" else self._top_k)(batch, aligned, paired)
+        teacher_of = aligned.teacher_of_student(batch.student.mask.shape[1])
+        paired = teacher_of >= 0
+        if self.form == "dense":
+            values = self._dense(batch, aligned, paired)
+        else:
+            values = self._top_k(batch, aligned, teacher_of)
         sums = {
             "fused": masked_sum(values, paired),
             "label": masked_sum(values, batch.student.mask & ~paired),
@@ -204,11 +224,9 @@ class MinED(Loss):
     def _aligned(self, batch: Batch) -> AlignedPositions:
         student, teacher = batch.student, batch.teacher
         if self.alignment == "chunk":
-            return AlignedPositions(
-                first_positions(student, batch.num_chunks),
-                first_positions(teacher, batch.num_chunks),
-                one_to_one(batch),
-            )
+            ours, theirs = chunk_tables(batch)
+            one_to_one = (ours.sizes == 1) & (theirs.sizes == 1)
+            return AlignedPositions(ours.first, theirs.first, one_to_one)
         matched = self._match_positions(
             student.token_ids, teacher.token_ids, student.mask, teacher.mask
         )
@@ -219,8 +237,7 @@ class MinED(Loss):
         valid = student.mask & (matched >= 0) & (renamed == student.token_ids)
         return AlignedPositions(everywhere, positions, valid)
 
-    def _top_k(self, batch: Batch, aligned: AlignedPositions, paired: Tensor) -> Tensor:
-        size = paired.shape[1]
+    def _top_k(self, batch: Batch, aligned: AlignedPositions, teacher_of: Tensor) -> Tensor:
         width = batch.teacher.mask.shape[1]
         queried = F.pad(torch.zeros_like(batch.teacher.mask), (0, 1))
         queried = queried.scatter(1, aligned.teacher.masked_fill(~aligned.valid, width), True)
@@ -230,13 +247,7 @@ class MinED(Loss):
             teacher_ids = teacher.top_ids(min(self.k, teacher.shape[2]))
             log_probs = teacher.log_probs(teacher_ids, temperature=self.temperature)
             ids = self.nearest_student_ids[teacher_ids]
-            probs = log_probs.masked_fill(~first_occurrences(ids), -torch.inf).softmax(-1)
-        ids = aligned.at_student_positions(aligned.of_teacher(ids), size)
-        probs = aligned.at_student_positions(aligned.of_teacher(probs), size)
-        one_hot = torch.zeros_like(probs)
-        one_hot[..., 0] = 1.0
-        ids = torch.where(paired.unsqueeze(-1), ids, batch.student.token_ids.unsqueeze(-1))
-        probs = torch.where(paired.unsqueeze(-1), probs, one_hot)
+            ids, probs = fused_target(ids, log_probs, teacher_of, batch.student.token_ids)
         terms = -probs * batch.student.logits.log_probs(ids)
         return terms.masked_fill(probs == 0, 0.0).sum(-1)
 

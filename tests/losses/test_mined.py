@@ -1,5 +1,6 @@
 """`mined` against the authors' files, the oracle, and what its docstring claims."""
 
+import itertools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import ctkd
 from baselines import mined
 from ctkd.batch import Batch, Side
 from ctkd.errors import BatchError, SettingError
-from ctkd.losses.mined import carried_kl, first_occurrences, first_sources
+from ctkd.losses.mined import carried_kl, first_sources, fused_target
 from ctkd.tokenizers import PlaceholderPair
 from tests.golden.golden_values import gradient_norm, load
 from tests.ragged_batches import answer_rows, loss_and_gradient, ragged_inputs
@@ -338,14 +339,25 @@ def test_a_chunk_of_several_tokens_is_no_pair():
     assert output.value.item() == pytest.approx(-(math.log(0.25) + math.log(0.1)) / 2, rel=1e-12)
 
 
-def test_first_occurrences_and_sources_against_loops():
+def test_targets_and_sources_against_loops():
     generator = torch.Generator().manual_seed(0)
     for width in (1, 2, 7, 30):
         ids = torch.randint(6, (4, 3, width), generator=generator)
-        expected = [
-            [[i not in row[:n] for n, i in enumerate(row)] for row in rows] for rows in ids.tolist()
-        ]
-        assert first_occurrences(ids).tolist() == expected
+        log_probs = torch.randn(4, 3, width, generator=generator).double()
+        teacher_of = torch.randint(-1, 3, (4, 5), generator=generator)
+        labels = torch.randint(6, (4, 5), generator=generator)
+        found = fused_target(ids, log_probs, teacher_of, labels)
+        for b, s in itertools.product(range(4), range(5)):
+            t = int(teacher_of[b, s])
+            names, weights = [int(labels[b, s])] * width, [1.0] + [0.0] * (width - 1)
+            if t >= 0:
+                names = ids[b, t].tolist()
+                weights = [
+                    math.exp(log_probs[b, t, n]) * (i not in names[:n]) for n, i in enumerate(names)
+                ]
+            assert found[0][b, s].tolist() == names
+            expected = [one / math.fsum(weights) for one in weights]
+            assert found[1][b, s].tolist() == pytest.approx(expected, rel=1e-12, abs=0)
         mapping = ids[0, 0]
         sources = [mapping.tolist().index(v) if v in mapping.tolist() else -1 for v in range(8)]
         assert first_sources(mapping, 8).tolist() == sources

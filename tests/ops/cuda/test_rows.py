@@ -8,7 +8,7 @@ import torch
 
 import ctkd
 from ctkd import ops
-from ctkd.chunks import chunk_sizes, chunk_sums, first_positions, last_positions
+from ctkd.chunks import chunk_sums, chunk_table
 from ctkd.ops import Rows, SoftmaxTerm, cuda, reference, use_backend
 
 WIDTH = 2501
@@ -275,8 +275,7 @@ def test_sizes_ends_and_sums_of_chunks():
             given = values.clone().requires_grad_()
             sums, counts = chunk_sums(side, given, 301, dtype=torch.float64)
             (gradient,) = torch.autograd.grad((sums * weights).sum(), given)
-            parts = (chunk_sizes, first_positions, last_positions)
-            answers.append([counts, gradient, *(part(side, 301) for part in parts), sums])
+            answers.append([counts, gradient, *chunk_table(side, 301), sums])
     for found, expected in zip(*(one[:-1] for one in answers), strict=True):
         assert torch.equal(found, expected)
     # Of each chunk some four values.
