@@ -167,4 +167,5 @@ def average(parts: Mapping[str, Tensor], count: Tensor) -> LossOutput:
     together = torch.stack(sums) if len(sums) > 1 else sums[0].unsqueeze(0)
     means = together.sum(1, dtype=dtype) / count.clamp_min(1)
     detached = dict(zip(parts, means.detach().unbind(), strict=True))
-    return LossOutput(means.sum(), count, detached)
+    value = means.sum() if len(sums) > 1 else means.squeeze(0)
+    return LossOutput(value, count, detached)

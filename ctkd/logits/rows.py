@@ -137,10 +137,9 @@ class RowLogits(Logits):
     @torch.no_grad()
     def top_ids(self, k: int) -> Tensor:
         check_k(k, self.shape)
-        ids = self.index.new_zeros((self.index.shape[0], k))
-        for which, rows in self.source.chunks(self.index, self.shape[2]):
-            ids[which] = ops.top_k(rows, k)[0]
-        return ids.view(*self.shape[:2], k).masked_fill_(self.padding, 0)
+        chunks = self.source.chunks(self.index, self.shape[2])
+        ids = self._joined([(which, ops.top_k(rows, k)[0].t()) for which, rows in chunks], k)
+        return ids.t().view(*self.shape[:2], k).masked_fill(self.padding, 0)
 
     @ops.not_traced
     def sorted_probs(self, k: int, *, temperature: float = 1.0) -> Tensor:
@@ -166,14 +165,15 @@ class RowLogits(Logits):
     ) -> Tensor:
         # Each once, and first the one whose probabilities are summed.
         temperatures = list(dict.fromkeys([temperature, *prefetch]))
-        normalizers = self._zeros(len(temperatures), self.index.shape[0])
+        parts = []
         total: Tensor | None = None
         for which, rows in self.source.chunks(self.index, self.shape[2]):
-            mass, normalizers[:, which] = ops.column_mass(
+            mass, normalizers = ops.column_mass(
                 rows, self._sequence[which], self.shape[0], temperatures, standardize=standardize
             )
+            parts.append((which, normalizers))
             total = mass if total is None else total.add_(mass)
-        known = self.source.normalizers()
+        known, normalizers = self.source.normalizers(), self._joined(parts, len(temperatures))
         known.keep(self.index, temperatures, standardize, self.shape[2], normalizers)
         return self._zeros(self.shape[0], self.shape[2]) if total is None else total
 
@@ -246,7 +246,8 @@ class RowLogits(Logits):
         """Answers (*size, N) from those for chunks of rows."""
         if len(parts) == 1 and is_whole(parts[0][0]):
             return parts[0][1]
-        answers = self._zeros(*size, self.index.shape[0])
+        dtype = parts[0][1].dtype if parts else self.source.dtype
+        answers = torch.zeros(*size, self.index.shape[0], dtype=dtype, device=self.mask.device)
         for which, part in parts:
             answers[..., which] = part
         return answers

@@ -10,6 +10,7 @@ from ctkd.batch import Batch
 from ctkd.chunks import AlignedPositions, chunk_tables, pick
 from ctkd.logits import map_rows
 from ctkd.loss import Loss, LossOutput, Paper, TeacherNeed, Weights, average, masked_sum
+from ctkd.ops import kernels_for
 from ctkd.registry import register
 from ctkd.settings import check_choice, check_count, check_positive
 from ctkd.tokenizers import Pair, check_sizes
@@ -18,25 +19,33 @@ __all__ = ["MinED", "carried_kl", "first_sources", "fused_target"]
 
 
 def fused_target(
-    ids: Tensor, log_probs: Tensor, teacher_of: Tensor, labels: Tensor
+    teacher_ids: Tensor, log_probs: Tensor, names: Tensor, teacher_of: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The student's target: the teacher's renamed entries where it is paired, else its label.
 
-    Of entries that were given one name the first is kept, the largest; what is kept is
+    Of entries that are given one name the first is kept, the largest; what is kept is
     renormalized.
 
     Shape:
-        ``ids`` and ``log_probs`` (B, T, K), largest first, ``teacher_of`` (B, S), -1 for none, and
-        ``labels`` (B, S) give ids and probabilities (B, S, K).
+        ``teacher_ids`` and ``log_probs`` (B, T, K), largest first, ``names`` (W,), ``teacher_of``
+        (B, S), -1 for none, and ``labels`` (B, S) give ids and probabilities (B, S, K).
 
     Example:
         >>> log_probs = torch.tensor([[[0.5, 0.25, 0.25]]]).log()
-        >>> fused_target(torch.tensor([[[4, 4, 2]]]), log_probs, torch.tensor([[0, -1]]),
-        ...     torch.tensor([[4, 7]]))
+        >>> ids, probs = fused_target(torch.tensor([[[0, 1, 2]]]), log_probs,
+        ...     torch.tensor([4, 4, 2]), torch.tensor([[0, -1]]), torch.tensor([[4, 7]]))
+        >>> ids, probs
         (tensor([[[4, 4, 2],
                  [7, 7, 7]]]), tensor([[[0.6667, 0.0000, 0.3333],
                  [1.0000, 0.0000, 0.0000]]]))
     """
+    kernels = kernels_for("matched_columns", log_probs)
+    if kernels and kernels.serves_target(teacher_ids):
+        target: tuple[Tensor, Tensor] = kernels.fused_target(
+            teacher_ids, log_probs, names, teacher_of, labels
+        )
+        return target
+    ids = names[teacher_ids]
     in_order, order = ids.sort(dim=-1, stable=True)
     repeated = F.pad(in_order[..., 1:] == in_order[..., :-1], (1, 0))
     repeated = torch.empty_like(repeated).scatter_(-1, order, repeated)
@@ -238,16 +247,16 @@ class MinED(Loss):
         return AlignedPositions(everywhere, positions, valid)
 
     def _top_k(self, batch: Batch, aligned: AlignedPositions, teacher_of: Tensor) -> Tensor:
-        width = batch.teacher.mask.shape[1]
-        queried = F.pad(torch.zeros_like(batch.teacher.mask), (0, 1))
+        rows, width = batch.teacher.mask.shape
+        queried = batch.teacher.mask.new_zeros(rows, width + 1)
         queried = queried.scatter(1, aligned.teacher.masked_fill(~aligned.valid, width), True)
         # Only these rows are used, and finding the largest entries takes a while.
         teacher = batch.teacher.logits.masked(queried[:, :width])
         with torch.no_grad():
             teacher_ids = teacher.top_ids(min(self.k, teacher.shape[2]))
             log_probs = teacher.log_probs(teacher_ids, temperature=self.temperature)
-            ids = self.nearest_student_ids[teacher_ids]
-            ids, probs = fused_target(ids, log_probs, teacher_of, batch.student.token_ids)
+            renamed = teacher_ids, log_probs, self.nearest_student_ids
+            ids, probs = fused_target(*renamed, teacher_of, batch.student.token_ids)
         terms = -probs * batch.student.logits.log_probs(ids)
         return terms.masked_fill(probs == 0, 0.0).sum(-1)
 

@@ -342,16 +342,16 @@ def test_a_chunk_of_several_tokens_is_no_pair():
 def test_targets_and_sources_against_loops():
     generator = torch.Generator().manual_seed(0)
     for width in (1, 2, 7, 30):
-        ids = torch.randint(6, (4, 3, width), generator=generator)
+        ids, renaming = torch.randint(6, (4, 3, width), generator=generator), torch.arange(6) % 4
         log_probs = torch.randn(4, 3, width, generator=generator).double()
         teacher_of = torch.randint(-1, 3, (4, 5), generator=generator)
         labels = torch.randint(6, (4, 5), generator=generator)
-        found = fused_target(ids, log_probs, teacher_of, labels)
+        found = fused_target(ids, log_probs, renaming, teacher_of, labels)
         for b, s in itertools.product(range(4), range(5)):
             t = int(teacher_of[b, s])
             names, weights = [int(labels[b, s])] * width, [1.0] + [0.0] * (width - 1)
             if t >= 0:
-                names = ids[b, t].tolist()
+                names = renaming[ids[b, t]].tolist()
                 weights = [
                     math.exp(log_probs[b, t, n]) * (i not in names[:n]) for n, i in enumerate(names)
                 ]

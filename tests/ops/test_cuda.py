@@ -40,9 +40,9 @@ def test_kernels_give_what_the_reference_gives():
 BUDGETS = {
     "alm": 60,
     "gold": 60,
-    "mined": 100,
+    "mined": 60,
     "multilevelot": 80,
-    "multilevelot_released": 105,
+    "multilevelot_released": 95,
     "multilevelot_sequence": 60,
     "multilevelot_token": 60,
     "shared_kl": 60,

@@ -1,4 +1,4 @@
-"""Terms of matched columns at aligned positions, a launch each way: operators of torch, in Triton.
+"""Matched columns at aligned positions, a launch each way: operators of torch, in Triton.
 
 The operators are there whether triton is or not: on the meta device they have shapes and costs.
 """
@@ -15,16 +15,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ctkd.ops.costs import Cost
-from ctkd.ops.cuda.operators import kernel_cost, kernels, nbytes, operator, power_of_two
+from ctkd.ops.cuda.operators import Matrix, kernel_cost, kernels, nbytes, operator, power_of_two
 
 __all__ = [
     "Matched",
     "Side",
     "Term",
+    "fused_target",
+    "serves_target",
     "sums_at_positions",
 ]
 
 _TILE, _MOST_COLUMNS = 16, 64
+# Each entry of a target is compared with each.
+_MOST_ENTRIES = 64
 
 
 def sums_at_positions(
@@ -47,13 +51,32 @@ def sums_at_positions(
         valid: (B, P) bool.
         weights: Of the two sums.
     """
-    ours, theirs = (
-        (first, None if second is first else second) for first, second in (student, teacher)
-    )
+    (ours, others), (theirs, their_others) = student, teacher
     sums: tuple[Tensor, Tensor] = _Sums.apply(
-        weights, *ours, *theirs, missing, student_at, teacher_at, valid
+        weights,
+        ours,
+        None if others is ours else others,
+        theirs,
+        None if their_others is theirs else their_others,
+        missing,
+        student_at,
+        teacher_at,
+        valid,
     )
     return sums
+
+
+def serves_target(teacher_ids: Tensor) -> bool:
+    """True if `fused_target` serves so many entries, (B, T, K)."""
+    return 0 < teacher_ids.shape[2] <= _MOST_ENTRIES
+
+
+def fused_target(
+    teacher_ids: Tensor, log_probs: Tensor, names: Tensor, teacher_of: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `ctkd.losses.mined.fused_target`."""
+    ids, probs = _fused_target(teacher_ids, log_probs, names, teacher_of, labels)
+    return ids, probs
 
 
 class Side(NamedTuple):
@@ -236,5 +259,45 @@ class _Backward(_Compared):
         return cost._replace(launches=cost.launches + 1)
 
 
+@dataclass(frozen=True)
+class _Target:
+    """Arguments as of `fused_target`: ids and probabilities, (B, S, K) each."""
+
+    teacher_ids: Tensor
+    log_probs: Tensor
+    names: Tensor
+    teacher_of: Tensor
+    labels: Tensor
+
+    def answers(self) -> tuple[Tensor, Tensor]:
+        size = *self.labels.shape, self.teacher_ids.shape[2]
+        return self.labels.new_empty(size), self.log_probs.new_empty(size)
+
+    def start(self, answers: tuple[Tensor, Tensor]) -> None:
+        if answers[0].numel():
+            kernels("matched_columns_kernels").fused_target[(self.labels.numel(),)](
+                (
+                    self.teacher_ids.contiguous(),
+                    self.log_probs.contiguous(),
+                    *self.teacher_ids.shape[1:],
+                ),
+                self.names.contiguous(),
+                Matrix.of(self.teacher_of),
+                self.labels.contiguous(),
+                answers,
+                self.labels.shape[1],
+                WIDTH=max(power_of_two(self.teacher_ids.shape[2]), 2),
+                num_warps=1,
+            )
+
+    def cost(self) -> Cost:
+        # A name for each entry; of each position the entries are read and written.
+        entries = self.labels.numel() * self.teacher_ids.shape[2]
+        moved = entries * (8 + 2 * (8 + self.log_probs.element_size()))
+        given = self.teacher_ids, self.log_probs, self.names, self.labels
+        return kernel_cost(moved + nbytes(self.teacher_of, self.labels), *given)
+
+
+_fused_target = operator("fused_target", _Target)
 _matched_columns = operator("matched_columns", _Forward)
 _matched_columns_backward = operator("matched_columns_backward", _Backward)

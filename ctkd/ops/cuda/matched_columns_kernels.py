@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["matched_columns", "matched_columns_backward"]
+__all__ = ["fused_target", "matched_columns", "matched_columns_backward"]
 
 
 @triton.jit
@@ -117,3 +117,39 @@ def matched_columns_backward(student, teacher, matched, terms, TILE: tl.constexp
     else:
         tl.store(difference.gradient + at_student, first, mask=here)
         tl.store(log_loss.gradient + at_student, second, mask=here)
+
+
+@triton.jit
+def fused_target(entries, names, teacher_of, labels, target, length, WIDTH: tl.constexpr):
+    """Ids and probabilities of a student's position: the teacher's renamed, or its label alone.
+
+    Args:
+        entries: Ids and log-probabilities (B, T, K), largest first, and T and K.
+        names: (W,) what becomes of an id.
+        teacher_of: (B, S) position of the teacher, -1 for none.
+        labels: (B, S) ids.
+        target: Ids and probabilities (B, S, K), what is written.
+        length: S.
+        WIDTH: K, rounded up.
+    """
+    ids, log_probs, positions, width = entries
+    number = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    inside = columns < width
+    sequence = number // length
+    place = sequence * teacher_of.outer + (number % length) * teacher_of.inner
+    place = tl.load(teacher_of.tensor + place)
+    at = (sequence * positions + place) * width + columns
+    there = inside & (place >= 0)
+    name = tl.load(names + tl.load(ids + at, mask=there, other=0), mask=there, other=-1)
+    is_earlier = columns[:, None] < columns[None, :]
+    is_repeated = tl.max((is_earlier & (name[:, None] == name[None, :])).to(tl.int32), 0) != 0
+    x = tl.load(log_probs + at, mask=there, other=float("-inf")).to(tl.float32)
+    x = tl.where(is_repeated, float("-inf"), x)
+    # Where there is no teacher, the first entry is the label.
+    x = tl.where(place < 0, tl.where(columns == 0, 0.0, float("-inf")), x)
+    weights = tl.exp(x - tl.max(x, 0))
+    written = number * width + columns
+    chosen = tl.where(place < 0, tl.load(labels + number), name)
+    tl.store(target[0] + written, chosen, mask=inside)
+    tl.store(target[1] + written, weights / tl.sum(weights, 0), mask=inside)

@@ -249,13 +249,20 @@ def largest(rows, ids, values, k, ALIGNED: tl.constexpr, K: tl.constexpr, C: tl.
 
 
 @triton.jit
-def clear_rows(tensor, named, stride, width, C: tl.constexpr):
-    """Write zeros to the rows that are not named."""
-    row = tl.program_id(1).to(tl.int64)
-    if tl.load(named + row) == 0:
-        columns = tl.program_id(0) * C + tl.arange(0, C)
+def clear_rows(tensor, index, count, stride, width, C: tl.constexpr):
+    """Write zeros to the rows that an index does not name; -1 is the last one."""
+    row = tl.program_id(0).to(tl.int64)
+    named = tl.zeros((C,), tl.int32)
+    for begin in range(0, count, C):
+        places = begin + tl.arange(0, C)
+        number = tl.load(index + places, mask=places < count, other=-2)
+        number = tl.where(number == -1, tl.num_programs(0) - 1, number)
+        named |= (number == row).to(tl.int32)
+    if tl.max(named, 0) == 0:
         zeros = tl.zeros((C,), tl.float32).to(tensor.dtype.element_ty)
-        tl.store(tensor + row * stride + columns, zeros, mask=columns < width)
+        for begin in range(0, width, C):
+            columns = begin + tl.arange(0, C)
+            tl.store(tensor + row * stride + columns, zeros, mask=columns < width)
 
 
 @triton.jit

@@ -338,18 +338,22 @@ class _Clear:
 
     def start(self, answers: None) -> None:
         rows, width = self.tensor.shape
-        named = torch.zeros(rows, dtype=torch.uint8, device=self.tensor.device)
-        named[self.index] = 1
-        size = 4 * _LANES
-        kernels("row_kernels").clear_rows[(-(-width // size), rows)](
-            self.tensor, named, self.tensor.stride(0), width, C=size, num_warps=_WARPS
+        kernels("row_kernels").clear_rows[(rows,)](
+            self.tensor,
+            self.index.contiguous(),
+            self.index.shape[0],
+            self.tensor.stride(0),
+            width,
+            C=_LANES,
+            num_warps=_WARPS,
         )
 
     def cost(self) -> Cost:
-        # A row is written here or where its gradient is, whatever the index holds.
+        # A row is written here or where its gradient is, whatever the index holds. For each row
+        # the index is read.
         rows = self.tensor.shape[0]
         rest = max(rows - self.index.shape[0], 0)
-        return Cost(3, 2 * rows + self.index.nbytes + rest * self.tensor[0].nbytes, rows)
+        return Cost(1, rows * self.index.nbytes + rest * self.tensor[0].nbytes, 0)
 
 
 @dataclass(frozen=True)

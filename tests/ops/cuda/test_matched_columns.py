@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ctkd.batch import Batch
+from ctkd.losses.mined import fused_target
 from ctkd.losses.multilevelot import MultiLevelOT
 from ctkd.ops import cost_of
 from ctkd.ops.cuda import matched_columns, sinkhorn
@@ -66,11 +67,17 @@ def test_operators_are_those_that_torch_expects(apart):
     given = ([student, log_student] if apart else [student], [teacher])
     given = (*given, missing, [position, position], valid, [1.0, 0.5])
     gradients = [torch.tensor(2.0).expand(2), None]
-    checks = ("test_schema", "test_faketensor")
     operators = torch.ops.ctkd
+    # Positions that are not paired, and names that are given twice.
+    target = torch.arange(70).expand(2, 4, -1).contiguous(), teacher, torch.arange(70) // 2
+    target = (*target, torch.tensor([[3, -1, 0], [0, 2, -1]]), position.contiguous())
+    for found, expected in zip(operators.fused_target(*target), fused_target(*target), strict=True):
+        torch.testing.assert_close(found, expected)
+    checks = ("test_schema", "test_faketensor")
     for operator, arguments, launches in (
         (operators.matched_columns, given, 1),
         (operators.matched_columns_backward, (*given, gradients), 2),
+        (operators.fused_target, target, 1),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
         cost = cost_of(operator.default, arguments, {})
