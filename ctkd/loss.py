@@ -111,13 +111,13 @@ class Loss(nn.Module, ABC):
 
         Raises:
             BatchError: See `ctkd.masked_columns.refuse_masked_columns`.
-            PluginError: If `forward` returns anything but a `LossOutput` of tensors.
+            PluginError: If `forward` returns anything but a `LossOutput` of tensors ().
         """
         output: LossOutput = super().__call__(batch)
         is_output = isinstance(output, LossOutput)
         # A loop, not a function of its own: this is run at every step.
         for entry in (output.value, output.count, *output.parts.values()) if is_output else ():
-            is_output &= isinstance(entry, Tensor)
+            is_output &= isinstance(entry, Tensor) and entry.ndim == 0
         if not is_output:
             raise _no_output(type(self).__name__, output)
         value = output.value
@@ -131,12 +131,16 @@ def _no_output(name: str, output: object) -> PluginError:
     what = type(output).__name__
     if isinstance(output, LossOutput):
         entries = {"value": output.value, "count": output.count, **output.parts}
-        wrong = next(one for one, entry in entries.items() if not isinstance(entry, Tensor))
-        what = f"a LossOutput whose {wrong} is {type(entries[wrong]).__name__}"
+        for part, entry in entries.items():
+            is_tensor = isinstance(entry, Tensor)
+            if not is_tensor or entry.ndim:
+                shape = f"a tensor of {tuple(entry.shape)}" if is_tensor else type(entry).__name__
+                what = f"a LossOutput whose {part} is {shape}"
+                break
     return PluginError(
         f"{name}.forward returned {what}; a loss returns ctkd.loss.LossOutput(value, count, parts) "
-        "of tensors: the mean, how many units it is over, and its detached parts by name, as "
-        "ctkd.loss.average makes it of sums"
+        "of tensors without dimensions: the mean, how many units it is over, and its detached "
+        "parts by name, as ctkd.loss.average makes it of sums"
     )
 
 

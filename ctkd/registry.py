@@ -7,19 +7,29 @@ example ``my_loss = "my_package:MyLoss"``. Plugins are listed without being impo
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ctkd.errors import DuplicateLossError, PluginError, SettingError, UnknownLossError
 from ctkd.loss import Loss, Need, Paper, TeacherNeed, Unit, Weights
 from ctkd.tokenizers import Pair
 
-__all__ = ["LossFacts", "describe", "get_loss", "get_loss_class", "list_losses", "register"]
+__all__ = [
+    "LossFacts",
+    "describe",
+    "get_loss",
+    "get_loss_class",
+    "list_losses",
+    "register",
+    "source_fingerprint",
+]
 
 ENTRY_POINT_GROUP = "ctkd.losses"
 
@@ -111,6 +121,18 @@ def get_loss_class(name: str) -> type[Loss]:
     if plugins:
         return _load(plugins[0])
     raise UnknownLossError(_unknown(name))
+
+
+def source_fingerprint(name: str) -> str | None:
+    """A hash of the file that defines a loss; None for those of this package, or without a file."""
+    cls = get_loss_class(name)
+    if cls.__module__.split(".")[0] == "ctkd":
+        return None
+    try:
+        source = Path(inspect.getfile(cls)).read_bytes()
+    except (TypeError, OSError):
+        return None
+    return hashlib.sha256(source).hexdigest()[:16]
 
 
 def get_loss(name: str, /, *, pair: Pair | None = None, **settings: Any) -> Loss:

@@ -1,7 +1,9 @@
 """Losses by name, and plugins that are good, broken, or in each other's way."""
 
+import hashlib
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -213,6 +215,9 @@ def test_a_plugin_is_listed_without_being_imported(install):
     assert ctkd.get_loss_class("good") is Plugin
     assert isinstance(ctkd.get_loss("good", top_k=2), Plugin)
     assert ctkd.describe("good").doc == "A loss of another package."
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    assert source.startswith(registry.source_fingerprint("good"))
+    assert registry.source_fingerprint("uld") is None
 
 
 @pytest.mark.parametrize(

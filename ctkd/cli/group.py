@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -42,7 +47,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _interrupts_come_again():
+                return super().invoke(ctx)
         except click.NoSuchOption as error:
             if error.ctx is None:
                 raise
@@ -79,6 +85,26 @@ class _Group(click.Group):
                 f"unexpected {type(error).__name__}: {_one_line(error)} "
                 f"(set {TRACEBACK_VARIABLE}=1 to see where)"
             ) from error
+
+
+@contextmanager
+def _interrupts_come_again() -> Iterator[None]:
+    """Interrupt once more if Python dropped an interrupt because an object was being deleted."""
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            again = threading.Timer(0.1, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,5 +1,7 @@
 """`ctkd cache`: what it prints, what it refuses, and how it is stopped."""
 
+import time
+
 import pytest
 
 from ctkd.cli import main
@@ -140,6 +142,20 @@ def test_a_cache_that_is_stopped_goes_on(place, made, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_writing, "_save_shard", interrupted)
     words = place.words("cache", "--output", str(tmp_path / "stopped"), "--k", "9")
     words += ["--shard-rows", "8"]
+    assert error_of(invoke(*words)) == "stopped; repeat the command to go on behind the last file"
+
+    class Deleted:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def dropped(path, tensors):
+        # Python prints what is raised here, and goes on.
+        Deleted()
+        for _ in range(1000):
+            time.sleep(0.01)
+        raise AssertionError("the interrupt was lost")
+
+    monkeypatch.setattr(cache_writing, "_save_shard", dropped)
     assert error_of(invoke(*words)) == "stopped; repeat the command to go on behind the last file"
     monkeypatch.setattr(cache_writing, "_save_shard", save_shard)
     said = error_of(

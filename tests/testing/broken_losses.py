@@ -443,7 +443,11 @@ class DividesByTheSmallestGap(Good):
 
 # (check, a loss that fails it, what the check says)
 BROKEN = [
-    ("value_is_a_finite_scalar", ValueOfOneElement, "the value has shape (1,)"),
+    (
+        "value_is_a_finite_scalar",
+        ValueOfOneElement,
+        "ValueOfOneElement.forward returned a LossOutput whose value is a tensor of (1,);",
+    ),
     (
         "value_is_a_finite_scalar",
         ReturnsATensor,
@@ -512,7 +516,7 @@ BROKEN = [
     ("parts_sum_to_the_value", NoParts, "there are no parts"),
     ("parts_sum_to_the_value", PartsDoNotSum, "the parts do not sum to the value"),
     ("parts_sum_to_the_value", PartsAreNotDetached, "part 'distance' is not detached"),
-    ("parts_sum_to_the_value", PartsAreVectors, "part 'distance' has shape (1,)"),
+    ("value_is_a_finite_scalar", PartsAreVectors, "whose distance is a tensor of (1,);"),
     ("a_second_call_gives_the_same", DrawsRandomNumbers, "random numbers were drawn"),
     ("a_second_call_gives_the_same", RemembersTheLastValue, "forward wrote to ['last']"),
     ("a_second_call_gives_the_same", CountsItsCalls, "forward changed calls"),

@@ -287,7 +287,8 @@ class CompareConfig:
         for name in ("losses", "published"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(one, str) for one in value):
-                raise SettingError(f"{name} must be a tuple of texts, got {value!r}")
+                shown = list(value) if isinstance(value, tuple) else value
+                raise SettingError(f"{name} must be a list of texts, got {shown!r}")
         if not self.losses:
             raise SettingError("there is nothing to compare; name at least one loss")
         for name in ("sweep", "common"):
@@ -347,11 +348,13 @@ class CompareConfig:
                 "teacher says and writes after one draw; use one seed, no shots, or live_teacher "
                 "without seqkd"
             )
-        if self.dev_data is not None and not self.sweep:
-            raise SettingError(
-                "dev_data serves to choose settings, but there is no sweep; add one, or leave "
-                "dev_data out"
-            )
+        for one in fields(self):
+            name = one.name
+            if name.startswith("dev_") and getattr(self, name) != one.default and not self.sweep:
+                raise SettingError(
+                    f"{name} serves to choose settings, but there is no sweep; add one, or leave "
+                    f"{name} out"
+                )
 
 
 def _as_tuple(value: Any) -> Any:

@@ -18,6 +18,7 @@ from ctkd.compare.records import Record
 from ctkd.distill.teachers.cache import read_record
 from ctkd.distill.training.output_folder import LOCK, alone, check_name, try_to_write
 from ctkd.errors import CtkdError, DataError, OutputError
+from ctkd.registry import source_fingerprint
 
 __all__ = ["ROWS_FOLDER", "STATE", "ComparisonFolder", "append_record", "read_records"]
 
@@ -199,6 +200,10 @@ def _planned(config: CompareConfig) -> dict[str, Any]:
                    "sweep": {name: list(values) for name, values in one.grid.items()}}
         for one in config.methods
     }  # fmt: skip
+    for one in config.methods:
+        source = source_fingerprint(one.loss) if one.distils else None
+        if source is not None:
+            methods[one.name]["source"] = source
     return {
         "ctkd": __version__, "settings": settings, "methods": methods, "preparation": {}
     }  # fmt: skip
@@ -214,7 +219,10 @@ def _taken_up(path: Path, now: dict[str, Any]) -> dict[str, Any]:
         ) from error
     # As they are after a way through the file.
     wanted = json.loads(json.dumps(now))
-    changes = _changes(kept["settings"], wanted["settings"], skip=_FREE)
+    # Without a sweep no metric chooses anything.
+    has_sweep = kept["settings"].get("sweep"), wanted["settings"]["sweep"]
+    free = _FREE if len(set(has_sweep)) == 1 else _FREE | {"metric"}
+    changes = _changes(kept["settings"], wanted["settings"], skip=free)
     for name in kept["methods"].keys() & wanted["methods"].keys():
         changes += _changes(kept["methods"][name], wanted["methods"][name], of=f" of {name}")
     if changes:

@@ -58,6 +58,7 @@ __all__ = [
 _HUB_TIMEOUT_S = 10
 _TRIED_TOKENS = 6
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEIGHT_FILES = ("*.safetensors*", "*.bin*", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "tekken.json")
 
 
@@ -380,6 +381,12 @@ def _cause(error: Exception) -> str:
 
 def _check_has_config(path: Path) -> None:
     if (path / "config.json").is_file():
+        if not any(any(path.glob(files)) for files in _WEIGHT_FILES):
+            raise ModelError(
+                f"the folder {path} holds no weights, such as model.safetensors; `ctkd compare` "
+                "keeps those of its runs with --keep-models, and a run that was stopped has none "
+                "before it ends; give the folder of a saved model"
+            )
         return
     files = sorted(file.name for file in path.glob("*.gguf"))
     way_out = f"give the file {path / files[0]}" if files else "give a folder of a saved model"

@@ -105,6 +105,11 @@ class TeacherCache:
         """
         folder = Path(path).expanduser()
         record = read_record(folder)
+        if record is None and folder.is_file():
+            raise DataError(
+                f"{folder} is a file, and a teacher cache is a folder; make one with "
+                "`ctkd cache --output FOLDER`"
+            )
         if record is None:
             raise DataError(
                 f"{folder} holds no teacher cache ({CACHE_FILE} is missing); make one with "

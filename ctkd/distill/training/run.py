@@ -57,6 +57,7 @@ from ctkd.distill.training.progress import StepReport, StepsAsAsked, StopOnSigna
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import CtkdError, ModelError, OutputError, SettingError
 from ctkd.loss import Loss
+from ctkd.registry import source_fingerprint
 from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.vocabulary_map import fingerprint
 
@@ -113,6 +114,7 @@ def train(
         folder.record["environment"] = _environment(device)
         folder.record["date"] = inputs.date
         _check_same_rows(folder, inputs)
+        _check_same_code(folder, config)
         folder.write()
         # Before hours of training: what stands in its way is found now.
         control = _control_folder(config) if config.control else None
@@ -222,7 +224,7 @@ def _run(
     if report.seconds_per_step is not None:
         folder.results["seconds per step"] = report.seconds_per_step
     keep_history(folder, trainer)
-    if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+    if stop.stopped:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; repeat the "
             "command with --resume to go on"
@@ -513,6 +515,16 @@ def _check_same_rows(folder: OutputFolder, inputs: _Inputs) -> None:
         raise OutputError(
             f"the {' and '.join(changed)} rows are others than those that {folder.path} was begun "
             "with, though their places are the same; restore them, or start anew with --overwrite"
+        )
+
+
+def _check_same_code(folder: OutputFolder, config: TrainConfig) -> None:
+    """Keep a fingerprint of a loss from elsewhere, or refuse to go on with an edited one."""
+    now = None if config.loss == SFT else source_fingerprint(config.loss)
+    if folder.record.setdefault("loss source", now) != now:
+        raise OutputError(
+            f"the file of the loss {config.loss} was edited since {folder.path} was begun with it; "
+            "restore it, or start anew with --overwrite"
         )
 
 

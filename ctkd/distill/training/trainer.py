@@ -308,6 +308,12 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             )
             batch = Batch(student=student, teacher=self._teacher_side(inputs))
             output = self.distillation_loss(batch)
+            if torch.is_grad_enabled() and not output.value.requires_grad and output.count:
+                raise TrainingError(
+                    f"the value of the loss {type(self.distillation_loss).__name__} has no "
+                    "gradient, so nothing would be learned of it; compute it of "
+                    "batch.student.logits, without detach() or no_grad()"
+                )
             # Last: statistics of the rows that the loss computed serve cross-entropy too.
             sums = _cross_entropy(logits, labels)
         sums.kd = output.value * output.count

@@ -187,7 +187,7 @@ def test_runs_are_saved_more_often_than_a_single_run_is_unless_told_otherwise():
         ({"common": {"batch_size": 0}}, "batch_size must be a finite number above 0"),
         ({"common": {"on_long": "cut"}}, "use drop or refuse"),
         ({"seeds": 2, "common": {"teacher_shots": 1}}, "teacher_shots draws other examples"),
-        ({"dev_data": "pocketqa"}, "there is no sweep"),
+        ({"dev_data": "pocketqa"}, "dev_data serves to choose settings, but there is no sweep"),
         ({"dev_data": ["a.jsonl", 3]}, "dev_data must be text"),
         ({"live_teacher": "yes"}, "live_teacher must be true or false"),
         ({"live_teacher": True, "top_k": 5}, "live_teacher keeps nothing of it; leave one"),
@@ -244,7 +244,7 @@ def test_a_file_and_options_give_names_side_by_side():
         ({"lossses": "sft"}, "file.yaml: unknown setting 'lossses', did you mean 'losses'?"),
         ({"loss": "sft"}, "file.yaml: loss is no setting of a comparison; name the losses"),
         ({"common": {}}, "file.yaml: unknown setting 'common'"),
-        ({"losses": 3}, "losses must be a tuple of texts"),
+        ({"losses": 3}, "losses must be a list of texts, got [3]"),
         ({"sweep": ["uld"]}, "sweep must be a mapping"),
     ],
 )

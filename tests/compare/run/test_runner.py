@@ -395,12 +395,18 @@ def test_a_temperature_that_the_cache_was_not_made_for_is_refused(place, copied,
         ({"metric": "f1"}, "metric 'rouge_lsum' -> 'f1'"),
     ],
 )
-def test_other_settings_than_at_the_beginning_are_refused(place, done, worked, settings, said):
+def test_other_settings_than_at_the_beginning_are_refused(
+    place, done, worked, monkeypatch, settings, said
+):
     before = (done / "comparison.json").read_bytes()
     with pytest.raises(OutputError) as caught:
         runner.compare(config(place, "done", **{"sweep": SWEEP, **settings}))
     assert said in str(caught.value)
+    assert ("metric" in str(caught.value)) == ("metric" in settings)
     assert "choose another --output" in str(caught.value)
+    monkeypatch.setattr("ctkd.compare.run.folder.source_fingerprint", lambda _: "edited")
+    with pytest.raises(OutputError, match="source of uld None -> 'edited'"):
+        runner.compare(config(place, "done", sweep=SWEEP))
     assert worked == []
     assert (done / "comparison.json").read_bytes() == before
 

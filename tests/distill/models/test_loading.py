@@ -240,7 +240,7 @@ def test_damaged_weights(folder):
 
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
-    assert "no file named model.safetensors" in message(folder)
+    assert "holds no weights, such as model.safetensors; `ctkd compare` keeps" in message(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"model_type": "nope"}'])

@@ -181,6 +181,9 @@ def test_a_folder_without_a_cache_is_named(tmp_path):
         TeacherCache.open(tmp_path)
     with pytest.raises(DataError, match="holds no teacher cache"):
         TeacherCache.open(tmp_path / "none")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(DataError, match="rows.jsonl is a file, and a teacher cache is a folder"):
+        TeacherCache.open(tmp_path / "rows.jsonl")
 
 
 def change(folder, **entries):

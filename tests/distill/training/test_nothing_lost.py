@@ -156,6 +156,18 @@ def test_a_loss_that_is_nan_for_good_logits(place, monkeypatch):
     said = error_of(invoke(*place.train("broken", "--loss", "broken", *EVERY_STEP)))
     assert said.startswith("at step 1 the loss Broken is nan or infinite, though the logits of")
 
+    class Detached(Broken):
+        """A loss of which nothing can be learned."""
+
+        def forward(self, batch):
+            output = super().forward(batch)
+            value = output.value.detach().nan_to_num()
+            return LossOutput(value, output.count, {"broken": value})
+
+    monkeypatch.setitem(registry._losses, "broken", Detached)
+    said = error_of(invoke(*place.train("detached", "--loss", "broken", *EVERY_STEP)))
+    assert said.startswith("the value of the loss Detached has no gradient, so nothing would be")
+
 
 def test_a_held_out_loss_that_is_nan_is_no_result(place, tmp_path):
     teacher = spoil(place.teacher, tmp_path / "teacher", float("nan"))
@@ -219,6 +231,10 @@ def test_a_run_does_not_go_on_with_other_rows(place, tmp_path, what, monkeypatch
     split = {"data": "training", "eval_data": "held-out"}[what]
     assert said.startswith(f"the {split} rows are others than those that {folder} was begun with")
     files[what].write_text(text)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "source_fingerprint", lambda name: f"{name}, edited")
+        said = error_of(invoke(*words, "--resume"))
+    assert said.startswith("the file of the loss multilevelot was edited since")
     finish(*words, "--resume")
     files[what].write_text(text.replace("the mat", "the hat", 1))
     finish(*words, "--overwrite")

@@ -58,7 +58,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return Checkpoints(folder, print).last()
 
 
-def signaled(monkeypatch, number: int, words: list[str]) -> str:
+def signaled(monkeypatch, number: int, words: list[str], of: int = STEPS) -> str:
     """Run a command here, send the process a signal in its second step, return what it said."""
     step_end, steps = progress.StepReport.on_step_end, []
 
@@ -72,7 +72,7 @@ def signaled(monkeypatch, number: int, words: list[str]) -> str:
         patch.setattr(progress.StepReport, "on_step_end", second)
         result = invoke(*words)
     assert result.stdout == ""
-    last = f"stopped at step {steps[1]} of {STEPS}; repeat the command with --resume to go on"
+    last = f"stopped at step {steps[1]} of {of}; repeat the command with --resume to go on"
     assert error_of(result) == last
     assert result.exit_code == 1
     return result.stderr
@@ -147,6 +147,10 @@ def test_a_run_that_is_stopped_after_its_last_step_trains_no_more(place, monkeyp
 
     monkeypatch.setattr(measuring, "answer", interrupted)
     words = place.train("late", "--learning-rate", "0.01")
+    # In the last step: what is left to do is not begun.
+    signaled(monkeypatch, signal.SIGTERM, words, of=2)
+    assert last_checkpoint(run) == run / "checkpoint-2" and "finished" not in record(run)["results"]
+    words.append("--resume")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     said = error_of(invoke(*words))
     assert said == "stopped; repeat the command with --resume to go on from the last checkpoint"
@@ -155,7 +159,7 @@ def test_a_run_that_is_stopped_after_its_last_step_trains_no_more(place, monkeyp
     (run / "model.safetensors").unlink()
     monkeypatch.setattr(measuring, "answer", answer)
 
-    shown = finish(*words, "--resume")
+    shown = finish(*words)
     assert "going on from checkpoint-2" in shown.stderr
     assert "step " not in shown.stderr
     assert record(run)["results"]["steps"] == 2
