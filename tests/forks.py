@@ -40,11 +40,15 @@ _PRELOADED = [
 def keep_compiled() -> None:
     """Keep compiled loops in one place, also by processes that tests start.
 
-    Many tests have a cache folder of their own. numba reads this when it is imported.
+    Many tests have a cache folder of their own. Where it can be, the place is that of the user's
+    commands, which may have compiled some. numba reads this when it is imported.
     """
     from ctkd.cache_folder import cache_dir
 
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "tests"))
+    folder = cache_dir()
+    # Below the folder that is named loops lie in one called ctkd.
+    place = folder.parent if folder.name == "ctkd" else folder / "tests"
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(place))
 
 
 def python() -> list[str]:
