@@ -520,3 +520,6 @@ class TestCompiled:
         assert compiled(torch.ones(())).item() == 3.0
         assert inner(torch.ones(())).item() == 2.0
         assert seen == [False, False]
+        whole = torch.compile(lambda tensor: inner(tensor), backend="aot_eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="leave out fullgraph=True, or"):
+            whole(torch.ones(()))

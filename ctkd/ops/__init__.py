@@ -76,6 +76,10 @@ __all__ = [
     "use_backend",
 ]
 
+_NOT_TRACED = (
+    "ctkd reads rows of logits itself and leaves what a backward pass has to do on nodes of "
+    "autograd, which a graph cannot hold; leave out fullgraph=True, or compile the model alone"
+)
 _Arguments = ParamSpec("_Arguments")
 _Answer = TypeVar("_Answer")
 
@@ -255,8 +259,8 @@ def not_traced(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments, 
     """Let a function run as it is inside what `torch.compile` compiles.
 
     What reads rows looks at values, writes through arrays in the same memory and hangs requests on
-    nodes of autograd: a compiler can follow none of it. `torch.compiler.disable` does the same, but
-    loads the compiler, which takes seconds.
+    nodes of autograd: a compiler can follow none of it, and ``fullgraph=True`` is refused.
+    `torch.compiler.disable` does the same, but loads the compiler, which takes seconds.
     """
     left_alone: list[Callable[_Arguments, _Answer]] = []
 
@@ -267,7 +271,7 @@ def not_traced(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments, 
             # A compiler that is not loaded compiles nothing.
             if "torch._dynamo" not in sys.modules:
                 return function(*args, **kwargs)
-            left_alone.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+            left_alone.append(torch.compiler.disable(function, reason=_NOT_TRACED))  # type: ignore[no-untyped-call]
         return left_alone[0](*args, **kwargs)
 
     return call
