@@ -267,7 +267,7 @@ class HeadRows(RowSource):
         """Entries of rows, (B, S) and (B, S or 1, K) give (B, S, K); any where there is no row."""
         shape, answers = (*index.shape, ids.shape[2]), []
         # One product where a sequence's rows share their ids, else a few rows at a time.
-        size = ops.head_rows(self.inputs[0].shape[2] * max(ids.shape[2], 1), self.device)
+        size = ops.head_rows(self.inputs[0].shape[2] * max(ids.shape[2], 1), self.device, 1)
         if ids.shape[1] != 1:
             index, ids = index.view(-1, 1), ids.flatten(0, 1).unsqueeze(1)
         for start in range(0, max(index.shape[0], 1), size):
@@ -442,6 +442,8 @@ class _Rows(torch.autograd.Function):
     ) -> Tensor:
         # A node that held its source, which holds the node, could never be freed.
         ctx.source, ctx.pending = source, pending
+        # For autograd this is a node of the host, which has no stream to come back to.
+        ctx.stream = ops.current_stream(source().device)  # type: ignore[union-attr]
         return ops.host_zero()
 
     @staticmethod
@@ -451,7 +453,7 @@ class _Rows(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         # The queries, which are still there, hold it.
         source = ctx.source()
-        with torch.no_grad():
+        with torch.no_grad(), ctx.stream():
             gradients = _gradients(source, filed)
         if torch.is_grad_enabled():
             # Autograd would take them for constants, and a second derivative for 0.

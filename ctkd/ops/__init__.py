@@ -57,6 +57,7 @@ __all__ = [
     "chosen_log_probs",
     "column_mass",
     "cost_of",
+    "current_stream",
     "deviations",
     "full_precision",
     "gradient_rows",
@@ -248,6 +249,13 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def current_stream(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Contexts in which a device is told what to do where it is told now."""
+    if device.type == "cuda":
+        return functools.partial(torch.cuda.stream, torch.cuda.current_stream(device))
+    return nullcontext
 
 
 def host_zero() -> Tensor:

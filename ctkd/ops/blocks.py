@@ -22,8 +22,10 @@ _CPU_ELEMENTS = 1 << 18
 # A device runs out of work on less; more, or more than a part of its memory, gains nothing.
 _DEVICE_ELEMENTS = 1 << 22, 1 << 26
 _PART_OF_MEMORY = 512
-# Enough rows for the matrix product of a head to be worthwhile.
-_HEAD_ELEMENTS = 1 << 24
+# What a block and what is made of it may take of the memory that is free.
+_PART_OF_FREE = 8
+# Enough for the matrix product of a head to be worthwhile, in elements and, on a device, in rows.
+_HEAD_ELEMENTS, _HEAD_ROWS = 1 << 24, 1 << 10
 
 
 def block_rows(width: int, device: torch.device, least_elements: int = 0) -> int:
@@ -48,6 +50,9 @@ def block_rows(width: int, device: torch.device, least_elements: int = 0) -> int
             memory = torch.cuda.get_device_properties(device.index or 0).total_memory
             elements = min(max(memory // _BYTES // _PART_OF_MEMORY, elements), _DEVICE_ELEMENTS[1])
         elements = max(elements, least_elements)
+        # Memory that is free differs from run to run, so it decides only where it must.
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            elements = min(elements, _free_memory(device) // _BYTES // _PART_OF_FREE)
     elif given.isdecimal() and int(given) > 0:
         elements = int(given)
     else:
@@ -58,6 +63,19 @@ def block_rows(width: int, device: torch.device, least_elements: int = 0) -> int
     return max(1, elements // max(width, 1))
 
 
-def head_rows(width: int, device: torch.device) -> int:
-    """Rows of a given width that a head computes at a time, at least one."""
-    return block_rows(width, device, _HEAD_ELEMENTS)
+def _free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that are free, or that torch holds and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def head_rows(width: int, device: torch.device, least_rows: int = _HEAD_ROWS) -> int:
+    """Rows of a given width that a head computes at a time, at least one.
+
+    Args:
+        width: Columns.
+        device: Of the rows.
+        least_rows: Lower bound on a device, if they fit there.
+    """
+    least = _HEAD_ELEMENTS if device.type == "cpu" else max(_HEAD_ELEMENTS, least_rows * width)
+    return block_rows(width, device, least)

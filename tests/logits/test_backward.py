@@ -3,6 +3,7 @@
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import ctkd
+from ctkd import ops
 from ctkd.batch import Batch, Side
 from ctkd.errors import BatchError
 from ctkd.logits import DenseLogits, RowLogits, TopK, TopKLogits, map_rows
@@ -98,13 +100,25 @@ def test_a_second_evaluation_is_the_first_to_the_last_digit(kind):
             assert all(same), case
 
 
-def test_a_second_loss_after_a_first_backward_pass_adds():
+def test_a_second_loss_after_a_first_backward_pass_adds(monkeypatch):
+    streams = []
+
+    @contextmanager
+    def stream():
+        streams.append("of the forward pass")
+        yield
+
     for case in LOSSES:
         batch, (leaf,) = causal_batch("tensor", torch.float32)
         loss = loss_of(case)
-        cross_entropy(batch.student).backward()
-        first = leaf.grad.clone()
-        loss(batch).value.backward()
+        streams.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "current_stream", lambda device: stream)
+            cross_entropy(batch.student).backward()
+            first = leaf.grad.clone()
+            loss(batch).value.backward()
+        # Each pass over the rows runs where they were read.
+        assert len(streams) == 2
         other, (other_leaf,) = causal_batch("tensor", torch.float32)
         (second,) = torch.autograd.grad(loss(other).value, other_leaf)
         ENGINES["float32"].agree(leaf.grad, first + second)
