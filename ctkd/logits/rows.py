@@ -111,8 +111,7 @@ class RowLogits(Logits):
     @cached_property
     def _sequence(self) -> Tensor:
         """Sequence of each position, (B * S,) int64."""
-        sequence = torch.arange(self.shape[0], device=self.mask.device)
-        return sequence.repeat_interleave(self.shape[1], output_size=self.index.shape[0])
+        return self.all_rows // max(self.source.shape[1], 1)
 
     @ops.not_traced
     def log_probs_at(

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctkd.batch import Batch, Side
-from ctkd.chunks import align_positions
 from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
 from ctkd.ops import Rows, top_k
 from ctkd.ot.sinkhorn import l1_cost, sinkhorn
@@ -129,15 +128,18 @@ class MultiLevelOTReleased(Loss):
             else probs
             for probs in (student, teacher)
         )
-        paired = align_positions(batch).valid
-        longest = torch.cat([batch.student.mask.sum(1), batch.teacher.mask.sum(1)])
-        longest = F.pad(longest, (0, 1)).amax()
-        used = torch.arange(rows, device=paired.device).expand(student.shape[0], -1) < longest
+        masks = batch.student.mask, batch.teacher.mask
+        length = min(mask.shape[1] for mask in masks)
+        paired = masks[0][:, :length] & masks[1][:, :length]
+        # Answers come first in their rows: where the last one ends, the longest does.
+        ours, theirs = (F.pad(mask.any(0), (0, rows - mask.shape[1])) for mask in masks)
+        is_used = ours | theirs
+        longest = is_used.sum().clamp_min(1)
+        used = is_used.expand(student.shape[0], -1)
 
-        had = (student - teacher).abs().sum(-1)[:, : paired.shape[1]]
+        had = torch.linalg.vector_norm(student - teacher, ord=1, dim=-1)[:, :length]
         had = masked_sum(had, paired) / paired.sum(1).clamp_min(1)
-        kl = -(student.softmax(-1) * teacher.log_softmax(-1)).sum(-1)
-        kl = masked_sum(kl, used) / longest.clamp_min(1)
+        kl = masked_sum((student.softmax(-1) * teacher.log_softmax(-1)).sum(-1), used) / longest
         transport = sinkhorn(
             l1_cost(
                 (teacher / _SINKHORN_TEMPERATURE).softmax(-1),
@@ -151,8 +153,8 @@ class MultiLevelOTReleased(Loss):
         return average(
             {
                 "had": had,
-                "kl": _LOG_WEIGHT * kl,
-                "sd": _SINKHORN_WEIGHT * transport.cost * student.shape[0],
+                "kl": -_LOG_WEIGHT * kl,
+                "sd": _SINKHORN_WEIGHT * student.shape[0] * transport.cost,
             },
             self.units(batch),
         )

@@ -42,7 +42,7 @@ BUDGETS = {
     "gold": 60,
     "mined": 60,
     "multilevelot": 80,
-    "multilevelot_released": 95,
+    "multilevelot_released": 88,
     "multilevelot_sequence": 60,
     "multilevelot_token": 60,
     "shared_kl": 60,
