@@ -23,17 +23,20 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_kernels_give_what_the_reference_gives():
-    """In a process of its own, as kernels are interpreted there or compiled."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [*command, "tests/ops/cuda"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+def test_kernels_give_what_the_reference_gives_and_fit_a_gpu():
+    """In a process each, as kernels are interpreted there or compiled."""
+    tests = ["pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/ops/cuda"]
+    for module, interpreted, told in (
+        (tests, "1", " passed"),
+        (["tests.ops.cuda.machine_code", "--few"], "0", "gradient_rows sm_80: "),
+    ):
+        environment = {**os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"}
+        for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
+            environment.pop(name, None)
+        command = [sys.executable, "-m", *module]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        assert told in done.stdout
 
 
 # Launches of a forward and backward pass, beside cross-entropy on the same rows, and how often the
