@@ -89,11 +89,13 @@ def peaked_logits(
     sequences: int, tokens: int, columns: int, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
     """Logits of which a few in each row stand far above the others."""
-    logits = torch.empty(sequences, tokens, columns, dtype=dtype)
+    device = generator.device
+    logits = torch.empty(sequences, tokens, columns, dtype=dtype, device=device)
     logits.normal_(0.0, 3.0, generator=generator)
     peaks = min(8, columns)
-    ids = torch.randint(columns, (sequences, tokens, peaks), generator=generator)
-    heights = 15.0 + 9.0 * torch.rand(sequences, tokens, peaks, generator=generator)
+    size = sequences, tokens, peaks
+    ids = torch.randint(columns, size, generator=generator, device=device)
+    heights = 15.0 + 9.0 * torch.rand(size, generator=generator, device=device)
     return logits.scatter_(2, ids, heights.to(dtype))
 
 
@@ -120,6 +122,7 @@ class Inputs:
         live: bool = True,
         stored: bool = True,
         seed: int = 0,
+        device: str | torch.device = "cpu",
     ) -> "Inputs":
         """Draw both sides.
 
@@ -131,11 +134,12 @@ class Inputs:
             live: Keep the teacher's logits.
             stored: Keep the largest entries of its rows.
             seed: Of the random numbers.
+            device: Where they are drawn, and stay.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         size = sequences, tokens
         labels = [
-            torch.randint(columns, size, generator=generator)
+            torch.randint(columns, size, generator=generator, device=device)
             for columns in (vocabularies.student, vocabularies.teacher)
         ]
         # One sequence at a time, so that the whole tensor is never there where it is not kept.
@@ -161,7 +165,7 @@ class Inputs:
             student_logits=student_logits.requires_grad_(),
             student_labels=labels[0],
             teacher_labels=labels[1],
-            chunk_ids=torch.arange(tokens).expand(size),
+            chunk_ids=torch.arange(tokens, device=device).expand(size),
             pair=SharingPair(vocabularies, seed),
             teacher_logits=teacher_logits,
             stored=_joined(kept) if kept else None,
@@ -225,6 +229,7 @@ class Measured:
         """The whole of it on some inputs: batch, forward, backward. Returns the value."""
         if self.loss:
             loss = ctkd.get_loss(self.loss, pair=inputs.pair, **self.settings)
+            loss = loss.to(inputs.student_labels.device)
 
             def value() -> Tensor:
                 return loss(inputs.batch(stored=self.stored)).value

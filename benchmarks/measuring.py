@@ -21,6 +21,7 @@ import click
 import torch
 from tqdm import tqdm
 
+import ctkd
 from ctkd.distill.devices import PeakMemory
 
 RESULTS = Path(__file__).with_name("results")
@@ -51,7 +52,8 @@ def environment(*packages: str) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2),
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in ("ctkd", "torch", *packages)},
+            "ctkd": ctkd.__version__,
+            **{package: version(package) for package in ("torch", *packages)},
         },
     }
 

@@ -44,17 +44,19 @@ class Heads:
         tokens: int,
         hidden: int,
         dtype: torch.dtype,
+        device: str | torch.device = "cpu",
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         self.pair = SharingPair(vocabularies)
-        self.chunk_ids = torch.arange(tokens).expand(sequences, tokens)
+        self.chunk_ids = torch.arange(tokens, device=device).expand(sequences, tokens)
         self.weights, self.hidden, self.labels = [], [], []
         for columns in (vocabularies.student, vocabularies.teacher):
-            weight = torch.empty(columns, hidden, dtype=dtype)
+            weight = torch.empty(columns, hidden, dtype=dtype, device=device)
             weight.normal_(0.0, 3.0 / hidden**0.5, generator=generator)
-            states = torch.empty(sequences, tokens, hidden, dtype=dtype)
+            states = torch.empty(sequences, tokens, hidden, dtype=dtype, device=device)
             states.normal_(generator=generator)
-            labels = torch.randint(columns, (sequences, tokens), generator=generator)
+            size = sequences, tokens
+            labels = torch.randint(columns, size, generator=generator, device=device)
             # A logit far above the others, as a trained model's.
             states += 2.0 * weight[labels.roll(1, dims=1)]
             self.weights.append(weight)
@@ -71,7 +73,7 @@ class Heads:
             )
             for hidden, weight, labels in zip(self.hidden, self.weights, self.labels, strict=True)
         ]
-        loss = ctkd.get_loss(name, pair=self.pair)
+        loss = ctkd.get_loss(name, pair=self.pair).to(self.chunk_ids.device)
         return loss(ctkd.Batch(student=sides[0], teacher=sides[1])).value
 
     def on_logits(self, name: str) -> Tensor:

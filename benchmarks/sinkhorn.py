@@ -65,7 +65,7 @@ def solvers(regularization: float, iterations: int) -> dict[str, Solver]:
         return sinkhorn(cost, regularization=regularization, iterations=iterations).cost
 
     def ours_masked(cost: Tensor) -> Tensor:
-        everything = torch.ones(cost.shape[:2], dtype=torch.bool)
+        everything = torch.ones(cost.shape[:2], dtype=torch.bool, device=cost.device)
         return sinkhorn(
             cost, regularization=regularization, iterations=iterations, row_mask=everything
         ).cost

@@ -16,23 +16,27 @@ from ctkd.logits import DenseLogits
 from ctkd.ops import Rows
 from ctkd.ops.costs import DECLARED
 from ctkd.testing import make_pair
+from tests.ops.cuda.widening import KNOWN, known, loads, narrow_loads
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_kernels_give_what_the_reference_gives():
-    """In a process of its own, as kernels are interpreted there or compiled."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [*command, "tests/ops/cuda"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+def test_kernels_give_what_the_reference_gives_and_fit_a_gpu():
+    """In a process each, as kernels are interpreted there or compiled."""
+    tests = ["pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/ops/cuda"]
+    for module, interpreted, told in (
+        (tests, "1", " passed"),
+        (["tests.ops.cuda.machine_code", "--few"], "0", "gradient_rows sm_80: "),
+    ):
+        environment = {**os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"}
+        for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
+            environment.pop(name, None)
+        command = [sys.executable, "-m", *module]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        assert told in done.stdout
 
 
 # Launches of a forward and backward pass, beside cross-entropy on the same rows, and how often the
@@ -100,7 +104,27 @@ def test_a_step_stays_within_its_budget():
         assert counter.moved <= 13 * logits[0].nbytes, name
 
 
-def test_every_operator_is_declared():
+PLANTED = """
+def kernel(rows, out, columns):
+    place = rows.tensor + columns
+    fine = tl.load(place, mask=columns > 0).to(tl.float32) + tl.load(rows.numbers)
+    bits = tl.load(place).to(tl.int16, bitcast=True)
+    tl.store(out + columns, tl.load(place))
+    x = tl.load(place + 1)
+    tl.store(out + tl.load(place), tl.load(rows.tensor) * 2.0)
+    return x.to(tl.float32) + tl.load(place).to(tl.float16).to(tl.float32)
+"""
+
+
+def test_operators_are_declared_and_their_kernels_widen_what_they_load():
+    assert narrow_loads(PLANTED) == ["kernel.rows.tensor"] * 4
+    used = set()
+    for file in sorted((ROOT / "ctkd/ops/cuda").glob("*.py")):
+        source = file.read_text()
+        assert not narrow_loads(source), file
+        used |= {one for name, wide in loads(source) if not wide for one in known(name)}
+    # Exceptions that nothing needs any more would hide what is new.
+    assert used == KNOWN
     registered = {
         name.split("::")[1].split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()

@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 
 import ctkd
 from benchmarks import (
+    cuda,
     loss_inputs,
     loss_memory,
     loss_speed,
@@ -50,7 +52,7 @@ def is_picture(path: Path) -> bool:
     return path.read_text().startswith("<svg")
 
 
-def test_speed_of_all_losses(tmp_path):
+def test_speed_of_all_losses(tmp_path, monkeypatch):
     printed = finish(loss_speed.main, tmp_path, *SMALL, "--dtype", "float32", "--note", "a test")
     row = row_of(tmp_path / "loss_speed.jsonl")
     assert row["note"] == "a test"
@@ -60,6 +62,31 @@ def test_speed_of_all_losses(tmp_path):
     assert case["ratios"]["cross-entropy"] == 1.0
     assert all(name in printed for name in case["ratios"])
     assert is_picture(tmp_path / "loss_speed.svg")
+
+    # The same on a GPU, here without one.
+    commands = []
+
+    def fail(command, **options) -> SimpleNamespace:
+        commands.append(command)
+        assert options["env"]["CTKD_TEST_DEVICE"] == "cpu"
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(cuda.subprocess, "run", fail)
+    words = ["--device", "cpu", "--repeats", "1", "--results", str(tmp_path)]
+    result = run(cuda.main, *words)
+    assert result.exit_code == 1 and result.stderr.endswith("Error: failed: the tests\n")
+    assert "tests/cuda/test_losses.py" in commands[0] and "tests/test_loss.py" in commands[0]
+    losses, transport, head = row_of(tmp_path / "cuda.jsonl")["cases"]
+    assert set(ctkd.list_losses()) < losses["ms"].keys() & head["ms"].keys()
+    assert losses["failed"].keys() <= {"multilevelot, as published"}
+    assert {"ctkd", "POT, batched"} < transport["ms"].keys()
+    assert all(name in result.stdout for name in losses["ms"].keys() | losses["failed"].keys())
+    assert is_picture(tmp_path / "cuda.svg")
+    assert cuda.median([3.0, 1.0, 2.0]) == [2.0, 1.0, 3.0]
+    assert cuda.median(range(20)) == [9.5, 5, 14]
+    if not torch.cuda.is_available():
+        result = run(cuda.main, "--results", str(tmp_path))
+        assert result.exit_code == 1 and "torch finds no CUDA device" in result.stderr
 
 
 def test_a_dtype_that_a_published_loss_refuses_is_told(tmp_path):

@@ -101,6 +101,19 @@ class GradientForm(NamedTuple):
     standardize: tuple[bool, ...]
     any_standardized: bool
 
+    @property
+    def registers(self) -> int | None:
+        """Most registers of a thread; None leaves them to the assembler.
+
+        Left to itself, it spills one to three numbers of some forms to fit more programs. With
+        these bounds it spills none and fits as many as of like forms.
+        """
+        if self.aligned:
+            return 64 if self.any_standardized else None
+        if len(self.sizes) < 2:
+            return None
+        return 128 if self.any_standardized else 168
+
 
 def _inverses(temperatures: Sequence[float]) -> tuple[float, ...]:
     return tuple(1.0 / one for one in temperatures)
@@ -310,6 +323,7 @@ class _Gradients:
             FORM=form,
             C=2 * _LANES,
             num_warps=_MOST_WARPS if form.any_standardized else _WARPS,
+            maxnreg=form.registers,
         )
 
     def cost(self) -> Cost:
