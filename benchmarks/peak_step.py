@@ -1,7 +1,7 @@
 """One process whose peak of memory `benchmarks.train_step` reads: it takes one training step.
 
-A step before it is not counted: it compiles, makes the state of AdamW, and runs code for the first
-time.
+What it prints is the step's peak beyond that of the models, gradients and the state of AdamW. A
+step before it is not counted: it compiles, makes that state, and runs code for the first time.
 """
 
 import tempfile
@@ -23,7 +23,6 @@ from ctkd.distill.devices import PeakMemory, give_back_freed_memory
 @click.option("--batch-size", required=True, type=int)
 @click.option("--length", required=True, type=int)
 @click.option("--scored", required=True, type=int)
-@click.option("--hold", is_flag=True, help="Take no step; only hold a gradient.")
 @threads_option
 def main(
     name: str,
@@ -32,9 +31,8 @@ def main(
     batch_size: int,
     length: int,
     scored: int,
-    hold: bool,
 ) -> None:
-    """Take one step of a kind, and print the most memory that this process held."""
+    """Take one step of a kind, and print the most memory that it needed."""
     with tempfile.TemporaryDirectory() as folder:
         prepared = Prepared.make(
             folder,
@@ -49,15 +47,17 @@ def main(
         step = live_step(prepared, name, folder, prepared.optimizer())
         step()
         give_back_freed_memory()
-        parameters = [one for one in prepared.models.student.parameters() if one.requires_grad]
-        peak = PeakMemory(parameters[0].device)
-        if hold:
-            for parameter in parameters:
-                # What is not written to is not resident.
-                parameter.grad = torch.ones_like(parameter)
-        else:
-            step()
-        print_peak(peak)
+        student = prepared.models.student
+        peak = PeakMemory(student.device)
+        for parameter in student.parameters():
+            # What is not written to is not resident.
+            parameter.grad = torch.ones_like(parameter)
+        held = peak.read() or 0
+        student.zero_grad()
+        give_back_freed_memory()
+        peak = PeakMemory(student.device)
+        step()
+        print_peak(peak, beyond=held)
 
 
 if __name__ == "__main__":

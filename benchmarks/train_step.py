@@ -19,8 +19,7 @@ over rows in TRL. What differs:
 - TRL aligns byte-level tokenizers alone. Others it is made to pair by position, the k-th token with
   the k-th, which needs no merging, and the losses do not agree.
 
-Memory is that of a fresh process which takes one step after another that is not counted, beyond
-one that holds models, gradients and the state of AdamW.
+Memory is what a step in a fresh process needs beyond models, gradients and the state of AdamW.
 
 Run with `python -m benchmarks.train_step`.
 """
@@ -175,16 +174,11 @@ def measure_gold(
 
 def measure_memory(arguments: list[str], names: list[str]) -> dict[str, int]:
     """Bytes of a step of each kind beyond models, gradients and AdamW's state."""
-    held: dict[bool, int] = {}
     extra = {}
     with tqdm(names, desc="memory", unit="step") as progress:
         for name in progress:
             progress.set_postfix_str(name)
-            asked = ["-m", "benchmarks.peak_step", name, *arguments]
-            # What TRL imports is held in its own process alone.
-            if (name == TRL) not in held:
-                held[name == TRL] = peak_of([*asked, "--hold"], 1)
-            extra[name] = peak_of(asked, 1) - held[name == TRL]
+            extra[name] = peak_of(["-m", "benchmarks.peak_step", name, *arguments], 1)
     return extra
 
 
