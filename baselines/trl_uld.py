@@ -12,8 +12,8 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 HOW_TO_INSTALL = (
-    "TRL's loss needs the package trl, whose ULDLoss was last seen to work in 1.16; "
-    'install it with pip install "trl>=1.16,<2", or leave this loss out'
+    "this needs the package trl, whose ULDLoss and GOLDTrainer were last seen to work in 1.16; "
+    'install it with pip install "trl>=1.16,<2", or leave it out'
 )
 
 

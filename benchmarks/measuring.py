@@ -95,11 +95,12 @@ def ratios_to(seconds: Mapping[str, Sequence[float]], unit: str) -> dict[str, fl
     return {name: statistics.median(found) / of_unit for name, found in seconds.items()}
 
 
-def print_peak(peak: PeakMemory) -> None:
+def print_peak(peak: PeakMemory, beyond: int = 0) -> None:
     """Print the most memory that this process has held; the last thing a measured process does.
 
     Args:
         peak: Begun where what is to be measured began.
+        beyond: Bytes that it held anyway, and that are taken off.
     """
     held = peak.read()
     if held is None:
@@ -107,7 +108,7 @@ def print_peak(peak: PeakMemory) -> None:
             "the peak of a process is kept by Linux alone, which must let it write to "
             "/proc/self/clear_refs"
         )
-    print(f"{_PEAK}{held}")
+    print(f"{_PEAK}{held - beyond}")
 
 
 def peak_of(arguments: Sequence[str], repeats: int = 5) -> int:

@@ -1,11 +1,12 @@
 """Whole training steps on packaged models, for the benchmarks that time them.
 
 A step is what a user's is: collate, forward, loss, backward, AdamW. All steps train one student, so
-that no model's place in memory favours one of them.
+that no model's place in memory favours one of them. TRL is imported when its trainer is made.
 """
 
 import itertools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 
 import click
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ctkd.distill.config import CacheSettings, TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExample
 from ctkd.distill.data.rows import load_rows
-from ctkd.distill.models.loading import head_width, load_tokenizer
+from ctkd.distill.devices import now
+from ctkd.distill.models.loading import head_width, load_tokenizer, resolve
 from ctkd.distill.preparing import Forms, Models, encode, load_examples, load_models
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.cache_writing import write_cache
@@ -45,11 +47,11 @@ def write_rows(path: Path, tokenizer: Any, rows: int, length: int, scored: int) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Two models, encoded rows, and what the teacher says of them on disk."""
+    """Two models, encoded rows, and what the teacher says of them on disk, where it is asked."""
 
     config: TrainConfig
     models: Models
-    cache: TeacherCache
+    cache: TeacherCache | None
     rows: list[EncodedExample]
 
     @classmethod
@@ -63,8 +65,9 @@ class Prepared:
         batch_size: int,
         length: int,
         scored: int,
+        cached: bool = True,
     ) -> "Prepared":
-        """Write rows for four batches, ask the teacher, load and encode."""
+        """Write rows for four batches, ask the teacher if it is to be on disk, load and encode."""
         path = Path(folder, "rows.jsonl")
         config = TrainConfig(
             loss=loss,
@@ -74,11 +77,13 @@ class Prepared:
             eval_data=str(path),
             task="text",
             batch_size=batch_size,
+            control=False,
         )
         write_rows(path, load_tokenizer(student), 4 * batch_size, length, scored)
-        cache = write_cache(
-            config, Path(folder, "cache"), CacheSettings(texts="none"), say=click.echo
-        )
+        cache = None
+        if cached:
+            settings = CacheSettings(texts="none")
+            cache = write_cache(config, Path(folder, "cache"), settings, say=click.echo)
         models = load_models(config, quiet)
         examples, _ = load_examples(config, quiet)
         rows = encode(config, models, examples, Forms.of(config, examples), "training", quiet).rows
@@ -125,23 +130,91 @@ class Prepared:
             whole_logits=whole_logits,
         )
 
+    def trl_trainer(self, folder: str) -> Any:
+        """TRL's ``GOLDTrainer`` of the same student and the same live teacher, on the same rows.
+
+        It takes the rows as a user would give them, and tokenizes them itself. It is set to what
+        the package's ``gold`` with ``merging="bayesian"`` computes, and to neither of what TRL does
+        by default beyond that: no texts of the student, activations kept, float32.
+
+        Args:
+            folder: What the trainer might write goes there.
+        """
+        # TRL warns of everything in its experimental half unless told not to.
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+        from datasets import Dataset
+        from trl.experimental.gold import GOLDConfig, GOLDTrainer
+
+        lines = Path(self.config.data).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        aligns = trl_aligns(self.models)
+        if not aligns:
+            click.echo(
+                "TRL pairs the k-th token with the k-th here and compares other rows than ctkd: it "
+                "aligns byte-level tokenizers alone"
+            )
+        return GOLDTrainer(
+            self.models.student,
+            self.models.teacher,
+            GOLDConfig(
+                output_dir=folder,
+                per_device_train_batch_size=self.config.batch_size,
+                max_length=self.config.max_length,
+                lmbda=0.0,
+                use_uld_loss=True,
+                uld_use_hybrid_loss=True,
+                uld_token_merge_strategy="bayesian",
+                use_extended_uld=aligns,
+                teacher_tokenizer_name_or_path=resolve(self.config.teacher),
+                activation_checkpointing=False,
+                bf16=False,
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(
+                [{"prompt": row["prompt"], "completion": row["answer"]} for row in rows]
+            ),
+            processing_class=self.models.student_tokenizer,
+        )
+
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW over the student, with steps so small that it stays the same student."""
         return torch.optim.AdamW(self.models.student.parameters(), lr=1e-6)
 
     def step_of(
         self, trainer: CrossTokenizerTrainer, optimizer: torch.optim.Optimizer
-    ) -> Callable[[], None]:
+    ) -> Callable[[], float]:
         """One whole optimizer step on the next batch; every trainer's steps see the same ones."""
-        rows, size = self.rows, self.config.batch_size
+        rows = self.rows
         if trainer.distillation_loss is None:
             rows = [replace(row, teacher=None) for row in rows]
-        batches = itertools.cycle(rows[start : start + size] for start in range(0, len(rows), size))
+        return self._steps(trainer, rows, optimizer)
 
-        def step() -> None:
-            inputs = trainer._prepare_inputs(trainer.data_collator(next(batches)))
-            trainer.compute_loss(trainer.model, inputs).backward()
+    def trl_step_of(self, trainer: Any, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
+        """The same of TRL's trainer."""
+        return self._steps(trainer, list(trainer.train_dataset), optimizer)
+
+    def _steps(
+        self, trainer: Trainer, rows: list[Any], optimizer: torch.optim.Optimizer
+    ) -> Callable[[], float]:
+        size = self.config.batch_size
+        batches = itertools.cycle(rows[start : start + size] for start in range(0, len(rows), size))
+        # Set by `Trainer.train`.
+        trainer.current_gradient_accumulation_steps = 1
+
+        def step() -> float:
+            loss = trainer.training_step(trainer.model, trainer.data_collator(next(batches)))
             optimizer.step()
             optimizer.zero_grad()
+            now()
+            return float(loss)
 
         return step
+
+
+def trl_aligns(models: Models) -> bool:
+    """Whether both tokenizers are byte-level ones, which TRL's alignment of bytes asks for."""
+    from trl.experimental.utils import is_byte_level_tokenizer
+
+    tokenizers = models.student_tokenizer, models.teacher_tokenizer
+    return all(is_byte_level_tokenizer(one.backend_tokenizer) for one in tokenizers)

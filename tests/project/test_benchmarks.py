@@ -19,6 +19,7 @@ from benchmarks import (
     loss_speed,
     measuring,
     peak_process,
+    peak_step,
     scaling,
     sinkhorn,
     teacher_cache,
@@ -232,21 +233,55 @@ def test_what_is_held_is_the_leaf_and_its_gradient(monkeypatch):
     assert shapes == [(2, 4, 60), (60, 8)]
 
 
-def test_a_step(tmp_path):
+def test_a_step(tmp_path, monkeypatch):
+    """Of both parts, without TRL; one process is run in this one, and peaks are made up."""
+
+    def peak_of(arguments: list[str], repeats: int) -> int:
+        assert arguments[:2] == ["-m", "benchmarks.peak_step"] and repeats == 1
+        if arguments[2].startswith("gold, first"):
+            result = run(peak_step.main, *arguments[2:])
+            assert result.exit_code == 0 and "peak of this process" in result.stdout, result.output
+        extra = {"sft, hidden states": 100, "gold, first, hidden states": 150}
+        return extra.get(arguments[2], 200)
+
+    monkeypatch.setattr(train_step, "is_installed", lambda: False)
+    monkeypatch.setattr(train_step, "peak_of", peak_of)
     place = Workplace(tmp_path)
     models = ["--student", str(place.student), "--teacher", str(place.teacher)]
     size = ["--batch-size", "1", "--length", "12", "--scored", "6", "--repeats", "1"]
-    printed = finish(
-        train_step.main, tmp_path / "results", *models, *size, "--loss", "uld", "--loss", "uld:8"
-    )
-    row = row_of(tmp_path / "results" / "train_step.jsonl")
+    words = [
+        *models,
+        *size,
+        "--loss",
+        "uld",
+        "--loss",
+        "uld:8",
+        "--results",
+        str(tmp_path / "kept"),
+    ]
+    result = run(train_step.main, *words)
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "kept" / "train_step.jsonl").read_text().splitlines()
+    stored, gold = map(json.loads, lines)
     ways = ("hidden states", "whole logits")
-    assert list(row["seconds"]) == [
+    assert list(stored["seconds"]) == [
         f"{label}, {way}" for way in ways for label in ("sft", "uld", "uld:8")
     ]
-    assert [row["ratios_to_own_sft"][f"sft, {way}"] for way in ways] == [1.0, 1.0]
-    assert "after all" not in printed
-    assert is_picture(tmp_path / "results" / "train_step.svg")
+    assert [stored["ratios_to_own_sft"][f"sft, {way}"] for way in ways] == [1.0, 1.0]
+    assert "after all" not in result.stdout
+    assert gold["baseline"] == "sft, hidden states" and 'pip install "trl' in result.stderr
+    assert gold["ratios"]["memory"] == {
+        **{f"gold, bayesian, {way}": 2.0 for way in ways},
+        "gold, first, hidden states": 1.5,
+        "sft, hidden states": 1.0,
+    }
+    assert gold["ratios"]["time"].keys() == gold["ratios"]["memory"].keys()
+    # The ways differ by nothing but a step of 1e-6 in between.
+    bayesian = [gold["losses"][f"gold, bayesian, {way}"] for way in ways]
+    assert bayesian[0] == pytest.approx(bayesian[1], rel=1e-3)
+    assert all(
+        is_picture(tmp_path / "kept" / f"{name}.svg") for name in ("train_step", "gold_step")
+    )
 
 
 def test_turns():
