@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 # By the pointer that a load begins with: whole numbers, or truth values.
 WHOLE = {
-    *("chunk_table.first", "chunks.tensor", "columns_mask", "ends", "ids.tensor", "mask.tensor"),
-    *("matched.missing", "matched.valid", "memory.ends", "memory.waiting", "named"),
+    *("chunks.tensor", "clear_rows.index", "columns_mask", "ends", "ids.tensor", "mask.tensor"),
+    *("fused_target.ids", "fused_target.labels", "fused_target.names", "teacher_of.tensor"),
+    *("matched.missing", "matched.valid", "memory.ends", "memory.waiting"),
     *("other.counts", "partners", "rows.numbers", "sequence", "settings.partners", "side.at"),
     *("side.counts", "side.mask", "student.order", "student_ids", "targets.tensor"),
     *("teacher_ids", "term.columns", "term.ids"),
@@ -48,7 +49,7 @@ def pointer(node: ast.expr, given: dict[str, ast.expr]) -> str:
 
 
 def is_widened(load: ast.Call, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a loaded value becomes float32 or bits at once, or is only stored elsewhere."""
+    """Whether a loaded value becomes a wide float or bits at once, or is only stored elsewhere."""
     parent = parents[load]
     if isinstance(parent, ast.Call) and ast.unparse(parent.func) == "tl.store":
         return parent.args[1] is load
@@ -56,7 +57,7 @@ def is_widened(load: ast.Call, parents: dict[ast.AST, ast.AST]) -> bool:
     if not (isinstance(parent, ast.Attribute) and parent.attr == "to"):
         return False
     written = ast.unparse(call).removeprefix(ast.unparse(parent))
-    return written in ("(tl.float32)", "(tl.int16, bitcast=True)")
+    return written in ("(tl.float32)", "(tl.float64)", "(tl.int16, bitcast=True)")
 
 
 def loads(source: str) -> Iterator[tuple[str, bool]]:
