@@ -170,10 +170,11 @@ def load_model(
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(
-            f"cannot load the model {name}: {_cause(error)}; its files may be missing, damaged "
-            "or made for another version of transformers"
-        ) from error
+        way_out = "its files may be missing, damaged or made for another version of transformers"
+        folder = Path(source)
+        if folder.is_dir() and not any(any(folder.glob(files)) for files in _WEIGHT_FILES):
+            way_out = "`ctkd compare` keeps the weights of its runs with --keep-models"
+        raise ModelError(f"cannot load the model {name}: {_cause(error)}; {way_out}") from error
     check_complete(report["missing_keys"], name)
     check_layers(report["unexpected_keys"], config, name)
     _set_dtype(model, dtype)
@@ -381,12 +382,6 @@ def _cause(error: Exception) -> str:
 
 def _check_has_config(path: Path) -> None:
     if (path / "config.json").is_file():
-        if not any(any(path.glob(files)) for files in _WEIGHT_FILES):
-            raise ModelError(
-                f"the folder {path} holds no weights, such as model.safetensors; `ctkd compare` "
-                "keeps those of its runs with --keep-models, and a run that was stopped has none "
-                "before it ends; give the folder of a saved model"
-            )
         return
     files = sorted(file.name for file in path.glob("*.gguf"))
     way_out = f"give the file {path / files[0]}" if files else "give a folder of a saved model"
