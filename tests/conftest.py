@@ -33,6 +33,8 @@ TOGETHER = {
             "distill/training/test_resume",
             "distill/training/test_trainer",
         ),
+        # Files of many tests are begun first, and this one of few takes minutes.
+        "kernels": ("losses/test_uld", "ops/test_cuda"),
         "packaged": (
             "distill/data/test_encoding",
             "distill/evaluation/test_doctor",
