@@ -74,6 +74,10 @@ class ChunkTable(NamedTuple):
     first: Tensor
     last: Tensor
 
+    def shared_with(self, other: ChunkTable) -> Tensor:
+        """Chunks that hold a scored token of both sides, (B, C) bool."""
+        return (self.sizes > 0) & (other.sizes > 0)
+
 
 def chunk_table(side: Side, num_chunks: int) -> ChunkTable:
     """Sizes and ends of a side's chunks."""
@@ -94,7 +98,7 @@ def chunk_table(side: Side, num_chunks: int) -> ChunkTable:
 def chunks_on_both_sides(batch: Batch) -> Tensor:
     """Chunks that hold a scored token of the student and one of the teacher, (B, C) bool."""
     student, teacher = chunk_tables(batch)
-    return (student.sizes > 0) & (teacher.sizes > 0)
+    return student.shared_with(teacher)
 
 
 def chunk_tables(batch: Batch) -> tuple[ChunkTable, ChunkTable]:
@@ -159,8 +163,7 @@ def align_positions(batch: Batch, pairing: str = "position") -> AlignedPositions
     """
     if pairing == "chunk":
         student, teacher = chunk_tables(batch)
-        valid = (student.sizes > 0) & (teacher.sizes > 0)
-        return AlignedPositions(student.first, teacher.first, valid)
+        return AlignedPositions(student.first, teacher.first, student.shared_with(teacher))
     length = min(batch.student.mask.shape[1], batch.teacher.mask.shape[1])
     valid = batch.student.mask[:, :length] & batch.teacher.mask[:, :length]
     position = torch.arange(length, device=valid.device).expand_as(valid)

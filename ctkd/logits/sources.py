@@ -438,12 +438,12 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, source: ref[RowSource], pending: dict[int, list[Pending]], *_: Tensor
+        ctx: Any, source: ref[RowSource], pending: dict[int, list[Pending]], *inputs: Tensor
     ) -> Tensor:
         # A node that held its source, which holds the node, could never be freed.
         ctx.source, ctx.pending = source, pending
         # For autograd this is a node of the host, which has no stream to come back to.
-        ctx.stream = ops.current_stream(source().device)  # type: ignore[union-attr]
+        ctx.stream = ops.current_stream(inputs[0].device)
         return ops.host_zero()
 
     @staticmethod

@@ -185,7 +185,7 @@ class GOLD(Loss):
     def forward(self, batch: Batch) -> LossOutput:
         check_sizes(batch, self.student_size, self.teacher_size)
         student_chunks, teacher_chunks = chunk_tables(batch)
-        both = (student_chunks.sizes > 0) & (teacher_chunks.sizes > 0)
+        both = student_chunks.shared_with(teacher_chunks)
         student_positions, teacher_positions = (
             one.last if self.merging == "bayesian" else one.first
             for one in (student_chunks, teacher_chunks)
