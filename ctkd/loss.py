@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ctkd.batch import Batch
 from ctkd.errors import PluginError
 from ctkd.masked_columns import refuse_masked_columns
-from ctkd.ops import can_inspect, not_traced, statistics_dtype
+from ctkd.ops import can_inspect, not_traced
 
 __all__ = [
     "Loss",
@@ -166,9 +166,10 @@ def average(parts: Mapping[str, Tensor], count: Tensor) -> LossOutput:
         >>> average({"a": torch.tensor([1.0, 2.0])}, torch.tensor(6)).value
         tensor(0.5000)
     """
-    dtype = statistics_dtype(next(iter(parts.values())).dtype)
     sums = list(parts.values())
     together = torch.stack(sums) if len(sums) > 1 else sums[0].unsqueeze(0)
+    # Narrow ones are added in float32.
+    dtype = None if together.dtype.itemsize > 2 else torch.float32
     means = together.sum(1, dtype=dtype) / count.clamp_min(1)
     detached = dict(zip(parts, means.detach().unbind(), strict=True))
     value = means.sum() if len(sums) > 1 else means.squeeze(0)

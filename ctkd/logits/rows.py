@@ -180,12 +180,10 @@ class RowLogits(Logits):
     def column_distance(self, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
         targets = targets.flatten(0, 1).to(self.dtype)
         distance = self._zeros(self.shape[0], targets.shape[1], self.shape[2])
-        for positions, block in self.blocks():
-            probs = (block / temperature).softmax(-1)
-            unscored = (self.index[positions] < 0).unsqueeze(-1)
-            for number, target in enumerate(targets[positions].unbind(-1)):
-                gap = (probs - target.unsqueeze(-1)).abs_().masked_fill_(unscored, 0.0)
-                ops.add_rows_(distance[:, number], self._sequence[positions], gap)
+        (normalizers,) = self.log_normalizers([temperature], False)
+        for which, rows in self.source.chunks(self.index, self.shape[2]):
+            given = self._sequence[which], targets[which], normalizers[which], temperature
+            ops.add_column_distance_(distance, rows, *given)
         return distance
 
     def chunks(
@@ -204,19 +202,10 @@ class RowLogits(Logits):
             for inner, block in rows.blocks():
                 yield numbers[which][inner], block
 
-    def deviations(self) -> Tensor:
-        """Standard deviation of the row at each scored position, (B * S,), unbiased."""
-        return self._joined(
-            [
-                (which, ops.deviations(rows))
-                for which, rows in self.source.chunks(self.index, self.shape[2])
-            ]
-        )
-
     def log_normalizers(
         self, temperatures: Sequence[float], standardize: bool, columns: Tensor | None = None
     ) -> Tensor:
-        """Log of the softmax denominator at each position, (T, B * S); undefined if not scored."""
+        """`ctkd.ops.log_normalizers` of the position's rows; undefined where one is not scored."""
         known, width = self.source.normalizers(), self.shape[2]
         if columns is not None:
             parts = [
@@ -237,16 +226,23 @@ class RowLogits(Logits):
         else:
             for which, new in parts:
                 # What is known stays as it is: a second answer must not differ in its last digit.
-                answers[:, which] = torch.where(answers[:, which].isnan(), new, answers[:, which])
+                old = answers[..., which]
+                answers[..., which] = torch.where(old.isnan(), new, old)
         known.keep(index, temperatures, standardize, width, answers)
         return answers
 
     def _joined(self, parts: Sequence[tuple[Which, Tensor]], *size: int) -> Tensor:
-        """Answers (*size, N) from those for chunks of rows."""
-        if len(parts) == 1 and is_whole(parts[0][0]):
+        """Answers (..., N) from those for chunks of rows, which come in their order.
+
+        Args:
+            parts: Of each chunk.
+            size: Of a row's answer, used if there are no parts.
+        """
+        if len(parts) == 1 and parts[0][1].shape[-1] == self.index.shape[0]:
             return parts[0][1]
-        dtype = parts[0][1].dtype if parts else self.source.dtype
-        answers = torch.zeros(*size, self.index.shape[0], dtype=dtype, device=self.mask.device)
+        answers = self._zeros(*size, self.index.shape[0])
+        if parts:
+            answers = parts[0][1].new_zeros(*parts[0][1].shape[:-1], self.index.shape[0])
         for which, part in parts:
             answers[..., which] = part
         return answers
@@ -274,19 +270,18 @@ class _LogSoftmax(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         source, index = logits.source, logits.index
         normalizers = logits.log_normalizers(temperatures, standardize, columns)
-        known = normalizers, temperatures, logits.deviations() if standardize else None
         if ids is not None and raw is None:
-            answers = source.chosen_log_probs(index, ids, logits.shape[1], *known)
+            given = normalizers, temperatures
+            answers = source.chosen_log_probs(index, ids, logits.shape[1], *given)
         else:
             entries = logits._zeros(*logits.shape[:2], 1) if raw is None else raw
-            answers = ops.log_probs_of(entries, index, *known)
+            answers = ops.log_probs_of(entries, index, normalizers, temperatures)
         # Kept only so that torch sees it if one of them is overwritten.
         queried = columns if ids is None else ids
         is_seen = queried is not None and not queried.is_inference()
         ctx.save_for_backward(*source.inputs, *([queried] if is_seen else []))
         ctx.logits, ctx.ids, ctx.columns, ctx.normalizers = logits, ids, columns, normalizers
-        ctx.temperatures, ctx.standardize = temperatures, standardize
-        ctx.pending = source.anchor.pending
+        ctx.temperatures, ctx.pending = temperatures, source.anchor.pending
         return tuple(answers)
 
     @staticmethod
@@ -304,7 +299,6 @@ class _LogSoftmax(torch.autograd.Function):
             terms.append(
                 SoftmaxTerm(
                     temperature=temperature,
-                    standardize=ctx.standardize,
                     width=logits.shape[2],
                     columns=ctx.columns,
                     log_normalizers=normalizer,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ctkd import ops
 from ctkd.logits.base import Logits
-from ctkd.ops import RowLoss, Rows, SoftmaxTerm, Which, is_whole
+from ctkd.ops import RowLoss, Rows, SoftmaxTerm, Which
 
 __all__ = [
     "HeadRows",
@@ -64,7 +64,7 @@ class _KnownNormalizers:
 
     def __init__(self, source: RowSource, version: int | None) -> None:
         self.version = version
-        self._size, self._dtype, self._device = source.num_rows + 1, source.dtype, source.device
+        self._size = source.num_rows + 1
         self._by_row = ops.can_inspect(source.inputs[0])
         # A number for each row, and one more for -1; nan where it is unknown.
         self._tables: dict[Any, Tensor] = {}
@@ -74,7 +74,7 @@ class _KnownNormalizers:
     def look_up(
         self, index: Tensor, temperatures: Sequence[float], standardize: bool, width: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Normalizers (T, N) of rows (N,), nan where unknown; and the rows that lack one.
+        """`ctkd.ops.log_normalizers` of rows (N,), nan where unknown; and the rows that lack them.
 
         These are an index (N,), -1 for the others, or None. The former are None if none is known.
         """
@@ -85,12 +85,13 @@ class _KnownNormalizers:
                 return None, index
             found = list(map(kept.__getitem__, keys))
             return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found), None
-        unknown = torch.full((), torch.nan, dtype=self._dtype, device=self._device)
-        known = unknown.new_empty(len(keys), len(index))
-        for values, key in zip(known, keys, strict=True):
-            table = self._tables.get(key)
-            values.copy_(unknown if table is None else table[index])
-        missing = known.isnan().any(0).logical_and_(index >= 0)
+        tables = list(map(self._tables.get, keys))
+        found = [one for one in tables if one is not None]
+        if not found:
+            return None, index
+        unknown = torch.full_like(found[0], torch.nan)
+        known = torch.stack([unknown if one is None else one for one in tables])[..., index]
+        missing = known.isnan().flatten(0, -2).any(0).logical_and_(index >= 0)
         return known, index.masked_fill(~missing, -1) if missing.any() else None
 
     def keep(
@@ -101,16 +102,18 @@ class _KnownNormalizers:
         width: int,
         values: Tensor,
     ) -> None:
-        """Keep normalizers (T, N) of rows (N,); what is known stays as it is."""
+        """Keep `ctkd.ops.log_normalizers` of rows (N,); what is known stays as it is."""
         for temperature, normalizers in zip(temperatures, values.unbind(), strict=True):
             key = temperature, standardize, width
             if not self._by_row:
                 self._kept.setdefault(id(index), (index, {}))[1].setdefault(key, normalizers)
                 continue
             if key not in self._tables:
-                self._tables[key] = normalizers.new_full((self._size,), torch.nan)
+                size = *normalizers.shape[:-1], self._size
+                self._tables[key] = normalizers.new_full(size, torch.nan)
             table = self._tables[key]
-            table[index] = torch.where(table[index].isnan(), normalizers, table[index])
+            known = table[..., index]
+            table[..., index] = torch.where(known.isnan(), normalizers, known)
 
 
 class RowSource(ABC):
@@ -160,7 +163,6 @@ class RowSource(ABC):
         positions: int,
         normalizers: Tensor,
         temperatures: Sequence[float],
-        deviations: Tensor | None,
     ) -> list[Tensor]:
         """See `ctkd.ops.chosen_log_probs`."""
 
@@ -201,10 +203,9 @@ class TensorRows(RowSource):
         positions: int,
         normalizers: Tensor,
         temperatures: Sequence[float],
-        deviations: Tensor | None,
     ) -> list[Tensor]:
         rows = Rows(self.inputs[0].detach(), index, self.shape[2])
-        return ops.chosen_log_probs(rows, ids, positions, normalizers, temperatures, deviations)
+        return ops.chosen_log_probs(rows, ids, positions, normalizers, temperatures)
 
     def gradient_buffer(self, index: Tensor) -> Tensor:
         return ops.gradient_rows(self.inputs[0], index)
@@ -212,7 +213,7 @@ class TensorRows(RowSource):
     def backward(
         self, index: Tensor, write: _WriteGradient, buffer: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        gradient = self.gradient_buffer(index) if buffer is None else buffer
+        gradient = ops.gradient_rows(self.inputs[0], index) if buffer is None else buffer
         for which, rows in self.chunks(index, self.shape[2]):
             write(which, rows, Rows(gradient, index, self.shape[2]))
         return (gradient[:-1].view(self.shape),)
@@ -258,10 +259,9 @@ class HeadRows(RowSource):
         positions: int,
         normalizers: Tensor,
         temperatures: Sequence[float],
-        deviations: Tensor | None,
     ) -> list[Tensor]:
         entries = self._entries(index.view(ids.shape[0], positions), ids)
-        return ops.log_probs_of(entries, index, normalizers, temperatures, deviations)
+        return ops.log_probs_of(entries, index, normalizers, temperatures)
 
     def _entries(self, index: Tensor, ids: Tensor) -> Tensor:
         """Entries of rows, (B, S) and (B, S or 1, K) give (B, S, K); any where there is no row."""
@@ -512,7 +512,8 @@ def _one_pass(
 
     def write(which: Which, rows: Rows, out: Rows) -> None:
         known = (None, None) if weights is None else (out, weights[which])
-        some = terms if is_whole(which) else _some(terms, which)
+        # Rows with the index itself are all of them.
+        some = terms if rows.index is index else _some(terms, which)
         ops.softmax_backward(rows, some, out, *known)
 
     if row_loss is None or weights is None or buffer is not None:
@@ -555,7 +556,8 @@ def _mapped(term: SoftmaxTerm, change: Callable[[Tensor, float], Tensor]) -> Sof
     """A term with its values per row changed; the number is the value for no row."""
     return replace(
         term,
-        log_normalizers=change(term.log_normalizers, torch.inf),
+        # A matrix of standardized rows has them in its columns.
+        log_normalizers=change(term.log_normalizers.t(), torch.inf).t(),
         totals=change(term.totals, 0.0),
         ids=change(term.ids, 0),
         weights=change(term.weights, 0.0),

@@ -129,16 +129,16 @@ class TopK:
             rows = Rows(block, None, vocabulary)
             ids, values = ops.top_k(rows, k)
             label = kept.label_ids[where].unsqueeze(-1)
-            deviation = ops.deviations(rows)
             kept.ids[where], kept.values[where] = ids, values
             kept.label_values[where] = block.gather(1, label).squeeze(-1)
-            kept.deviations[where] = deviation
             rest = block.scatter(1, ids, -torch.inf).scatter_(1, label, -torch.inf)
             for scale, standardize in enumerate((False, True)):
                 normalizers = ops.log_normalizers(rows, kept.temperatures, standardize=standardize)
-                kept.log_normalizers[(*where, scale)] = normalizers.t()
                 if standardize:
+                    normalizers, deviation = normalizers[:, 0], normalizers[0, 1]
+                    kept.deviations[where] = deviation
                     rest /= (deviation + ops.STANDARD_DEVIATION_EPSILON).unsqueeze(-1)
+                kept.log_normalizers[(*where, scale)] = normalizers.t()
                 for index, temperature in enumerate(kept.temperatures):
                     log_rest = (rest / temperature).logsumexp(-1) - normalizers[index]
                     kept.log_rests[(*where, scale, index)] = log_rest

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctkd.batch import Batch, Side
-from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
+from ctkd.loss import Loss, LossOutput, Paper, Weights, average
 from ctkd.ops import Rows, top_k
 from ctkd.ot.sinkhorn import l1_cost, sinkhorn
 from ctkd.registry import register
@@ -128,18 +128,19 @@ class MultiLevelOTReleased(Loss):
             else probs
             for probs in (student, teacher)
         )
-        masks = batch.student.mask, batch.teacher.mask
-        length = min(mask.shape[1] for mask in masks)
-        paired = masks[0][:, :length] & masks[1][:, :length]
+        masks = [
+            F.pad(mask, (0, rows - mask.shape[1])) if mask.shape[1] < rows else mask
+            for mask in (batch.student.mask, batch.teacher.mask)
+        ]
+        paired = masks[0] & masks[1]
         # Answers come first in their rows: where the last one ends, the longest does.
-        ours, theirs = (F.pad(mask.any(0), (0, rows - mask.shape[1])) for mask in masks)
-        is_used = ours | theirs
-        longest = is_used.sum().clamp_min(1)
-        used = is_used.expand(student.shape[0], -1)
+        used = (masks[0] | masks[1]).any(0).repeat(student.shape[0], 1)
+        counted = torch.stack([paired, used]).unsqueeze(-1)
+        of_pairs, of_used = counted / counted.sum(2, True, dtype=student.dtype).clamp_min(1)
 
-        had = torch.linalg.vector_norm(student - teacher, ord=1, dim=-1)[:, :length]
-        had = masked_sum(had, paired) / paired.sum(1).clamp_min(1)
-        kl = masked_sum((student.softmax(-1) * teacher.log_softmax(-1)).sum(-1), used) / longest
+        # All is finite: a row that does not count may be multiplied by 0.
+        had = torch.linalg.vector_norm((student - teacher) * of_pairs, ord=1, dim=(1, 2))
+        kl = (student.softmax(-1) * (teacher.log_softmax(-1) * of_used)).sum((1, 2))
         transport = sinkhorn(
             l1_cost(
                 (teacher / _SINKHORN_TEMPERATURE).softmax(-1),
@@ -172,4 +173,4 @@ def _kept_probs(side: Side, temperature: float) -> Tensor:
     ids = top_k(Rows(mass, None, mass.shape[1]), min(_KEPT_COLUMNS, mass.shape[1]))[0]
     ids = ids.expand(side.logits.shape[0], -1).unsqueeze(1)
     probs = side.logits.log_probs(ids, temperature=temperature, standardize=True).exp()
-    return probs.masked_fill(~side.mask.unsqueeze(-1), 0.0)
+    return probs * side.mask.unsqueeze(-1)

@@ -26,7 +26,6 @@ from ctkd.ops import choice, cuda, reference
 from ctkd.ops.blocks import block_rows, head_rows
 from ctkd.ops.choice import BACKENDS, VARIABLE, use_backend
 from ctkd.ops.costs import cost_of
-from ctkd.ops.reference import add_rows_
 from ctkd.ops.rows import (
     STANDARD_DEVIATION_EPSILON,
     Packed,
@@ -50,7 +49,7 @@ __all__ = [
     "Rows",
     "SoftmaxTerm",
     "Which",
-    "add_rows_",
+    "add_column_distance_",
     "backend_for",
     "block_rows",
     "can_inspect",
@@ -58,9 +57,9 @@ __all__ = [
     "column_mass",
     "cost_of",
     "current_stream",
-    "deviations",
     "full_precision",
     "gradient_rows",
+    "greedy_partners",
     "head_rows",
     "host_zero",
     "is_whole",
@@ -95,7 +94,7 @@ def backend_for(operation: str, *rows: Rows) -> ModuleType:
         raise SettingError(
             f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {choice.chosen!r}"
         )
-    on_host = can_inspect(rows[0].tensor)
+    on_host = choice.chosen != "cuda" and rows[0].tensor.device.type == "cpu"
     if choice.chosen == "reference" or (choice.chosen == "cpu" and not on_host):
         return reference
     backend = _cpu() if on_host else cuda
@@ -157,8 +156,8 @@ def _dispatched(function: Callable[_Arguments, _Answer]) -> Callable[_Arguments,
 
 
 log_normalizers = _dispatched(reference.log_normalizers)
-deviations = _dispatched(reference.deviations)
 column_mass = _dispatched(reference.column_mass)
+add_column_distance_ = _dispatched(reference.add_column_distance_)
 top_k = _dispatched(reference.top_k)
 softmax_backward = _dispatched(reference.softmax_backward)
 row_loss = _dispatched(reference.row_loss)
@@ -168,9 +167,16 @@ def pack_scored(
     targets: Tensor, ignored: int, size: int, length: int, chunk_ids: Tensor | None = None
 ) -> Packed:
     """See `ctkd.ops.reference.pack_scored`."""
-    packing = reference if kernels_for("row_operators", targets) is None else cuda
+    packing = reference if kernels_for("operators", targets) is None else cuda
     packed: Packed = packing.pack_scored(targets, ignored, size, length, chunk_ids)
     return packed
+
+
+def greedy_partners(distance: Tensor) -> tuple[Tensor, Tensor]:
+    """See `ctkd.ops.reference.greedy_partners`."""
+    backend = backend_for("greedy_partners", Rows(distance, None, distance.shape[-1]))
+    answers: tuple[Tensor, Tensor] = backend.greedy_partners(distance)
+    return answers
 
 
 def chosen_log_probs(
@@ -179,7 +185,6 @@ def chosen_log_probs(
     positions: int,
     normalizers: Tensor,
     temperatures: Sequence[float],
-    deviations: Tensor | None = None,
 ) -> list[Tensor]:
     """Log-probabilities of chosen entries at each temperature, (B, S, K); 0 where there is no row.
 
@@ -187,19 +192,17 @@ def chosen_log_probs(
         rows: N = B * S rows of a tensor (B, L, V').
         ids: (B, S or 1, K) columns.
         positions: S.
-        normalizers: (T, N) as of `log_normalizers`.
+        normalizers: (T, N) or (T, E, N) as of `log_normalizers`; the latter standardize.
         temperatures: T of them.
-        deviations: (N,) what entries are divided by, less its 1e-4; None for nothing.
     """
     if rows.index is None:
         raise TypeError("chosen entries are those of rows that an index names")
-    given = normalizers, temperatures, deviations
     if backend_for("chosen_log_probs", rows) is cuda:
-        return cuda.chosen_log_probs(rows, ids, positions, *given)
+        return cuda.chosen_log_probs(rows, ids, positions, normalizers, temperatures)
     length = max(rows.tensor.shape[1], 1)
     index = rows.index.view(ids.shape[0], positions, 1).clamp_min(0)
     entries = rows.tensor[index // length, index % length, ids].to(normalizers.dtype)
-    return log_probs_of(entries, rows.index, *given)
+    return log_probs_of(entries, rows.index, normalizers, temperatures)
 
 
 def log_probs_of(
@@ -207,12 +210,12 @@ def log_probs_of(
     index: Tensor,
     normalizers: Tensor,
     temperatures: Sequence[float],
-    deviations: Tensor | None = None,
 ) -> list[Tensor]:
     """As `chosen_log_probs`, of entries (B, S, K) of rows (N,), -1 for none."""
     shape, answers = (*entries.shape[:2], 1), []
-    if deviations is not None:
-        entries = entries / (deviations.view(shape) + STANDARD_DEVIATION_EPSILON)
+    if normalizers.ndim == 3:
+        entries = entries / (normalizers[0, 1].view(shape) + STANDARD_DEVIATION_EPSILON)
+        normalizers = normalizers[:, 0]
     padding = (index < 0).view(shape)
     for temperature, normalizer in zip(temperatures, normalizers, strict=True):
         log_probs = entries / temperature - normalizer.view(shape)

@@ -50,7 +50,7 @@ def cost_of(operator: Any, args: Any, kwargs: Any) -> Cost | None:
         >>> import torch
         >>> from ctkd import ops
         >>> rows = ops.Rows(torch.empty(4, 1000), None, 1000)
-        >>> cost_of(ops.deviations, (rows,), {}).bytes_moved >= rows.tensor.nbytes
+        >>> cost_of(ops.log_normalizers, (rows, [1.0]), {}).bytes_moved >= rows.tensor.nbytes
         True
     """
     schema = getattr(operator, "_schema", None)

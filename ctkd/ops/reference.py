@@ -22,9 +22,9 @@ from ctkd.ops.rows import (
 )
 
 __all__ = [
-    "add_rows_",
+    "add_column_distance_",
     "column_mass",
-    "deviations",
+    "greedy_partners",
     "log_normalizers",
     "pack_scored",
     "row_loss",
@@ -45,7 +45,9 @@ def log_normalizers(
     r"""Logs of the softmax denominators, ``log sum_v exp(x_v / tau)``.
 
     Shape:
-        (T, N) for T temperatures, in the dtype of statistics; undefined where there is no row.
+        (T, N) for T temperatures, in the dtype of statistics; undefined where there is no row. Of
+        standardized rows (T, E, N): after each its row's standard deviation, and what else the
+        backend needs for their gradient.
 
     Args:
         rows: The logits.
@@ -53,21 +55,9 @@ def log_normalizers(
         standardize: First divide each row by its standard deviation (unbiased) plus 1e-4.
         columns: (V,) bool, sum over these alone; minus infinity where none has any probability.
     """
-    answers = rows.zeros(len(temperatures), len(rows))
+    answers = rows.zeros(len(temperatures), *[2] * standardize, len(rows))
     for which, block in rows.blocks():
-        logits = _standardized(block) if standardize else block
-        if columns is not None:
-            logits = logits.masked_fill(~columns, -torch.inf)
-        for answer, temperature in zip(answers, temperatures, strict=True):
-            answer[which] = (logits / temperature).logsumexp(-1)
-    return answers
-
-
-def deviations(rows: Rows) -> Tensor:
-    """Standard deviation of each row over its columns, unbiased, (N,)."""
-    answers = rows.zeros(len(rows))
-    for which, block in rows.blocks():
-        answers[which] = block.std(-1)
+        answers[..., which] = _statistics(block, temperatures, standardize, columns)[1]
     return answers
 
 
@@ -106,7 +96,7 @@ def column_mass(
     """Probabilities at the first temperature, summed over the rows of each sequence.
 
     Shape:
-        (B, V), and the log-normalizers at all temperatures, (T, N).
+        (B, V), and the `log_normalizers` at all temperatures.
 
     Args:
         rows: The logits; -1 adds nothing.
@@ -116,14 +106,55 @@ def column_mass(
         standardize: As in `log_normalizers`.
     """
     mass = rows.zeros(sequences, rows.width)
-    answers = rows.zeros(len(temperatures), len(rows))
+    answers = rows.zeros(len(temperatures), *[2] * standardize, len(rows))
     for which, block in rows.blocks():
-        logits = _standardized(block) if standardize else block
-        for answer, temperature in zip(answers, temperatures, strict=True):
-            answer[which] = (logits / temperature).logsumexp(-1)
-        probs = (logits / temperatures[0] - answers[0, which].unsqueeze(-1)).exp_()
-        add_rows_(mass, sequence[which], _cleared(probs, rows, which))
+        logits, some = _statistics(block, temperatures, standardize)
+        answers[..., which] = some
+        normalizer = some[(0, *[0] * standardize)].unsqueeze(-1)
+        probs = (logits / temperatures[0] - normalizer).exp_()
+        _add_rows_(mass, sequence[which], _cleared(probs, rows, which))
     return mass, answers
+
+
+def add_column_distance_(
+    distance: Tensor,
+    rows: Rows,
+    sequence: Tensor,
+    targets: Tensor,
+    normalizers: Tensor,
+    temperature: float,
+) -> None:
+    """Add L1 distances of each column's probabilities to targets, over the rows of each sequence.
+
+    Args:
+        distance: (B, K, V), added to.
+        rows: The logits; -1 adds nothing.
+        sequence: (N,) int64, ascending.
+        targets: (N, K) values that each column is compared with.
+        normalizers: (N,) log-normalizers at the temperature.
+        temperature: Divides the logits.
+    """
+    for which, block in rows.blocks():
+        probs = (block / temperature - normalizers[which].unsqueeze(-1)).exp_()
+        for number, target in enumerate(targets[which].unbind(-1)):
+            gap = (probs - target.unsqueeze(-1)).abs_()
+            _add_rows_(distance[:, number], sequence[which], _cleared(gap, rows, which))
+
+
+def greedy_partners(distance: Tensor) -> tuple[Tensor, Tensor]:
+    """Let each of K targets, in their order, take the nearest column that is still free.
+
+    Shape:
+        (B, K, V) distances, infinite where a column is no partner, are overwritten. Columns
+        (B, K), ties to the lower one, and whether there was any, (B, K) bool.
+    """
+    columns, has_partner = [], []
+    for rank in range(distance.shape[1]):
+        least, nearest = distance[:, rank].min(-1, keepdim=True)
+        columns.append(nearest)
+        has_partner.append(least < torch.inf)
+        distance.scatter_(2, nearest.unsqueeze(1).expand(-1, distance.shape[1], -1), torch.inf)
+    return torch.cat(columns, -1), torch.cat(has_partner, -1)
 
 
 def top_k(rows: Rows, k: int) -> tuple[Tensor, Tensor]:
@@ -207,22 +238,39 @@ def row_loss(
     return RowValues(values, per_row_gradient)
 
 
-def add_rows_(sums: Tensor, index: Tensor, rows: Tensor) -> None:
+def _add_rows_(sums: Tensor, index: Tensor, rows: Tensor) -> None:
     """Add each row to the indexed row of the sums, in one order for all columns: ties stay ties."""
     # index_add_ is atomic on CUDA, so in no order; this sorts first.
     sums.index_put_((index,), rows, accumulate=True)
 
 
-def _standardized(block: Tensor) -> Tensor:
-    return block / (block.std(-1, keepdim=True) + STANDARD_DEVIATION_EPSILON)
+def _statistics(
+    block: Tensor, temperatures: Sequence[float], standardize: bool, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits as the softmax takes them, and the `log_normalizers` of a block."""
+    logits, deviation = block, None
+    if standardize:
+        deviation = block.std(-1)
+        logits = _divided(block, deviation)
+    if columns is not None:
+        logits = logits.masked_fill(~columns, -torch.inf)
+    normalizers = torch.stack([(logits / one).logsumexp(-1) for one in temperatures])
+    if deviation is not None:
+        normalizers = torch.stack([normalizers, deviation.expand_as(normalizers)], 1)
+    return logits, normalizers
+
+
+def _divided(block: Tensor, deviation: Tensor) -> Tensor:
+    return block / (deviation.unsqueeze(-1) + STANDARD_DEVIATION_EPSILON)
 
 
 def _softmax_gradient(block: Tensor, term: SoftmaxTerm, which: Which) -> Tensor:
-    logits = _standardized(block) if term.standardize else block
+    logits, normalizer = block, term.log_normalizers[..., which]
+    if term.standardize:
+        logits, normalizer = _divided(block, normalizer[1]), normalizer[0]
     if term.columns is not None:
         logits = logits.masked_fill(~term.columns, -torch.inf)
-    normalizer = term.log_normalizers[which].unsqueeze(-1)
-    probs = (logits / term.temperature - normalizer).exp_()
+    probs = (logits / term.temperature - normalizer.unsqueeze(-1)).exp_()
     gradient = probs.mul_(-term.totals[which].unsqueeze(-1))
     gradient.scatter_add_(1, term.ids[which], term.weights[which])
     gradient.div_(term.temperature)

@@ -132,23 +132,26 @@ class SoftmaxTerm:
 
     Args:
         temperature: tau.
-        standardize: Rows are divided by their deviation (unbiased, plus 1e-4) first.
         width: Columns that count.
         columns: (V,) bool, those that Z sums over; None for all.
-        log_normalizers: (N,) log Z.
+        log_normalizers: (N,) log Z; (E, N) of rows that are divided by their deviation first, as
+            `log_normalizers` gave them.
         totals: (N,) c.
         ids: (N, K) int64.
         weights: (N, K) w.
     """
 
     temperature: float
-    standardize: bool
     width: int
     columns: Tensor | None
     log_normalizers: Tensor
     totals: Tensor
     ids: Tensor
     weights: Tensor
+
+    @property
+    def standardize(self) -> bool:
+        return self.log_normalizers.ndim == 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ from ctkd.batch import Batch
 from ctkd.chunks import AlignedPositions, align_positions
 from ctkd.errors import BatchError
 from ctkd.logits.base import Logits
-from ctkd.ops import Rows, top_k
+from ctkd.ops import Rows, greedy_partners, top_k
 
 __all__ = [
     "MATCHINGS",
@@ -77,19 +77,14 @@ def match_greedily(
     aligned = align_positions(batch, pairing)
     teacher_ids, targets = _ranked_teacher(batch, aligned, k=k, temperature=temperature)
     student = batch.student.logits
+    impossible = student.column_mass(temperature=temperature) == 0
     valid = aligned.at_student_positions(aligned.valid, student.shape[1])
     distance = student.masked(valid).column_distance(
         aligned.at_student_positions(targets, student.shape[1]), temperature=temperature
     )
-    impossible = student.column_mass(temperature=temperature) == 0
     distance.masked_fill_(impossible.unsqueeze(1), torch.inf)
-    chosen, has_partner = [], []
-    for rank in range(k):
-        least, nearest = distance[:, rank].min(-1, keepdim=True)
-        chosen.append(nearest)
-        has_partner.append(least < torch.inf)
-        distance.scatter_(2, nearest.unsqueeze(1).expand(-1, k, -1), torch.inf)
-    return ColumnMatch(torch.cat(chosen, dim=-1), teacher_ids, torch.cat(has_partner, dim=-1))
+    student_ids, has_partner = greedy_partners(distance)
+    return ColumnMatch(student_ids, teacher_ids, has_partner)
 
 
 @torch.no_grad()

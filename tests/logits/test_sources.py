@@ -51,7 +51,7 @@ def by_hand(source: RowSource) -> Tensor:
 def entries(source, index, ids):
     """Chosen entries: log-probabilities of which no normalizer is taken."""
     zeros = torch.zeros(1, index.numel(), dtype=source.dtype, device=source.device)
-    return source.chosen_log_probs(index.flatten(), ids, index.shape[1], zeros, (1.0,), None)[0]
+    return source.chosen_log_probs(index.flatten(), ids, index.shape[1], zeros, (1.0,))[0]
 
 
 def agree(actual: object, expected: object) -> None:

@@ -126,9 +126,9 @@ def check_statistics(rows: Rows) -> None:
             "log_normalizers",
             rows,
         )
-        assert answers[0].shape == (3, N) and answers[0].dtype == torch.float32
-        agree(*(answer[:, real] for answer in answers))
-    agree(*(one[real] for one in both(lambda: ops.deviations(rows), "deviations", rows)))
+        size = (3, 2, N) if standardize else (3, N)
+        assert answers[0].shape == size and answers[0].dtype == torch.float32
+        agree(*(answer[..., real] for answer in answers))
 
 
 @DTYPES
@@ -148,7 +148,7 @@ def check_column_mass(rows: Rows) -> None:
         )
         agree(mass, expected)
         assert not mass[1].any() and not mass[3].any() and mass[0].all()
-        agree(normalizers[:, real], others[:, real])
+        agree(normalizers[..., real], others[..., real])
 
 
 @DTYPES
@@ -179,12 +179,12 @@ def terms_of(rows: Rows, *settings: tuple[float, bool, int, Tensor | None]) -> l
         ids[:, 2] = ids[:, 0]
         weights = randn(N, 3, seed=number + 20)
         # A row that this term knows nothing of.
-        normalizers[2] = torch.inf if number == 0 else normalizers[2]
+        if number == 0:
+            normalizers[..., 2] = torch.inf
         weights[2] *= number != 0
         terms.append(
             SoftmaxTerm(
                 temperature=temperature,
-                standardize=standardize,
                 width=width,
                 columns=columns,
                 log_normalizers=normalizers,
@@ -353,7 +353,7 @@ def test_the_gradient_of_large_logits(largest, standardize):
         with use_backend(name):
             normalizers = ops.log_normalizers(rows, [1.0], standardize=standardize)[0]
             term = SoftmaxTerm(
-                temperature=1.0, standardize=standardize, width=V, columns=None,
+                temperature=1.0, width=V, columns=None,
                 log_normalizers=normalizers, totals=torch.ones(4),
                 ids=torch.zeros(4, 1, dtype=torch.int64), weights=torch.ones(4, 1),
             )  # fmt: skip
@@ -459,7 +459,6 @@ def test_rows_beyond_the_largest_32_bit_number():
     (normalizers,) = ops.log_normalizers(rows, [1.0])
     term = SoftmaxTerm(
         temperature=1.0,
-        standardize=False,
         width=columns,
         columns=None,
         log_normalizers=normalizers,

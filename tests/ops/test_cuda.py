@@ -46,7 +46,7 @@ BUDGETS = {
     "gold": 60,
     "mined": 60,
     "multilevelot": 80,
-    "multilevelot_released": 88,
+    "multilevelot_released": 70,
     "multilevelot_sequence": 60,
     "multilevelot_token": 60,
     "shared_kl": 60,

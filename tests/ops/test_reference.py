@@ -63,8 +63,10 @@ def test_statistics(standardize):
         kept = slice(None) if chosen is None else chosen
         for answer, temperature in zip(answers, (1.0, 0.5), strict=True):
             expected = scaled(values, temperature, standardize)[:, kept].logsumexp(-1)
+            if standardize:
+                answer, deviation = answer
+                agree(deviation[REAL], values.std(-1)[REAL])
             agree(answer[REAL], expected[REAL])
-    agree(ops.deviations(rows)[REAL], values.std(-1)[REAL])
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -72,8 +74,26 @@ def test_column_mass(standardize):
     rows, values = logits()
     mass, normalizers = ops.column_mass(rows, SEQUENCE, 4, [2.0, 0.5], standardize=standardize)
     agree(mass, sums_of(scaled(values, 2.0, standardize).softmax(-1)))
-    for answer, temperature in zip(normalizers, (2.0, 0.5), strict=True):
-        agree(answer[REAL], scaled(values, temperature, standardize).logsumexp(-1)[REAL])
+    assert torch.equal(normalizers, ops.log_normalizers(rows, [2.0, 0.5], standardize=standardize))
+
+
+def test_distances_of_columns():
+    rows, values = logits()
+    targets, distance = randn(N, 3, seed=9), torch.full((4, 3, V), 0.5, dtype=torch.float64)
+    (normalizers,) = ops.log_normalizers(rows, [2.0])
+    ops.add_column_distance_(distance, rows, SEQUENCE, targets, normalizers, 2.0)
+    gaps = (values / 2.0).softmax(-1).unsqueeze(1) - targets.unsqueeze(-1)
+    agree(distance, 0.5 + sums_of(gaps.abs()))
+
+
+def test_greedy_partners():
+    inf = torch.inf
+    distance = torch.tensor([[[2.0, 1.0, 1.0], [3.0, 0.0, inf], [0.0, 0.0, 0.0]]])
+    columns, has_partner = ops.greedy_partners(distance)
+    assert columns.tolist() == [[1, 0, 2]] and has_partner.all()
+    distance = torch.tensor([[[inf, 1.0, inf], [inf, 0.0, inf]]])
+    columns, has_partner = ops.greedy_partners(distance)
+    assert columns[0, 0] == 1 and has_partner.tolist() == [[True, False]]
 
 
 def test_largest_entries():
@@ -101,7 +121,6 @@ def test_softmax_backward(standardize):
         terms.append(
             SoftmaxTerm(
                 temperature=temperature,
-                standardize=standardize,
                 width=width,
                 columns=chosen,
                 log_normalizers=normalizers,
@@ -137,7 +156,6 @@ def test_a_constant_row_has_a_finite_standardized_gradient():
     (normalizers,) = ops.log_normalizers(rows, [1.0], standardize=True)
     term = SoftmaxTerm(
         temperature=1.0,
-        standardize=True,
         width=V,
         columns=None,
         log_normalizers=normalizers,

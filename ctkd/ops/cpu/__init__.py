@@ -36,7 +36,6 @@ __all__ = [
     "DTYPES",
     "OPERATIONS",
     "column_mass",
-    "deviations",
     "log_normalizers",
     "row_loss",
     "share",
@@ -65,20 +64,12 @@ def log_normalizers(
 ) -> Tensor:
     """See `ctkd.ops.reference.log_normalizers`."""
     array, which = _array(rows)
-    answers = np.zeros((len(temperatures), len(array.starts)), np.float32)
+    answers = _statistics(temperatures, len(array.starts), standardize)
     divisors = np.array(temperatures, np.float64)
     bias = _NOTHING if columns is None else _bias(columns)
     settings = rows.width, divisors, _EPSILONS[standardize], bias
-    share(which, rows.width, softmax_rows.log_normalizers, array, *settings, answers)
-    return torch.from_numpy(answers)
-
-
-def deviations(rows: Rows) -> Tensor:
-    """See `ctkd.ops.reference.deviations`."""
-    array, which = _array(rows)
-    answers = np.zeros(len(array.starts), np.float32)
-    share(which, rows.width, softmax_rows.deviations, array, rows.width, answers)
-    return torch.from_numpy(answers)
+    share(which, rows.width, softmax_rows.log_normalizers, array, *settings, *answers)
+    return _joined(*answers)
 
 
 def column_mass(
@@ -91,7 +82,7 @@ def column_mass(
 ) -> tuple[Tensor, Tensor]:
     """See `ctkd.ops.reference.column_mass`."""
     array, which = _array(rows)
-    answers = np.zeros((len(temperatures), len(array.starts)), np.float32)
+    answers = _statistics(temperatures, len(array.starts), standardize)
     divisors, epsilon = np.array(temperatures, np.float64), _EPSILONS[standardize]
     bounds = np.searchsorted(sequence.numpy()[which], np.arange(sequences + 1))
     # Where there are fewer sequences than threads, threads share one.
@@ -105,11 +96,11 @@ def column_mass(
 
     def work(numbers: Any) -> None:
         for part, target in map(parts.__getitem__, numbers):
-            softmax_rows.column_mass(part, array, rows.width, divisors, epsilon, answers, target)
+            softmax_rows.column_mass(part, array, rows.width, divisors, epsilon, *answers, target)
 
     share(np.arange(len(parts)), rows.width * len(which), work)
     total = mass[0] if pieces == 1 else mass.sum(0)
-    return torch.from_numpy(total), torch.from_numpy(answers)
+    return torch.from_numpy(total), _joined(*answers)
 
 
 def top_k(rows: Rows, k: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +167,7 @@ _KERNELS: dict[str, tuple[Callable[..., None], Any]] = {
     "shared_kl": (row_losses.shared_kl, SharedKLSettings),
 }
 OPERATIONS = {
-    *("log_normalizers", "deviations", "column_mass", "top_k", "softmax_backward"),
+    *("log_normalizers", "column_mass", "top_k", "softmax_backward"),
     *_KERNELS,
 }
 """What `ctkd.ops` may send here; row losses by the names of their kernels."""
@@ -199,6 +190,21 @@ def _array(rows: Rows) -> tuple[RowArray, npt.NDArray[np.int64]]:
     if tensor.dtype == torch.bfloat16:
         flat = flat.view(torch.uint16)
     return RowArray(flat.numpy(), starts), which
+
+
+def _statistics(
+    temperatures: Sequence[float], count: int, standardize: bool
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Arrays for log-normalizers (T, N), and for standard deviations (N,), or none."""
+    size = len(temperatures), count
+    return np.zeros(size, np.float32), np.zeros(count * standardize, np.float32)
+
+
+def _joined(normalizers: npt.NDArray[Any], deviations: npt.NDArray[Any]) -> Tensor:
+    if deviations.size:
+        repeated = np.broadcast_to(deviations, normalizers.shape)
+        normalizers = np.stack([normalizers, repeated], 1)
+    return torch.from_numpy(normalizers)
 
 
 def _bias(columns: Tensor) -> npt.NDArray[np.float32]:
@@ -240,6 +246,7 @@ def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
         term = waiting.pop()
         half = waiting.pop() if waiting and _is_square(term, waiting[-1]) else None
         number, normalizer = len(parts), term.log_normalizers
+        normalizer = normalizer[0] if term.standardize else normalizer
         scale = 1.0 if term.standardize else term.temperature
         if half is not None:
             other = half.log_normalizers

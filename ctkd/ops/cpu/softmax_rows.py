@@ -13,7 +13,6 @@ from ctkd.ops.cpu.numbers import LOG2_E, as_ordered, exp2, from_ordered, row_of,
 
 __all__ = [
     "column_mass",
-    "deviations",
     "largest",
     "log_normalizers",
     "softmax_gradients",
@@ -119,6 +118,7 @@ def log_normalizers(
     epsilon: float,
     bias: Any,
     answers: Any,
+    deviations: Any,
 ) -> None:
     """Logarithms of the softmax denominators of rows, at each temperature.
 
@@ -132,6 +132,7 @@ def log_normalizers(
         bias: (V,) float32 of 0 and -inf, added to the logits to restrict the softmax to some
             columns; empty: all columns. The standard deviation is that of all columns nevertheless.
         answers: Output, (T, n) float32; -inf where the bias leaves no column.
+        deviations: Output, (n,) float32, if rows are standardized.
     """
     buffer = np.empty(width, np.float32)
     powers = np.empty(width, np.float32)
@@ -139,6 +140,8 @@ def log_normalizers(
     for index in which:
         row = row_of(rows.values, rows.starts[index], buffer)
         divisor = _divisor(row, epsilon)
+        if epsilon >= 0.0:
+            deviations[index] = np.float32(divisor - epsilon)
         if not bias.size:
             _log_normalizers_of(row, temperatures, divisor, powers, index, answers)
             continue
@@ -163,6 +166,7 @@ def column_mass(
     temperatures: Any,
     epsilon: float,
     answers: Any,
+    deviations: Any,
     mass: Any,
 ) -> None:
     """Sum of the probabilities of rows in each column, and the rows' log-normalizers.
@@ -174,6 +178,7 @@ def column_mass(
         temperatures: (T,) float64; probabilities are those at the first one.
         epsilon: Negative: rows are not standardized.
         answers: Output, (T, n) float32.
+        deviations: Output, (n,) float32, if rows are standardized.
         mass: (V,) float32, to which the sum is added.
     """
     buffer = np.empty(width, np.float32)
@@ -182,28 +187,14 @@ def column_mass(
         row = row_of(rows.values, rows.starts[index], buffer)
         top = largest(row)
         divisor = _divisor(row, epsilon)
+        if epsilon >= 0.0:
+            deviations[index] = np.float32(divisor - epsilon)
         for term in range(temperatures.size):
             temperature = temperatures[term] * divisor
             normalizer = _normalizer(row, top, temperature, powers)
             answers[term, index] = _log_of(normalizer, top, temperature)
             if term == 0:
                 _add_scaled(powers, np.float32(1.0 / normalizer), mass)
-
-
-@compiled
-def deviations(which: Any, rows: RowArray, width: int, answers: Any) -> None:
-    """Unbiased standard deviations of rows.
-
-    Args:
-        which: Indices of the rows to work on, int64.
-        rows: n of them.
-        width: V.
-        answers: Output, (n,) float32.
-    """
-    buffer = np.empty(width, np.float32)
-    for index in which:
-        row = row_of(rows.values, rows.starts[index], buffer)
-        answers[index] = np.float32(_moments(row).deviation)
 
 
 @compiled

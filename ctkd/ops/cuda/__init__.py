@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ctkd.ops import reference
-from ctkd.ops.cuda import row_loss_operators, row_operators
+from ctkd.ops.cuda import operators, row_loss_operators
 from ctkd.ops.cuda.operators import DEVICES
 from ctkd.ops.rows import Packed, RowLoss, Rows, RowValues, SoftmaxTerm
 
@@ -22,10 +22,11 @@ __all__ = [
     "DEVICES",
     "DTYPES",
     "OPERATIONS",
+    "add_column_distance_",
     "chosen_log_probs",
     "clear_rows",
     "column_mass",
-    "deviations",
+    "greedy_partners",
     "log_normalizers",
     "pack_scored",
     "row_loss",
@@ -35,7 +36,8 @@ __all__ = [
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 OPERATIONS = {
-    *("chosen_log_probs", "clear_rows", "column_mass", "deviations", "log_normalizers"),
+    *("add_column_distance_", "chosen_log_probs", "clear_rows", "column_mass"),
+    *("greedy_partners", "log_normalizers"),
     *("softmax_backward", "top_k"),
     *("uld", "gold", "shared_kl"),
 }
@@ -55,17 +57,9 @@ def log_normalizers(
 ) -> Tensor:
     """See `ctkd.ops.reference.log_normalizers`."""
     every = list(map(float, temperatures))
-    answers: Tensor = row_operators.row_statistics(
-        rows.tensor, rows.index, rows.width, every, standardize, columns, False
-    )[0]
-    return answers
-
-
-def deviations(rows: Rows) -> Tensor:
-    """See `ctkd.ops.reference.deviations`."""
-    answers: Tensor = row_operators.row_statistics(
-        rows.tensor, rows.index, rows.width, [], False, None, True
-    )[1]
+    answers: Tensor = operators.row_statistics(
+        rows.tensor, rows.index, rows.width, every, standardize, columns
+    )
     return answers
 
 
@@ -75,12 +69,11 @@ def chosen_log_probs(
     positions: int,
     normalizers: Tensor,
     temperatures: Sequence[float],
-    deviations: Tensor | None = None,
 ) -> list[Tensor]:
     """See `ctkd.ops.chosen_log_probs`."""
     every = list(map(float, temperatures))
-    answers: list[Tensor] = row_operators.chosen_entries(
-        rows.tensor, rows.index, ids, positions, normalizers, every, deviations
+    answers: list[Tensor] = operators.chosen_entries(
+        rows.tensor, rows.index, ids, positions, normalizers, every
     )
     return answers
 
@@ -89,7 +82,7 @@ def pack_scored(
     targets: Tensor, ignored: int, size: int, length: int, chunk_ids: Tensor | None = None
 ) -> Packed:
     """See `ctkd.ops.reference.pack_scored`."""
-    rows, mask, ids, chunks, *flat = row_operators.pack_scored(
+    rows, mask, ids, chunks, *flat = operators.pack_scored(
         targets, chunk_ids, size, length, ignored
     )
     return Packed(rows, mask, ids, None if chunk_ids is None else chunks, *flat)
@@ -105,27 +98,55 @@ def column_mass(
 ) -> tuple[Tensor, Tensor]:
     """See `ctkd.ops.reference.column_mass`."""
     every = list(map(float, temperatures))
-    normalizers, deviation = row_operators.row_statistics(
-        rows.tensor, rows.index, rows.width, every, standardize, None, standardize
+    answers: Tensor = operators.row_statistics(
+        rows.tensor, rows.index, rows.width, every, standardize, None
     )
-    mass: Tensor = row_operators.mass_of_columns(
+    normalizer, deviation = answers[0, :2] if standardize else (answers[0], None)
+    mass: Tensor = operators.mass_of_columns(
         rows.tensor,
         rows.index,
         rows.width,
         sequence,
         sequences,
-        normalizers[0],
-        deviation if standardize else None,
+        normalizer,
+        deviation,
         every[0],
     )
-    return mass, normalizers
+    return mass, answers
+
+
+def add_column_distance_(
+    distance: Tensor,
+    rows: Rows,
+    sequence: Tensor,
+    targets: Tensor,
+    normalizers: Tensor,
+    temperature: float,
+) -> None:
+    """See `ctkd.ops.reference.add_column_distance_`."""
+    operators.column_distances(
+        rows.tensor,
+        rows.index,
+        rows.width,
+        sequence,
+        targets,
+        normalizers,
+        float(temperature),
+        distance,
+    )
+
+
+def greedy_partners(distance: Tensor) -> tuple[Tensor, Tensor]:
+    """See `ctkd.ops.reference.greedy_partners`."""
+    columns, has_partner = operators.greedy_partners(distance)
+    return columns, has_partner
 
 
 def top_k(rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     """See `ctkd.ops.reference.top_k`."""
     if k > _MOST_IDS:
         return reference.top_k(rows, k)
-    ids, values = row_operators.row_top(rows.tensor, rows.index, rows.width, k)
+    ids, values = operators.row_top(rows.tensor, rows.index, rows.width, k)
     return ids, values
 
 
@@ -137,12 +158,17 @@ def softmax_backward(
     weights: Tensor | None = None,
 ) -> None:
     """See `ctkd.ops.reference.softmax_backward`."""
-    ids = sum(term.ids.shape[1] for term in terms)
-    standardized = {term.width for term in terms if term.standardize}
-    if len(terms) > _MOST_TERMS or ids > _MOST_IDS or len(standardized) > 1:
+    ids, standardized, own = 0, set(), True
+    for term in terms:
+        ids += term.ids.shape[1]
+        if term.standardize:
+            standardized.add(term.width)
+            # Those of the reference lack what the kernel needs.
+            own &= term.log_normalizers.shape[0] == operators.STANDARDIZED
+    if not own or len(terms) > _MOST_TERMS or ids > _MOST_IDS or len(standardized) > 1:
         reference.softmax_backward(rows, terms, out, known, weights)
         return
-    row_operators.row_gradients(
+    operators.row_gradients(
         rows.tensor,
         rows.index,
         out.tensor,
@@ -179,4 +205,4 @@ def row_loss(
 
 def clear_rows(tensor: Tensor, index: Tensor) -> None:
     """Write zeros to the rows of a (R, V') tensor that an index does not name."""
-    row_operators.clear_rows(tensor, index)
+    operators.clear_rows(tensor, index)

@@ -21,7 +21,9 @@ __all__ = [
     "chunk_table",
     "chunk_values",
     "clear_rows",
+    "column_distances",
     "gradient_rows",
+    "greedy_partners",
     "largest",
     "mass_of_columns",
     "pack_scored",
@@ -58,16 +60,25 @@ def _part(tensor, start, columns, stop, other):
 
 
 @triton.jit
-def _add_sums(x, largest, sums, inverses, T: tl.constexpr):
-    """Take a tile into the running largest entries and sums of exponentials of lanes."""
+def _add_sums(x, largest, sums, inverses, T: tl.constexpr, WEIGH: tl.constexpr):
+    """Take a tile into the running largest entries and sums of exponentials of lanes.
+
+    With each sum comes one weighted by the entries, if that is wanted.
+    """
     new = tl.maximum(largest, tl.max(x, 0))
     # A lane that has seen nothing but -inf must not make a nan of -inf - -inf.
     base = tl.where(new == float("-inf"), 0.0, new)
     added = ()
     for t in tl.static_range(T):
         scale = inverses[t] * _LOG2_E
-        total = sums[t] * tl.exp2((largest - base) * scale)
-        added = added + (total + tl.sum(tl.exp2((x - base[None, :]) * scale), 0),)
+        before = tl.exp2((largest - base) * scale)
+        powers = tl.exp2((x - base[None, :]) * scale)
+        if WEIGH:
+            weighted = tl.sum(powers * tl.where(powers > 0, x, 0.0), 0)
+            weighted += sums[t][1] * before
+        else:
+            weighted = before
+        added = added + ((sums[t][0] * before + tl.sum(powers, 0), weighted),)
     return new, added
 
 
@@ -112,12 +123,13 @@ def _moments(tensor, start, width, ALIGNED: tl.constexpr, R: tl.constexpr, C: tl
 
 @triton.jit
 def statistics(
-    rows, columns_mask, normalizers, deviations, inverses,
+    rows, columns_mask, answers, inverses,
     ALIGNED: tl.constexpr, STANDARDIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Log-normalizers (T, N) at temperatures 1 / inverses, and standard deviations (N,) if given.
+    """Log-normalizers (T, N) at temperatures 1 / inverses.
 
-    With a mask (V,), of the columns that it names only.
+    With a mask (V,), of the columns that it names only. Of standardized rows (T, 4, N): each with
+    the row's deviation, its mean, and the mean of its entries by the probabilities.
     """
     T: tl.constexpr = len(inverses)
     R: tl.constexpr = TILE[0]
@@ -128,54 +140,54 @@ def statistics(
     if row >= 0:
         start = row_start(rows, row)
         scale = 1.0
-        if STANDARDIZE or (deviations is not None):
-            _, deviation = _moments(tensor, start, rows.width, ALIGNED, R, C)
-            if deviations is not None:
-                tl.store(deviations + number, deviation)
-            if STANDARDIZE:
-                scale = 1.0 / (deviation + _EPSILON)
-        if T > 0:
-            before, stop = _bounds(start, rows.width, ALIGNED, R * C)
-            lanes = tl.arange(0, C)[None, :]
-            largest = tl.full((C,), float("-inf"), tl.float32)
-            sums = ()
-            for _ in tl.static_range(T):
-                sums = sums + (tl.zeros((C,), tl.float32),)
-            if not ALIGNED:
-                y = _part(tensor, start, lanes, before, float("-inf")) * scale
-                if columns_mask is not None:
-                    some = tl.load(columns_mask + lanes, mask=lanes < before, other=False)
-                    y = tl.where(some, y, float("-inf"))
-                largest, sums = _add_sums(y, largest, sums, inverses, T)
-            first = tl.multiple_of(start + before, 16)
-            for offset in range(0, stop - before, R * C):
-                x = tl.load(tensor + first + offset + _lanes(R, C)).to(tl.float32) * scale
-                if columns_mask is not None:
-                    counts = tl.load(columns_mask + before + offset + _lanes(R, C))
-                    x = tl.where(counts, x, float("-inf"))
-                largest, sums = _add_sums(x, largest, sums, inverses, T)
-            columns = stop + _lanes(R, C)
-            x = _part(tensor, start, columns, rows.width, float("-inf")) * scale
+        if STANDARDIZE:
+            center, deviation = _moments(tensor, start, rows.width, ALIGNED, R, C)
+            scale = 1.0 / (deviation + _EPSILON)
+        before, stop = _bounds(start, rows.width, ALIGNED, R * C)
+        lanes = tl.arange(0, C)[None, :]
+        largest = tl.full((C,), float("-inf"), tl.float32)
+        sums = ()
+        for _ in tl.static_range(T):
+            sums = sums + ((tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)),)
+        if not ALIGNED:
+            y = _part(tensor, start, lanes, before, float("-inf")) * scale
             if columns_mask is not None:
-                counts = tl.load(columns_mask + columns, mask=columns < rows.width, other=False)
+                some = tl.load(columns_mask + lanes, mask=lanes < before, other=False)
+                y = tl.where(some, y, float("-inf"))
+            largest, sums = _add_sums(y, largest, sums, inverses, T, STANDARDIZE)
+        first = tl.multiple_of(start + before, 16)
+        for offset in range(0, stop - before, R * C):
+            x = tl.load(tensor + first + offset + _lanes(R, C)).to(tl.float32) * scale
+            if columns_mask is not None:
+                counts = tl.load(columns_mask + before + offset + _lanes(R, C))
                 x = tl.where(counts, x, float("-inf"))
-            largest, sums = _add_sums(x, largest, sums, inverses, T)
-            top = tl.max(largest, 0)
-            base = tl.where(top == float("-inf"), 0.0, top)
-            for t in tl.static_range(T):
-                weights = tl.exp2((largest - base) * (inverses[t] * _LOG2_E))
-                total = tl.sum(sums[t] * weights, 0)
-                answer = base * inverses[t] + tl.log2(total) * _LN_2
-                tl.store(normalizers + t * tl.num_programs(0) + number, answer)
+            largest, sums = _add_sums(x, largest, sums, inverses, T, STANDARDIZE)
+        columns = stop + _lanes(R, C)
+        x = _part(tensor, start, columns, rows.width, float("-inf")) * scale
+        if columns_mask is not None:
+            counts = tl.load(columns_mask + columns, mask=columns < rows.width, other=False)
+            x = tl.where(counts, x, float("-inf"))
+        largest, sums = _add_sums(x, largest, sums, inverses, T, STANDARDIZE)
+        top = tl.max(largest, 0)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        count = tl.num_programs(0)
+        for t in tl.static_range(T):
+            weights = tl.exp2((largest - base) * (inverses[t] * _LOG2_E))
+            total = tl.sum(sums[t][0] * weights, 0)
+            answer = base * inverses[t] + tl.log2(total) * _LN_2
+            if STANDARDIZE:
+                place = answers + 4 * t * count + number
+                tl.store(place + count, deviation)
+                tl.store(place + 2 * count, center)
+                tl.store(place + 3 * count, tl.sum(sums[t][1] * weights, 0) / total / scale)
+            else:
+                place = answers + t * count + number
+            tl.store(place, answer)
 
 
 @triton.jit
-def mass_of_columns(rows, sequence, softmax, mass, count, ALIGNED: tl.constexpr, C: tl.constexpr):
-    """Probabilities of some columns, summed over the rows of a sequence in their order."""
-    which = tl.program_id(1)
-    columns = tl.program_id(0) * C + tl.arange(0, C)
-    inside = columns < rows.width
-    # The first row of this sequence, by bisection.
+def _first_row(sequence, count, which):
+    """Number of the first row of a sequence, by bisection."""
     low = 0
     high = count
     while low < high:
@@ -184,8 +196,17 @@ def mass_of_columns(rows, sequence, softmax, mass, count, ALIGNED: tl.constexpr,
             low = middle + 1
         else:
             high = middle
+    return low
+
+
+@triton.jit
+def mass_of_columns(rows, sequence, softmax, mass, count, ALIGNED: tl.constexpr, C: tl.constexpr):
+    """Probabilities of some columns, summed over the rows of a sequence in their order."""
+    which = tl.program_id(1)
+    columns = tl.program_id(0) * C + tl.arange(0, C)
+    inside = columns < rows.width
     total = tl.zeros((C,), tl.float32)
-    number = low
+    number = _first_row(sequence, count, which)
     go_on = number < count
     while go_on:
         row = row_number(rows, number)
@@ -203,6 +224,70 @@ def mass_of_columns(rows, sequence, softmax, mass, count, ALIGNED: tl.constexpr,
         number += 1
         go_on = of_this and number < count
     tl.store(mass + which.to(tl.int64) * rows.width + columns, total, mask=inside)
+
+
+@triton.jit
+def column_distances(
+    rows, sequence, softmax, targets, count,
+    ALIGNED: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Add L1 distances of columns to targets, over the rows of a sequence in their order."""
+    which = tl.program_id(2)
+    columns = tl.program_id(0) * C + tl.arange(0, C)
+    inside = columns < rows.width
+    k = targets.size
+    ranks = tl.program_id(1) * K + tl.arange(0, K)
+    total = tl.zeros((K, C), tl.float32)
+    number = _first_row(sequence, count, which)
+    go_on = number < count
+    while go_on:
+        row = row_number(rows, number)
+        of_this = tl.load(sequence + number) == which
+        if of_this and row >= 0:
+            start = row_start(rows, row)
+            if ALIGNED:
+                start = tl.multiple_of(start, 16)
+            place = rows.tensor + start + columns
+            x = tl.load(place, mask=inside, other=float("-inf")).to(tl.float32)
+            normalizer = tl.load(softmax.normalizers + number)
+            probs = tl.exp2((x * softmax.inverses[0] - normalizer) * _LOG2_E)
+            target = tl.load(targets.values + number * k + ranks, mask=ranks < k, other=0.0)
+            total += tl.abs(probs[None, :] - target[:, None])
+        number += 1
+        go_on = of_this and number < count
+    at = (which.to(tl.int64) * k + ranks)[:, None] * rows.width + columns[None, :]
+    there = (ranks < k)[:, None] & inside[None, :]
+    before = tl.load(targets.distance + at, mask=there, other=0.0)
+    tl.store(targets.distance + at, before + total, mask=there)
+
+
+@triton.jit
+def greedy_partners(distance, chosen, has_partner, k, width, K: tl.constexpr, C: tl.constexpr):
+    """The nearest free column of each target, in their order; it is closed to those that follow.
+
+    A program works through the targets of a sequence.
+    """
+    sequence = tl.program_id(0).to(tl.int64)
+    ranks = tl.arange(0, K)
+    for rank in range(0, k):
+        first = distance + (sequence * k + rank) * width
+        least = tl.full((), float("inf"), tl.float32)
+        nearest = tl.zeros((), tl.int32)
+        for begin in range(0, width, C):
+            columns = begin + tl.arange(0, C)
+            there = columns < width
+            some = tl.load(first + columns, mask=there, other=float("inf"))
+            of_tile = tl.min(some, 0)
+            if of_tile < least:
+                least = of_tile
+                nearest = tl.min(tl.where(some == of_tile, columns, width), 0)
+        place = sequence * k + rank
+        tl.store(chosen + place, nearest.to(tl.int64))
+        tl.store(has_partner + place, least < float("inf"))
+        later = distance + (sequence * k + ranks) * width + nearest
+        closed = tl.full((K,), float("inf"), tl.float32)
+        tl.store(later, closed, mask=(ranks > rank) & (ranks < k))
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -292,7 +377,7 @@ def _named(columns, terms, number, FORM: tl.constexpr, WHICH: tl.constexpr):
         if FORM.standardize[t] == WHICH:
             term = terms[t]
             for k in range(0, term.size):
-                column = tl.load(term.ids + number * term.size + k)
+                column = tl.load(term.ids + number * term.outer + k)
                 weight = tl.load(term.weights + number * term.size + k) * term.inverse
                 gradient += tl.where(columns == column, weight, 0.0)
     return gradient
@@ -340,9 +425,9 @@ def gradient_rows(
         out: What is written to.
         known: A known gradient, if there is one.
         known_weights: (N,) its weights.
-        terms: A `ctkd.ops.cuda.row_operators.Term` each.
+        terms: A `ctkd.ops.cuda.operators.Term` each.
         standard_width: Of rows that are divided by their deviations.
-        FORM: A `ctkd.ops.cuda.row_operators.GradientForm`.
+        FORM: A `ctkd.ops.cuda.operators.GradientForm`.
         C: Columns of a tile.
     """
     # Triton before 3.7 loses a number 1 of a tuple in a tuple within a loop, if it is not assigned.
@@ -364,22 +449,26 @@ def gradient_rows(
             added = known, known_start, tl.load(known_weights + number).to(tl.float32)
         standard = 1.0, 0.0, 0.0, standard_width
         if FORM.any_standardized:
-            center, deviation = _moments(tensor, start, standard_width, FORM.aligned, 1, C)
-            scale = 1.0 / (deviation + _EPSILON)
-            along = tl.zeros((C,), tl.float32)
-            for begin in range(0, standard_width, C):
-                lanes = begin + tl.arange(0, C)
-                y = _part(tensor, start, lanes, standard_width, 0.0)
-                dense = _softmaxes(y, lanes, scale, terms, number, FORM, True)
-                along += tl.where(lanes < standard_width, dense * y, 0.0)
-            change = tl.sum(along, 0)
+            count = tl.num_programs(0)
+            center = tl.zeros((), tl.float32)
+            deviation = tl.zeros((), tl.float32)
+            change = tl.zeros((), tl.float32)
             for t in tl.static_range(len(FORM.sizes)):
                 if FORM.standardize[t]:
                     term = terms[t]
+                    # A term may know nothing of the row; those that do know the same deviation.
+                    knows = tl.load(term.normalizers + number) != float("inf")
+                    place = term.normalizers + count + number
+                    deviation = tl.load(place, mask=knows, other=deviation)
+                    center = tl.load(place + count, mask=knows, other=center)
+                    expected = tl.load(place + 2 * count, mask=knows, other=0.0)
+                    change += tl.load(term.totals + number) * -term.inverse * expected
                     for k in range(0, term.size):
-                        place = number * term.size + k
-                        entry = tl.load(tensor + start + tl.load(term.ids + place)).to(tl.float32)
-                        change += tl.load(term.weights + place) * term.inverse * entry
+                        column = tl.load(term.ids + number * term.outer + k)
+                        entry = tl.load(tensor + start + column).to(tl.float32)
+                        weight = tl.load(term.weights + number * term.size + k)
+                        change += weight * term.inverse * entry
+            scale = 1.0 / (deviation + _EPSILON)
             # A constant row has no direction in which its deviation grows.
             spread = deviation * tl.cast(standard_width - 1, tl.float32)
             varies = deviation != 0.0
@@ -391,7 +480,7 @@ def gradient_rows(
                 term = terms[t]
                 places = tl.arange(0, FORM.sizes[t])
                 there = places < term.size
-                some = tl.load(term.ids + number * term.size + places, mask=there, other=0)
+                some = tl.load(term.ids + number * term.outer + places, mask=there, other=0)
                 entries = tl.load(tensor + start + some, mask=there, other=0.0).to(tl.float32)
                 value = _gradient(entries, some, terms, standard, added, number, FORM)
                 value += _named(some, terms, number, FORM, False)
@@ -453,7 +542,8 @@ def chosen_entries(rows, ids, softmax, answers, count, positions, k, C: tl.const
     if softmax.deviations is not None:
         x = x / (tl.load(softmax.deviations + number, mask=there, other=1.0) + _EPSILON)
     for t in tl.static_range(len(answers)):
-        normalizer = tl.load(softmax.normalizers + t * count + number, mask=there, other=0.0)
+        place = softmax.normalizers + t * softmax.stride + number
+        normalizer = tl.load(place, mask=there, other=0.0)
         answer = tl.where(there, x * softmax.inverses[t] - normalizer, 0.0)
         tl.store(answers[t] + places, answer, mask=inside)
 

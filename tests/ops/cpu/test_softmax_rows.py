@@ -6,7 +6,6 @@ import pytest
 from ctkd.ops.cpu.arrays import SoftmaxTerms
 from ctkd.ops.cpu.softmax_rows import (
     column_mass,
-    deviations,
     log_normalizers,
     softmax_gradients,
 )
@@ -61,11 +60,15 @@ def test_log_normalizers(dtype, epsilon, columns):
     rows, block = logits(dtype)
     bias = ALL_COLUMNS if columns is None else bias_of(columns)
     answers = np.full((len(TEMPERATURES), N), FILL, np.float32)
-    log_normalizers(WHICH, rows, V, TEMPERATURES, epsilon, bias, answers)
+    deviations = np.full(N, FILL, np.float32)
+    log_normalizers(WHICH, rows, V, TEMPERATURES, epsilon, bias, answers, deviations)
     kept = standardized(block, epsilon)[:, slice(None) if columns is None else list(columns)]
     for answer, temperature in zip(answers, TEMPERATURES, strict=True):
         assert_close(answer[WHICH], log_sum_exp(kept / temperature)[WHICH])
     assert (answers[:, SKIPPED] == FILL).all()
+    written = WHICH if epsilon >= 0.0 else []
+    assert_close(deviations[written], block.std(-1, ddof=1)[written])
+    assert (np.delete(deviations, written) == FILL).all()
     check_gaps(rows, V)
 
 
@@ -73,15 +76,16 @@ def test_log_normalizers(dtype, epsilon, columns):
 def test_a_bias_that_leaves_no_column_gives_minus_infinity(epsilon):
     rows, _ = logits("float32")
     answers = np.zeros((1, N), np.float32)
-    log_normalizers(WHICH, rows, V, np.ones(1), epsilon, bias_of([]), answers)
+    log_normalizers(WHICH, rows, V, np.ones(1), epsilon, bias_of([]), answers, answers[0].copy())
     assert (answers[0, WHICH] == -np.inf).all()
 
 
 def test_a_temperature_beside_another_changes_nothing():
     rows, _ = logits("float32")
     together, alone = np.zeros((3, N), np.float32), np.zeros((1, N), np.float32)
-    log_normalizers(WHICH, rows, V, TEMPERATURES, -1.0, ALL_COLUMNS, together)
-    log_normalizers(WHICH, rows, V, TEMPERATURES[2:], -1.0, ALL_COLUMNS, alone)
+    nowhere = np.empty(0, np.float32)
+    log_normalizers(WHICH, rows, V, TEMPERATURES, -1.0, ALL_COLUMNS, together, nowhere)
+    log_normalizers(WHICH, rows, V, TEMPERATURES[2:], -1.0, ALL_COLUMNS, alone, nowhere)
     assert np.array_equal(together[2], alone[0])
 
 
@@ -91,7 +95,8 @@ def test_log_normalizers_of_rows_that_are_not_finite(value):
     block[0, 3] = value
     answers = np.zeros((1, 2), np.float32)
     rows = row_array(block, "float32")
-    log_normalizers(np.arange(2), rows, V, np.ones(1), -1.0, ALL_COLUMNS, answers)
+    settings = V, np.ones(1), -1.0, ALL_COLUMNS
+    log_normalizers(np.arange(2), rows, *settings, answers, np.empty(0, np.float32))
     assert np.isnan(answers[0, 0])
     assert_close(answers[0, 1], np.log(V))
 
@@ -101,21 +106,15 @@ def test_log_normalizers_of_rows_that_are_not_finite(value):
 def test_column_mass(dtype, epsilon):
     rows, block = logits(dtype)
     answers, mass = np.zeros((2, N), np.float32), np.ones(V, np.float32)
-    column_mass(WHICH, rows, V, TEMPERATURES[1:], epsilon, answers, mass)
+    deviations = np.zeros((2, N), np.float32)
+    column_mass(WHICH, rows, V, TEMPERATURES[1:], epsilon, answers, deviations[0], mass)
     scaled = standardized(block, epsilon) / TEMPERATURES[1]
     assert_close(mass, 1.0 + softmax(scaled)[WHICH].sum(0))
     expected = np.zeros_like(answers)
-    log_normalizers(WHICH, rows, V, TEMPERATURES[1:], epsilon, ALL_COLUMNS, expected)
+    settings = V, TEMPERATURES[1:], epsilon, ALL_COLUMNS
+    log_normalizers(WHICH, rows, *settings, expected, deviations[1])
     assert_close(answers, expected)
-
-
-@by_dtype
-def test_deviations(dtype):
-    rows, block = logits(dtype)
-    answers = np.full(N, FILL, np.float32)
-    deviations(WHICH, rows, V, answers)
-    assert_close(answers[WHICH], block.std(-1, ddof=1)[WHICH])
-    assert (answers[SKIPPED] == FILL).all()
+    assert np.array_equal(*deviations)
 
 
 def terms_of(block, widths, temperatures, epsilons, biases, bias_of_terms, has_squares, seed=1):
@@ -253,7 +252,7 @@ def test_a_softmax_of_no_column_has_no_gradient(epsilon, has_squares):
     biases = bias_of([])[None]
     terms, _ = terms_of(block, [V], [1.0], [epsilon], NO_BIAS, [-1], has_squares)
     answers = np.zeros((1, N), np.float32)
-    log_normalizers(WHICH, rows, V, np.ones(1), epsilon, biases[0], answers)
+    log_normalizers(WHICH, rows, V, np.ones(1), epsilon, biases[0], answers, answers[0].copy())
     terms = terms._replace(
         biases=biases,
         bias_of=np.zeros(1, np.int64),
@@ -270,7 +269,7 @@ def test_a_constant_row_has_a_finite_standardized_gradient():
     rows = row_array(block, "float32")
     terms, _ = terms_of(block, [V], [1.0], [-1.0], NO_BIAS, [-1], False)
     answers = np.zeros((1, N), np.float32)
-    log_normalizers(WHICH, rows, V, np.ones(1), EPSILON, ALL_COLUMNS, answers)
+    log_normalizers(WHICH, rows, V, np.ones(1), EPSILON, ALL_COLUMNS, answers, answers[0].copy())
     terms = terms._replace(
         epsilons=np.array([EPSILON]),
         log_normalizers=answers,

@@ -156,28 +156,29 @@ def start_row_losses(student: Rows, teacher: Rows, out: Rows) -> None:
 def start_operations(rows: Rows, out: Rows) -> None:
     columns = torch.ones(rows.width, dtype=torch.bool)
     sequence, ids = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1, 3, dtype=torch.int64)
-    deviations = cuda.deviations(rows)
+    weights = torch.zeros(2)
     for temperatures in ((1.0,), (2.0, 1.0)):
         cuda.log_normalizers(rows, temperatures, columns=columns)
         for standardize in (False, True):
             _, found = cuda.column_mass(rows, sequence, 1, temperatures, standardize=standardize)
-            given = deviations if standardize else None
-            cuda.chosen_log_probs(rows, ids, 1, found, temperatures, given)
+            cuda.chosen_log_probs(rows, ids, 1, found, temperatures)
             terms = [
                 SoftmaxTerm(
                     temperature=one,
-                    standardize=standardize,
                     width=rows.width,
                     columns=None if standardize else columns,
-                    log_normalizers=deviations,
-                    totals=deviations,
+                    log_normalizers=some,
+                    totals=weights,
                     ids=ids[:, 0],
                     weights=torch.zeros(2, 3),
                 )
-                for one in temperatures
+                for one, some in zip(temperatures, found, strict=True)
             ]
             cuda.softmax_backward(rows, terms, out)
-            cuda.softmax_backward(rows, terms, out, out, deviations)
+            cuda.softmax_backward(rows, terms, out, out, weights)
+    distance = torch.zeros(1, 50, rows.width)
+    cuda.add_column_distance_(distance, rows, sequence, torch.zeros(2, 50), weights, 1.0)
+    cuda.greedy_partners(distance)
     cuda.top_k(rows, min(16, rows.width))
     cuda.clear_rows(out.tensor, out.index)
 

@@ -61,13 +61,18 @@ def test_normalizers(rows, temperatures):
         found = cuda.log_normalizers(rows, temperatures, columns=columns)
         expected = reference.log_normalizers(rows, temperatures, columns=columns)
         agree(found[:, REAL], expected[:, REAL])
-        found = cuda.log_normalizers(rows, temperatures, standardize=True)
-        expected = reference.log_normalizers(rows, temperatures, standardize=True)
-        agree(found[:, REAL], expected[:, REAL])
 
 
-def test_deviations(rows):
-    agree(cuda.deviations(rows)[REAL], reference.deviations(rows)[REAL])
+def test_statistics_of_standardized_rows(rows):
+    temperatures = 2.0, 1.0
+    found = cuda.log_normalizers(rows, temperatures, standardize=True)[..., REAL]
+    expected = reference.log_normalizers(rows, temperatures, standardize=True)[..., REAL]
+    agree(found[:, :2], expected)
+    values = rows.read()[REAL]
+    agree(found[:, 2], values.mean(-1).expand(2, -1))
+    for answers, temperature in zip(found, temperatures, strict=True):
+        scaled = values / (values.std(-1, keepdim=True) + 1e-4) / temperature
+        agree(answers[3], (scaled.softmax(-1) * values).sum(-1))
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -79,8 +84,36 @@ def test_column_mass(rows, standardize):
     mass, normalizers = cuda.column_mass(some, sequence, 5, (2.0, 1.0), **options)
     expected = reference.column_mass(some, sequence, 5, (2.0, 1.0), **options)
     agree(mass, expected[0])
-    agree(normalizers[:, REAL], expected[1][:, REAL])
+    if standardize:
+        # Behind the deviations lies what the kernel of gradients needs.
+        normalizers = normalizers[:, :2]
+    agree(normalizers[..., REAL], expected[1][..., REAL])
     assert not mass[[1, 4]].any()
+
+
+def test_distances_of_columns(rows):
+    sequence = torch.tensor([0, 0, 0, 2, 2, 2, 3, 3])
+    (normalizers,) = reference.log_normalizers(rows, (2.0,))
+    for k in (1, 5, 35):
+        targets = torch.rand(len(rows), k, generator=torch.Generator().manual_seed(k))
+        found = torch.full((5, k, rows.width), 0.25)
+        expected = found.clone()
+        for backend, distance in ((cuda, found), (reference, expected)):
+            backend.add_column_distance_(distance, rows, sequence, targets, normalizers, 2.0)
+        agree(found, expected)
+        assert found[[1, 4]].eq(0.25).all()
+
+
+@pytest.mark.parametrize("width", [1, 7, 5000])
+def test_greedy_partners(width):
+    """Ties, columns that are no partner, and more targets than columns."""
+    generator = torch.Generator().manual_seed(width)
+    distance = torch.randint(40, (3, 9, width), generator=generator).float()
+    distance[1].masked_fill_(torch.rand(width, generator=generator) < 0.5, math.inf)
+    expected = reference.greedy_partners(distance.clone())
+    found = cuda.greedy_partners(distance)
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0][found[1]], expected[0][expected[1]])
 
 
 @pytest.mark.parametrize("k", [1, 5, 24])
@@ -97,12 +130,13 @@ def term(rows: Rows, seed: int, ids: int, temperature: float, **options) -> Soft
     width = options.get("width", rows.width)
     standardize, columns = options.get("standardize", False), options.get("columns")
     size = len(rows), ids
+    # Of standardized rows the kernel needs more than the reference gives.
+    backend = cuda if standardize else reference
     return SoftmaxTerm(
         temperature=temperature,
-        standardize=standardize,
         width=width,
         columns=columns,
-        log_normalizers=reference.log_normalizers(
+        log_normalizers=backend.log_normalizers(
             dataclasses.replace(rows, width=width),
             [temperature],
             standardize=standardize,
@@ -134,6 +168,10 @@ def terms_of(rows: Rows, kind: str) -> list[SoftmaxTerm]:
 @pytest.mark.parametrize("kind", ["none", "one", "two", "standardized"])
 def test_gradients(rows, kind):
     terms = terms_of(rows, kind)
+    if len(terms) > 1:
+        # Of one row the first knows nothing.
+        terms[0].log_normalizers[..., 0] = math.inf
+        terms[0].totals[0], terms[0].weights[0] = 0.0, 0.0
     size, dtype = rows.tensor.shape[-1], rows.tensor.dtype
     weights = torch.randn(len(rows), generator=torch.Generator().manual_seed(4))
     # What is known of a row of weight 0 may be anything.
@@ -177,10 +215,9 @@ def test_chosen_entries(rows, shared):
     batch = 2
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(rows.width, (batch, 1 if shared else 4, 3), generator=generator)
-    normalizers = reference.log_normalizers(rows, (1.0, 2.0))
-    deviations = reference.deviations(rows)
-    for known in (None, deviations):
-        arguments = rows, ids, 4, normalizers, (1.0, 2.0), known
+    for standardize in (False, True):
+        normalizers = reference.log_normalizers(rows, (1.0, 2.0), standardize=standardize)
+        arguments = rows, ids, 4, normalizers, (1.0, 2.0)
         found = cuda.chosen_log_probs(*arguments)
         with use_backend("reference"):
             expected = ops.chosen_log_probs(*arguments)
@@ -218,7 +255,7 @@ def test_no_rows_and_rows_of_one_column():
 
 def test_what_is_declared_is_what_is_started(monkeypatch):
     """Launches; the bytes are those of one reading where a row is read once."""
-    from ctkd.ops.cuda import row_operators
+    from ctkd.ops.cuda import operators
 
     rows = Rows(torch.randn(3, 4, 300), INDEX, 300)
     started = []
@@ -236,11 +273,16 @@ def test_what_is_declared_is_what_is_started(monkeypatch):
 
             return Start()
 
-    kernels = row_operators.kernels("row_kernels")
-    monkeypatch.setattr(row_operators, "kernels", lambda name: Counting())
+    kernels = operators.kernels("row_kernels")
+    monkeypatch.setattr(operators, "kernels", lambda name: Counting())
     calls = {
-        "row_statistics": (rows.tensor, INDEX, rows.width, [1.0, 2.0], False, None, False),
+        "row_statistics": (rows.tensor, INDEX, rows.width, [1.0, 2.0], True, None),
         "row_top": (rows.tensor, INDEX, rows.width, 3),
+        "column_distances": (
+            rows.tensor, INDEX, rows.width, torch.zeros(8, dtype=torch.int64),
+            torch.zeros(8, 3), torch.zeros(8), 1.0, torch.zeros(1, 3, 300),
+        ),
+        "greedy_partners": (torch.zeros(2, 3, 400),),
         "mass_of_columns": (
             rows.tensor, INDEX, rows.width, torch.zeros(8, dtype=torch.int64), 1,
             torch.zeros(8), None, 1.0,
