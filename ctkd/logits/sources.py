@@ -83,14 +83,13 @@ class _KnownNormalizers:
             _, kept = self._kept.get(id(index), (index, {}))
             if not kept.keys() >= set(keys):
                 return None, index
-            found = list(map(kept.__getitem__, keys))
-            return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found), None
-        tables = list(map(self._tables.get, keys))
-        found = [one for one in tables if one is not None]
+            answers = list(map(kept.__getitem__, keys))
+            return answers[0].unsqueeze(0) if len(answers) == 1 else torch.stack(answers), None
+        found = self._tables.keys() & set(keys)
         if not found:
             return None, index
-        unknown = torch.full_like(found[0], torch.nan)
-        known = torch.stack([unknown if one is None else one for one in tables])[..., index]
+        unknown = torch.full_like(self._tables[found.pop()], torch.nan)
+        known = torch.stack(list(map(self._tables.get, keys, repeat(unknown))))[..., index]
         missing = known.isnan().flatten(0, -2).any(0).logical_and_(index >= 0)
         return known, index.masked_fill(~missing, -1) if missing.any() else None
 
@@ -486,7 +485,8 @@ def _gradients(source: RowSource, filed: Sequence[Pending]) -> tuple[Tensor | No
     row_losses = []
     for one in filed:
         for term in one.terms:
-            key = term.temperature, term.standardize, term.width, id(term.columns)
+            shape = term.log_normalizers.shape
+            key = term.temperature, shape, term.width, id(term.columns)
             terms[key] = _sum(terms[key], term) if key in terms else term
         if one.row_loss is not None:
             row_losses.append(one.row_loss)

@@ -245,9 +245,10 @@ def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
     while waiting:
         term = waiting.pop()
         half = waiting.pop() if waiting and _is_square(term, waiting[-1]) else None
-        number, normalizer = len(parts), term.log_normalizers
-        normalizer = normalizer[0] if term.standardize else normalizer
-        scale = 1.0 if term.standardize else term.temperature
+        number, normalizer, scale = len(parts), term.log_normalizers, term.temperature
+        standardize = normalizer.ndim == 2
+        if standardize:
+            normalizer, scale = normalizer[0], 1.0
         if half is not None:
             other = half.log_normalizers
             # A row that one term knows nothing of has an infinite normalizer there.
@@ -267,7 +268,7 @@ def _packed(terms: Sequence[SoftmaxTerm], count: int) -> SoftmaxTerms:
         bias_of = -1 if term.columns is None else len(biases)
         if term.columns is not None:
             biases.append(_bias(term.columns))
-        parts.append((term.width, term.temperature, _EPSILONS[term.standardize], bias_of))
+        parts.append((term.width, term.temperature, _EPSILONS[standardize], bias_of))
     table = np.array(parts, np.float64).reshape(-1, 4)
     size = len(parts)
     return SoftmaxTerms(

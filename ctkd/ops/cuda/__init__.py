@@ -158,14 +158,15 @@ def softmax_backward(
     weights: Tensor | None = None,
 ) -> None:
     """See `ctkd.ops.reference.softmax_backward`."""
-    ids, standardized, own = 0, set(), True
+    ids, widths, standardize, own = 0, set(), [], True
     for term in terms:
         ids += term.ids.shape[1]
-        if term.standardize:
-            standardized.add(term.width)
-            # Those of the reference lack what the kernel needs.
+        standardize.append(term.log_normalizers.ndim == 2)
+        if standardize[-1]:
+            widths.add(term.width)
+            # Statistics of the reference lack what the kernel needs.
             own &= term.log_normalizers.shape[0] == operators.STANDARDIZED
-    if not own or len(terms) > _MOST_TERMS or ids > _MOST_IDS or len(standardized) > 1:
+    if not own or len(terms) > _MOST_TERMS or ids > _MOST_IDS or len(widths) > 1:
         reference.softmax_backward(rows, terms, out, known, weights)
         return
     operators.row_gradients(
@@ -179,7 +180,7 @@ def softmax_backward(
         known_width=0 if known is None else known.width,
         known_weights=weights,
         temperatures=list(map(attrgetter("temperature"), terms)),
-        standardize=list(map(attrgetter("standardize"), terms)),
+        standardize=standardize,
         widths=list(map(attrgetter("width"), terms)),
         columns=list(map(attrgetter("columns"), terms)),
         normalizers=list(map(attrgetter("log_normalizers"), terms)),

@@ -219,12 +219,12 @@ class Targets(NamedTuple):
     """What columns are compared with.
 
     Attributes:
-        values: (N, K) at each row.
+        entries: (N, K) at each row.
         distance: (B, K, V) that is added to.
         size: K.
     """
 
-    values: Tensor
+    entries: Tensor
     distance: Tensor
     size: int
 

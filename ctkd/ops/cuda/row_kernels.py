@@ -251,7 +251,7 @@ def column_distances(
             x = tl.load(place, mask=inside, other=float("-inf")).to(tl.float32)
             normalizer = tl.load(softmax.normalizers + number)
             probs = tl.exp2((x * softmax.inverses[0] - normalizer) * _LOG2_E)
-            target = tl.load(targets.values + number * k + ranks, mask=ranks < k, other=0.0)
+            target = tl.load(targets.entries + number * k + ranks, mask=ranks < k, other=0.0)
             total += tl.abs(probs[None, :] - target[:, None])
         number += 1
         go_on = of_this and number < count

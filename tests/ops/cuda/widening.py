@@ -21,7 +21,7 @@ FLOAT32 = {
     *("_count_above.row", "_sorted_log_total.row", "student.entries", "teacher.entries", "tails"),
     *("column_side.potentials", "row_side.potentials", "row_side.gradient"),
     *("sinkhorn_backward.cost_grad", "softmax.deviations", "softmax.normalizers"),
-    *("distance", "targets.distance", "targets.values"),
+    *("distance", "targets.distance", "targets.entries"),
     *("term.normalizers", "term.totals", "term.weights"),
 }
 KNOWN = WHOLE | FLOAT32
