@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ctkd.distill.evaluation.metrics import GIVEN_BITS
+
 __all__ = [
     "TEACHER",
     "UNTRAINED",
@@ -32,7 +34,8 @@ class Answer:
         prediction: What it answered.
         references: The accepted answers.
         scores: Each metric's value for this answer: from 0 to 100, or bits per byte.
-        weight: In every mean: 1, but of a text that is measured in bits its bytes.
+        weight: In means: 1, but of a text that is measured in bits its bytes.
+        given_bytes: Of the answer that the data give; its weight where its bits are measured.
     """
 
     id: str
@@ -42,6 +45,11 @@ class Answer:
     references: tuple[str, ...]
     scores: dict[str, float]
     weight: float = 1.0
+    given_bytes: float = 1.0
+
+    def weight_in(self, metric: str) -> float:
+        """Weight in the mean of a metric."""
+        return self.given_bytes if metric == GIVEN_BITS else self.weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -176,7 +176,7 @@ def analyze(
     _check_runs(comparison)
     _check_answers(comparison)
     answers = comparison.finals[0].answers
-    groups, weights = [one.group for one in answers], _weights(comparison.finals[0])
+    groups, weights = [one.group for one in answers], _weights(comparison.finals[0], metric)
 
     def bootstrap(values: Scores) -> Bootstrap:
         return cluster_bootstrap(values, groups, weights=weights, resamples=resamples, seed=seed)
@@ -300,7 +300,7 @@ def _result(
     level: float,
 ) -> MethodResult:
     seeds = tuple(run.seed for run in runs if run.seed is not None)
-    weights = _weights(runs[0])
+    weights = _weights(runs[0], metric)
     by_run = tuple(float(np.average(_scores(run, metric), weights=weights)) for run in runs)
     names = [name for name in METRICS if all(name in one.scores for one in runs[0].answers)]
     timed = [run.seconds_per_step for run in runs if run.seconds_per_step is not None]
@@ -309,7 +309,8 @@ def _result(
         method=runs[0].method,
         mean=float(np.mean(by_run)),
         means={
-            name: float(np.average(_seed_averaged(runs, name), weights=weights)) for name in names
+            name: float(np.average(_seed_averaged(runs, name), weights=_weights(runs[0], name)))
+            for name in names
         },
         seeds=seeds,
         seed_means=by_run if seeds else (),
@@ -337,8 +338,8 @@ def _seed_averaged(runs: Sequence[Record], metric: str) -> Scores:
     return np.asarray(np.mean([_scores(run, metric) for run in runs], axis=0), dtype=np.float64)
 
 
-def _weights(record: Record) -> Scores:
-    return np.array([answer.weight for answer in record.answers], dtype=np.float64)
+def _weights(record: Record, metric: str) -> Scores:
+    return np.array([answer.weight_in(metric) for answer in record.answers], dtype=np.float64)
 
 
 def _scores(record: Record, metric: str) -> Scores:

@@ -97,7 +97,7 @@ class CompareConfig:
     )
     metric: str | None = option(
         None,
-        "f1, exact_match or rouge_lsum; bits_per_byte for lm.",
+        "f1, exact_match, rouge_lsum or given_bits_per_byte; bits_per_byte for lm.",
         unset="f1 for qa, bits_per_byte for lm, else rouge_lsum",
     )
     common: dict[str, Any] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from ctkd.distill.evaluation.evaluate import held_out_losses
 from ctkd.distill.evaluation.metrics import (
     ANSWER_METRICS,
     BITS_PER_BYTE,
+    GIVEN_BITS,
     Prediction,
     score,
     write_predictions,
@@ -70,10 +72,11 @@ class Evaluator:
                 check_token_ids(model, self.tokenizer)
             return model, self.tokenizer
 
+        sides = [row.student for row in self._encoded(split)]
         if get_task(self.base.task).answered:
             answers = self._answered(load, folder, split)
+            answers = _with_given_bits(answers, load()[0], self.tokenizer, split, sides)
         else:
-            sides = [row.student for row in self._encoded(split)]
             answers = _read(load()[0], self.tokenizer, split, sides)
         losses = held_out_losses(
             load()[0],
@@ -85,12 +88,25 @@ class Evaluator:
         return answers, losses
 
     def measure_teacher(
-        self, tokenizer: PreTrainedTokenizerBase, split: Split
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        split: Split,
+        form: PromptForm,
+        answers: tuple[Answer, ...] | None = None,
     ) -> tuple[Answer, ...]:
-        """Measure the teacher on the texts of a split."""
+        """Measure the teacher on the texts of a split, or on the answers that the data give.
+
+        Args:
+            tokenizer: The teacher's.
+            split: What to measure on.
+            form: The form of its prompts.
+            answers: Its own, whose scores are kept.
+        """
         model = load_model(self.base.teacher, device=self.device, dtype=teacher_dtype(self.base))
-        sides = [row.student for row in self._encode(split, tokenizer)]
-        return _read(model, tokenizer, split, sides)
+        sides = [row.student for row in self._encode(split, tokenizer, form)]
+        if answers is None:
+            return _read(model, tokenizer, split, sides)
+        return _with_given_bits(answers, model, tokenizer, split, sides)
 
     def _answered(
         self,
@@ -118,16 +134,18 @@ class Evaluator:
 
     def _encoded(self, split: Split) -> list[EncodedExample]:
         if split.name not in self._rows:
-            self._rows[split.name] = self._encode(split, self.tokenizer)
+            self._rows[split.name] = self._encode(split, self.tokenizer, self.form)
         return self._rows[split.name]
 
-    def _encode(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> list[EncodedExample]:
+    def _encode(
+        self, split: Split, tokenizer: PreTrainedTokenizerBase, form: PromptForm
+    ) -> list[EncodedExample]:
         return encode_examples(
             list(split.examples),
             tokenizer,
             None,
             max_length=self.base.max_length,
-            student_form=self.form,
+            student_form=form,
         ).rows
 
 
@@ -156,6 +174,26 @@ def _read(
     )
 
 
+def _with_given_bits(
+    answers: tuple[Answer, ...],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    sides: Sequence[EncodedSide],
+) -> tuple[Answer, ...]:
+    """Answers with the bits of those that the data give, unless one is too long to be read."""
+    if len(sides) < len(answers):
+        return answers
+    logits = ModelLogits(model)
+    found = text_bits(
+        logits, tokenizer, split.examples, sides, progress=f"reading the {split.name} split"
+    )
+    return tuple(
+        replace(one, scores={**one.scores, GIVEN_BITS: bits / size}, given_bytes=float(size))
+        for one, bits, size in zip(answers, found.bits, found.bytes, strict=True)
+    )
+
+
 def scored(examples: Sequence[Example], texts: Sequence[str]) -> tuple[Answer, ...]:
     """Examples with their answers and scores."""
     scores = score(list(texts), [one.references for one in examples])
@@ -175,8 +213,9 @@ def scored(examples: Sequence[Example], texts: Sequence[str]) -> tuple[Answer, .
 
 def means(answers: Sequence[Answer]) -> dict[str, float]:
     """Mean of each metric, by the answers' weights."""
-    total = math.fsum(one.weight for one in answers)
-    return {
-        name: math.fsum(one.weight * one.scores[name] for one in answers) / total
-        for name in answers[0].scores
-    }
+    found = {}
+    for name in answers[0].scores:
+        weights = [one.weight_in(name) for one in answers]
+        weighted = (weight * one.scores[name] for weight, one in zip(weights, answers, strict=True))
+        found[name] = math.fsum(weighted) / math.fsum(weights)
+    return found

@@ -27,6 +27,8 @@ from ctkd.compare.run.folder import ComparisonFolder, append_record, read_record
 from ctkd.compare.run.preparation import Prepared, prepare
 from ctkd.distill.data.tasks import get_task
 from ctkd.distill.devices import give_back_freed_memory
+from ctkd.distill.evaluation.metrics import GIVEN_BITS
+from ctkd.distill.preparing import Forms
 from ctkd.distill.teachers.memory import KnownStates
 from ctkd.distill.training.checkpoints import Checkpoints
 from ctkd.distill.training.output_folder import RECORD, OutputFolder
@@ -144,10 +146,15 @@ class _Comparing:
             return self.evaluator.measure(base.student, self.folder.path / "untrained", test)
 
         def teacher() -> tuple[tuple[Answer, ...], dict[str, float]]:
-            if self.prepared.teacher_texts is not None:
-                return scored(test.examples, self.prepared.teacher_texts), {}
+            texts, answers = self.prepared.teacher_texts, None
+            if texts is not None:
+                answers = scored(test.examples, texts)
+                if self.config.metric_name != GIVEN_BITS:
+                    return answers, {}
             self.say(f"the teacher, {base.teacher}: reading the test split")
-            return self.evaluator.measure_teacher(self.prepared.teacher_tokenizer, test), {}
+            form = Forms.of(self.config.teacher_base, self.prepared.splits.train.examples).teacher
+            tokenizer = self.prepared.teacher_tokenizer
+            return self.evaluator.measure_teacher(tokenizer, test, form, answers), {}
 
         references = []
         for name, measure in ((UNTRAINED, untrained), (TEACHER, teacher)):

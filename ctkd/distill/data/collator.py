@@ -22,6 +22,10 @@ KEPT = "teacher_kept_"
 class StoredTeacher(Protocol):
     """A teacher whose answers about rows are kept, on disk or in memory."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where its logits are made fastest."""
+
     def batch(self, sides: Sequence[EncodedSide], positions: int) -> dict[str, Tensor]:
         """Read the answers about a batch of rows, padded to so many positions."""
 

@@ -64,7 +64,7 @@ class Task:
     bodies: Mapping[tuple[str, ...], str]
     target: str
     answer_prefix: str
-    metrics: tuple[str, ...] = ("rouge_lsum", "f1", "exact_match")
+    metrics: tuple[str, ...] = ("rouge_lsum", "f1", "exact_match", "given_bits_per_byte")
     one_line: bool = False
     window: int = 0
 
@@ -87,7 +87,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             bodies={("context", "question"): "Context: {context}\nQuestion: {question}\nAnswer:"},
             target="answers",
             answer_prefix=" ",
-            metrics=("f1", "exact_match", "rouge_lsum"),
+            metrics=("f1", "exact_match", "rouge_lsum", "given_bits_per_byte"),
             # Models that were not made for chatting go on with questions of their own.
             one_line=True,
         ),

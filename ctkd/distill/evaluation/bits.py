@@ -63,23 +63,22 @@ class TextBits:
 
 
 def text_bits(
-    logits: ModelLogits,
+    asked: ModelLogits | StoredTeacher,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     sides: Sequence[EncodedSide],
     *,
-    stored: StoredTeacher | None = None,
     batch_size: int = 8,
     progress: str | None = None,
 ) -> TextBits:
     """Measure the bits of the examples' answers, each after its prompt.
 
     Args:
-        logits: Of the model. Columns of its head past the tokenizer's vocabulary do not count.
+        asked: The model, of whose head columns past the tokenizer's vocabulary do not count; or
+            what is stored of it.
         tokenizer: The model's.
         examples: The texts.
         sides: The same in the model's ids.
-        stored: Asked in the model's place, if given.
         batch_size: Texts read together.
         progress: The text of a bar, if one is to be shown.
 
@@ -87,13 +86,12 @@ def text_bits(
         ModelError: If a probability is no number.
     """
     bits: list[float] = []
-    width = min(len(tokenizer), head_width(logits.model))
     starts = range(0, len(sides), batch_size)
     silent = True if progress is None else None
     for start in tqdm(starts, desc=progress, leave=False, disable=silent):
         rows = sides[start : start + batch_size]
         inputs, labels = padded_sides(rows, padding_id(tokenizer), with_eos=False)
-        bits += _bits(logits, rows, inputs, labels, width, stored).tolist()
+        bits += _bits(asked, rows, inputs, labels, len(tokenizer)).tolist()
     lost = [one.id for one, found in zip(examples, bits, strict=True) if not math.isfinite(found)]
     if lost:
         raise ModelError(
@@ -106,22 +104,23 @@ def text_bits(
 
 @torch.no_grad()
 def _bits(
-    logits: ModelLogits,
+    asked: ModelLogits | StoredTeacher,
     rows: Sequence[EncodedSide],
     inputs: dict[str, Tensor],
     labels: Tensor,
     vocab_size: int,
-    stored: StoredTeacher | None,
 ) -> Tensor:
-    device = logits.model.device
-    labels = labels.to(device)
-    if stored is None:
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        with evaluating(logits.model):
-            read = logits.read(logits.model, inputs, labels.shape[1])
-        side = Side.from_causal_lm(read, labels, vocab_size=vocab_size)
+    if isinstance(asked, ModelLogits):
+        model = asked.model
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        labels = labels.to(model.device)
+        with evaluating(model):
+            read = asked.read(model, inputs, labels.shape[1])
+        width = min(vocab_size, head_width(model))
+        side = Side.from_causal_lm(read, labels, vocab_size=width)
     else:
-        kept = stored.batch(rows, labels.shape[1] - 1)
-        side = stored_side(stored, {name: one.to(device) for name, one in kept.items()}, labels)
+        kept, labels = asked.batch(rows, labels.shape[1] - 1), labels.to(asked.device)
+        kept = {name: one.to(asked.device) for name, one in kept.items()}
+        side = stored_side(asked, kept, labels)
     nats = side.logits.log_probs(side.token_ids.unsqueeze(-1)).squeeze(-1).double()
     return -nats.masked_fill(~side.mask, 0.0).sum(-1) / math.log(2)

@@ -19,6 +19,8 @@ from ctkd.distill.data.tasks import Example, Task, examples, get_task
 from ctkd.distill.devices import choose_device, is_cpu
 from ctkd.distill.evaluation.bits import TextBits, text_bits
 from ctkd.distill.evaluation.metrics import (
+    BITS_PER_BYTE,
+    GIVEN_BITS,
     Prediction,
     Scores,
     match_predictions,
@@ -168,8 +170,9 @@ def run_evaluation(
         say: Prints one line of progress.
 
     Returns:
-        ``exact_match``, ``f1``, ``rouge_lsum`` in percent and ``n``, or for task lm
-        ``bits_per_byte``, ``n`` and ``bytes``; with a loss also ``ce``, ``kd`` and its parts.
+        ``exact_match``, ``f1``, ``rouge_lsum`` in percent, ``n``, and of a model
+        ``given_bits_per_byte``; or for task lm ``bits_per_byte``, ``n`` and ``bytes``; with a loss
+        also ``ce``, ``kd`` and its parts.
 
     Raises:
         CtkdError: If what was given cannot be used.
@@ -198,8 +201,8 @@ def run_evaluation(
     losses: dict[str, float] = {}
     if request.loss is not None:
         losses = _losses(request, request.loss, chosen, model, tokenizer, form, say)
+    bits = _bits(request, chosen, model, tokenizer, form, say)
     if not task.answered:
-        bits = _bits(request, chosen, model, tokenizer, say)
         if request.output is not None:
             bits.write(Path(request.output))
             say(f"bits of each text: {request.output}")
@@ -217,7 +220,8 @@ def run_evaluation(
     if request.output is not None:
         write_predictions(request.output, predictions)
         say(f"answers: {request.output}")
-    return {**score_predictions(predictions).summary(), **losses}
+    given = {GIVEN_BITS: bits.summary()[BITS_PER_BYTE]}
+    return {**score_predictions(predictions).summary(), **given, **losses}
 
 
 def _bits(
@@ -225,9 +229,12 @@ def _bits(
     chosen: Sequence[Example],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    form: PromptForm,
     say: Callable[[str], None],
 ) -> TextBits:
-    encoded = encode_examples(chosen, tokenizer, max_length=_longest(request, request.model))
+    encoded = encode_examples(
+        chosen, tokenizer, max_length=_longest(request, request.model), student_form=form
+    )
     for line in (encoded.coverage.report(), encoded.report()):
         if line:
             say(line)

@@ -22,6 +22,7 @@ from ctkd.errors import DataError, OutputError
 __all__ = [
     "ANSWER_METRICS",
     "BITS_PER_BYTE",
+    "GIVEN_BITS",
     "METRICS",
     "Metric",
     "Prediction",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 BITS_PER_BYTE = "bits_per_byte"
+GIVEN_BITS = "given_bits_per_byte"
 """Name of the metric of given texts; `ctkd.distill.evaluation.bits` measures it."""
 
 
@@ -77,6 +79,10 @@ METRICS = {
     "exact_match": Metric(title="exact match"),
     "rouge_lsum": Metric(title="Rouge-LSum"),
     BITS_PER_BYTE: Metric(title="bits per byte", unit="bits per byte", digits=4, sign=-1),
+    # Of the answers that the data give, each after its prompt: all bits over all bytes.
+    GIVEN_BITS: Metric(
+        title="bits per byte of given answers", unit="bits per byte", digits=4, sign=-1
+    ),
 }
 """Metrics by name."""
 

@@ -143,6 +143,10 @@ class TeacherCache:
         return int(self.record["k"])
 
     @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
     def temperatures(self) -> tuple[float, ...]:
         """Temperatures at which the teacher can be asked."""
         return tuple(self.record["temperatures"])

@@ -82,6 +82,11 @@ class TeacherMemory:
             known.clear()
             known[read] = self._states
 
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._logits.model.device
+        return device
+
     def batch(self, sides: Sequence[EncodedSide], positions: int) -> dict[str, Tensor]:
         """The states of a batch of rows, padded with zeros to so many positions."""
         found = [self._states[_key(side)] for side in sides]

@@ -18,6 +18,7 @@ from ctkd.distill.evaluation.bits import text_bits
 from ctkd.distill.evaluation.evaluate import answer, score_predictions
 from ctkd.distill.evaluation.metrics import (
     BITS_PER_BYTE,
+    GIVEN_BITS,
     METRICS,
     Metric,
     Prediction,
@@ -122,24 +123,25 @@ class Measure:
     def bits(
         self,
         name: str,
-        logits: ModelLogits,
+        asked: ModelLogits | StoredTeacher,
         sides: Sequence[EncodedSide],
         tokenizer: PreTrainedTokenizerBase,
-        stored: StoredTeacher | None = None,
     ) -> None:
-        """Measure the bits of the held-out texts, in a model's ids or as it was remembered."""
-        if name not in self.folder.results:
-            bits = text_bits(
-                logits,
-                tokenizer,
-                self.held_out,
-                sides,
-                stored=stored,
-                progress=f"{name}: reading",
-            )
+        """Measure the bits of the held-out texts, or of the answers that the data give.
+
+        They are in a model's ids. What it answered was measured before.
+        """
+        results = self.folder.results.get(name, {})
+        metric = GIVEN_BITS if get_task(self.config.task).answered else BITS_PER_BYTE
+        if metric not in results:
+            bits = text_bits(asked, tokenizer, self.held_out, sides, progress=f"{name}: reading")
             bits.write(self.folder.path / f"bits-{name.replace(' ', '-')}.jsonl")
-            self.folder.keep(name, bits.summary())
-        self.say(f"{name}: {self.folder.results[name][BITS_PER_BYTE]:.4f} bits per byte")
+            summary = bits.summary()
+            results = {**summary, **results, metric: summary[BITS_PER_BYTE]}
+            if metric == GIVEN_BITS:
+                del results[BITS_PER_BYTE], results["bytes"]
+            self.folder.keep(name, results)
+        self.say(f"{name}: {results[metric]:.4f} {METRICS[metric].title}")
 
     def _keep(self, name: str, predictions: Sequence[Prediction]) -> None:
         file = f"predictions-{name.replace(' ', '-')}.jsonl"

@@ -317,9 +317,8 @@ def _measure_student(name: str, measure: Measure, inputs: _Inputs, trainer: RunT
     tokenizer = inputs.models.student_tokenizer
     if get_task(measure.config.task).answered:
         measure.metrics(name, inputs.student, tokenizer, inputs.forms.student)
-    else:
-        sides = [row.student for row in inputs.encoded_held_out.rows]
-        measure.bits(name, trainer.student_logits, sides, tokenizer)
+    sides = [row.student for row in inputs.encoded_held_out.rows]
+    measure.bits(name, trainer.student_logits, sides, tokenizer)
 
 
 def _measure_teacher(
@@ -329,17 +328,25 @@ def _measure_teacher(
     teacher, tokenizer = inputs.models.teacher, inputs.models.teacher_tokenizer
     if tokenizer is None:
         return
-    answered = get_task(measure.config.task).answered
-    if answered and inputs.cache is not None:
-        measure.written("teacher", inputs.cache.texts, tokenizer, inputs.forms.teacher)
-    elif answered and teacher is not None:
-        measure.metrics("teacher", teacher, tokenizer, inputs.forms.teacher)
-    elif teacher is not None:
-        sides = [row.teacher for row in inputs.encoded_held_out.rows if row.teacher is not None]
-        logits = ModelLogits(cast(PreTrainedModel, teacher.to(device)))
-        measure.bits("teacher", logits, sides, tokenizer, memory)
+    cache = inputs.cache
+    if get_task(measure.config.task).answered:
+        if cache is not None:
+            measure.written("teacher", cache.texts, tokenizer, inputs.forms.teacher)
+            if "teacher" not in measure.folder.results:
+                return
+        elif teacher is not None:
+            measure.metrics("teacher", teacher, tokenizer, inputs.forms.teacher)
+    # A teacher that only writes answers reads none.
+    sides = [row.teacher for row in inputs.encoded_held_out.rows if row.teacher is not None]
+    if not sides:
+        return
+    if teacher is not None:
+        live = ModelLogits(cast(PreTrainedModel, teacher.to(device)))
+        measure.bits("teacher", memory or live, sides, tokenizer)
+    elif cache is not None and 1.0 in cache.temperatures:
+        measure.bits("teacher", cache, sides, tokenizer)
     else:
-        measure.say("teacher: not measured, a cache does not hold all of its probabilities")
+        measure.say("teacher: its bits are not measured, they are not cached at temperature 1")
 
 
 def _remembered(

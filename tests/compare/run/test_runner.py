@@ -131,6 +131,20 @@ def test_every_method_is_tried_chosen_and_measured_on_equal_terms(place, done):
         assert one.metrics["f1"] == pytest.approx(
             sum(each.scores["f1"] for each in one.answers) / len(one.answers)
         )
+        bits = [each.scores["given_bits_per_byte"] * each.given_bytes for each in one.answers]
+        size = sum(len(each.references[0].encode()) for each in one.answers)
+        assert one.metrics["given_bits_per_byte"] == pytest.approx(sum(bits) / size)
+
+
+def test_methods_may_be_compared_by_the_bits_of_given_answers(place):
+    settings = {"losses": ("sft", "uld"), "metric": "given_bits_per_byte"}
+    outcome = runner.compare(config(place, "by-bits", **settings), say=lambda line: None)
+    assert {one.method for one in outcome.comparison.references} == {UNTRAINED, TEACHER}
+    for one in (*outcome.comparison.references, *outcome.comparison.finals):
+        assert one.metrics["given_bits_per_byte"] > 0
+    results = {one.method: one for one in outcome.analysis.methods}
+    (final,) = [one for one in outcome.comparison.finals if one.method == "uld"]
+    assert results["uld"].mean == pytest.approx(final.metrics["given_bits_per_byte"])
 
 
 def test_all_methods_begin_with_one_student_and_read_the_same_rows_in_one_order(done):

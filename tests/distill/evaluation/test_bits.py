@@ -35,10 +35,8 @@ def test_bits_are_those_of_a_loop_whatever_the_batch_and_wherever_they_come_from
     logits, pad = ModelLogits(setup.teacher), padding_id(setup.teacher_tokenizer)
     expected = [by_hand(setup.teacher, side, width) for side in sides]
     memory = TeacherMemory(logits, sides, pad_id=pad, vocab_size=width)
-    for stored in (None, memory):
-        found = text_bits(
-            logits, setup.teacher_tokenizer, texts, sides, stored=stored, batch_size=2
-        )
+    for asked in (logits, memory):
+        found = text_bits(asked, setup.teacher_tokenizer, texts, sides, batch_size=2)
         assert found.bits == pytest.approx(expected, abs=1e-9)
     bytes_ = [len(text.answer.encode()) for text in texts]
     assert found.summary() == {

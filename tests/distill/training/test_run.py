@@ -74,6 +74,9 @@ def test_the_folder_is_a_model_as_transformers_saves_it(place, run):
 
 def test_the_folder_holds_nothing_else_than_the_run(place, run):
     assert sorted(path.name for path in (place.folder / "run").iterdir()) == [
+        "bits-student-after.jsonl",
+        "bits-student-before.jsonl",
+        "bits-teacher.jsonl",
         "config.json",
         "ctkd.json",
         "curves.png",
@@ -92,7 +95,9 @@ def test_the_folder_holds_nothing_else_than_the_run(place, run):
 def test_everything_that_was_found_is_recorded(place, run):
     results = record(place.folder / "run")["results"]
     for stage in ("student before", "teacher"):
+        bits = results[stage].pop("given_bits_per_byte")
         assert results[stage] == {"exact_match": 0.0, "f1": 0.0, "rouge_lsum": 0.0, "n": 2}
+        assert bits > 1.5 > results["student after"]["given_bits_per_byte"] > 0.0
     assert results["student after"]["f1"] == results["student after"]["exact_match"] == 100.0
     names = ["ce", "kd", "kd/had", "kd/sl", "kd/sd"]
     for stage in ("losses before", "losses after"):
