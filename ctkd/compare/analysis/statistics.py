@@ -1,8 +1,8 @@
 """Statistics of mean scores: intervals, p values, Holm, detectable differences.
 
-Plain functions of numbers; what they are applied to is in `ctkd.compare.analysis.analyze`. Nothing
-here knows that trained models differ from seed to seed except `seed_interval`: a bootstrap over
-examples takes the trained models as they are.
+Plain functions of numbers; what they are applied to is in `ctkd.compare.analysis.analyze`. Only
+`seed_interval` and `crossed_mean` know that trained models differ from seed to seed: a bootstrap
+over examples takes the trained models as they are.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from ctkd.errors import DataError, SettingError
 
 __all__ = [
     "Bootstrap",
+    "CrossedMean",
     "Interval",
     "cluster_bootstrap",
+    "crossed_mean",
     "holm",
     "holm_levels",
     "resampled_means",
@@ -263,6 +265,91 @@ def seed_interval(means: Sequence[float], level: float = 0.95) -> Interval | Non
     spread = float(np.std(means, ddof=1)) / math.sqrt(len(means))
     half = float(stats.t.isf((1 - level) / 2, len(means) - 1)) * spread
     return Interval(middle - half, middle + half)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossedMean:
+    """A mean over seeds and groups of texts, and how far it may be off.
+
+    Attributes:
+        mean: Over all, groups by their weight.
+        standard_error: Of the mean, for other seeds and other texts.
+        degrees: Of freedom of Student's t.
+    """
+
+    mean: float
+    standard_error: float
+    degrees: float
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Student's interval of a level between 0 and 1."""
+        from scipy import stats
+
+        _check_fraction("level", level)
+        half = float(stats.t.isf((1 - level) / 2, self.degrees)) * self.standard_error
+        return Interval(self.mean - half, self.mean + half)
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, for a mean of 0."""
+        from scipy import stats
+
+        if self.standard_error == 0:
+            return float(self.mean == 0)
+        return float(2 * stats.t.sf(abs(self.mean) / self.standard_error, self.degrees))
+
+
+def crossed_mean(
+    values: NDArray[np.float64], weights: NDArray[np.float64] | None = None
+) -> CrossedMean:
+    r"""Mean of values that every seed has of every group of texts, such as paired differences.
+
+    .. math:: \mathrm{SE}^2 = \frac{1}{S (S - 1)} \sum_s (\bar x_{s \cdot} - \bar x)^2
+        + \frac{D}{D - 1} \sum_d \left( \frac{w_d}{\sum_e w_e} (\bar x_{\cdot d} - \bar x)
+        \right)^2
+
+    The first part is the spread of the seeds' means over texts, the second that of the texts' means
+    over seeds. What is peculiar to a seed on a text is in both, so that the interval is rather too
+    wide. Degrees of freedom are Satterthwaite's.
+
+    Shape:
+        values: (S, D), at least 2 by 2. weights: (D,).
+
+    Args:
+        values: Of S seeds and D groups.
+        weights: Of the groups, such as their bytes, above 0. Default all 1.
+
+    Raises:
+        DataError: If there are fewer than two seeds or groups, or a value is not finite.
+
+    Example:
+        >>> found = crossed_mean(np.array([[1.0, 3.0], [2.0, 4.0]]))
+        >>> found.mean, round(found.standard_error**2, 3), round(found.degrees, 3)
+        (2.5, 1.25, 1.471)
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
+        raise DataError(
+            "expected finite values of at least two seeds (rows) and two groups (columns), got "
+            f"shape {values.shape}; train another seed, or measure on more texts"
+        )
+    seeds, groups = values.shape
+    given = np.ones(groups) if weights is None else np.asarray(weights, np.float64)
+    shares = given / given.sum()
+    of_seeds, of_groups = values @ shares, values.mean(0)
+    mean = float(of_seeds.mean())
+    # Variances of the mean, each with its degrees of freedom.
+    parts = (
+        (float(of_seeds.var(ddof=1)) / seeds, seeds - 1),
+        (float(((shares * (of_groups - mean)) ** 2).sum()) * groups / (groups - 1), groups - 1),
+    )
+    variance = math.fsum(part for part, _ in parts)
+    spread = math.fsum(part**2 / degrees for part, degrees in parts)
+    return CrossedMean(
+        mean=mean,
+        standard_error=math.sqrt(variance),
+        degrees=variance**2 / spread if spread else math.inf,
+    )
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:

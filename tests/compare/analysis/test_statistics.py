@@ -10,6 +10,7 @@ from ctkd.compare.analysis import statistics
 from ctkd.compare.analysis.statistics import (
     Bootstrap,
     cluster_bootstrap,
+    crossed_mean,
     holm,
     holm_levels,
     resampled_means,
@@ -220,6 +221,33 @@ def test_seed_interval_needs_two_seeds():
     assert seed_interval([7.0]) is None
     with pytest.raises(DataError, match="at least one seed"):
         seed_interval([])
+
+
+@pytest.mark.parametrize(
+    ("of_seed", "of_group", "most"),
+    [(1.0, 0.1, 0.92), (0.1, 1.0, 0.92), (0.5, 0.5, 0.92), (0, 0, 1)],
+)
+def test_means_over_seeds_and_groups_cover_the_truth(of_seed, of_group, most):
+    """Other seeds on other texts; of what is peculiar to both, the interval is rather too wide."""
+    generator = np.random.default_rng(0)
+    weights = generator.uniform(1.0, 3.0, 20)
+    inside = 0
+    for _ in range(2000):
+        values = 0.3 + 0.2 * generator.standard_normal((5, 20))
+        values += of_seed * generator.standard_normal((5, 1))
+        values += of_group * generator.standard_normal((1, 20))
+        found = crossed_mean(values, weights)
+        low, high = found.interval(0.9)
+        inside += low <= 0.3 <= high
+        assert (found.p_value <= 0.1) == found.interval(0.9).excludes_zero
+    assert 0.88 <= inside / 2000 <= most
+
+
+def test_equal_values_over_seeds_and_groups_have_no_error():
+    assert crossed_mean(np.zeros((2, 3))).p_value == 1.0
+    assert crossed_mean(np.ones((2, 3))).p_value == 0.0
+    with pytest.raises(DataError, match="at least two seeds"):
+        crossed_mean(np.ones((1, 3)))
 
 
 def test_holm_by_hand():
