@@ -13,7 +13,7 @@ from ctkd.cache_folder import building, cache_dir, locked, say
 from ctkd.distill.config import UNTRAINED
 from ctkd.distill.data.pydocs import read_pydocs
 
-__all__ = ["prepare_untrained", "write_untrained"]
+__all__ = ["prepare_untrained"]
 
 _VOCAB_SIZE = 4096
 _END = "<|endoftext|>"
@@ -46,12 +46,11 @@ def prepare_untrained() -> Path:
         if not final.is_dir():
             say(f"making {UNTRAINED} from random weights, once")
             with building(final) as folder:
-                write_untrained(folder, texts)
+                _write(folder, texts)
     return final
 
 
-def write_untrained(folder: Path, texts: list[str], seed: int = 0) -> None:
-    """Write such a model, with a vocabulary learned on some texts, into a folder."""
+def _write(folder: Path, texts: list[str]) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -72,7 +71,7 @@ def write_untrained(folder: Path, texts: list[str], seed: int = 0) -> None:
     tokenizer.save_pretrained(folder)
     end = tokenizer.eos_token_id
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=_VOCAB_SIZE,
