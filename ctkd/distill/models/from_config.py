@@ -15,13 +15,13 @@ from ctkd.cache_folder import cache_dir
 from ctkd.distill.config import UNTRAINED
 from ctkd.distill.models.checks import check_causal, one_line, quiet
 from ctkd.distill.models.fingerprint import file_sha256
-from ctkd.distill.models.loading import has_tokenizer, load_tokenizer
+from ctkd.distill.models.loading import check_token_ids, has_tokenizer, load_tokenizer
 from ctkd.distill.models.untrained import (
     LEAST_VOCABULARY,
     POCKET_CONFIG,
+    draw_model,
     made_once,
     train_tokenizer,
-    write_model,
 )
 from ctkd.errors import ModelError
 
@@ -64,13 +64,15 @@ def prepare_student(source: str, texts: Sequence[str], seed: int) -> Path:
     name = hashlib.sha256(made.encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:
-        tokenizer.save_pretrained(folder)
         try:
-            write_model(folder, config, tokenizer, seed)
+            model = draw_model(config, tokenizer, seed)
         except Exception as error:
             raise ModelError(
                 f"no model can be made of the configuration {source}: {one_line(error)}; mend it"
             ) from error
+        check_token_ids(model, tokenizer)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
     return made_once(cache_dir() / "models" / f"random-{config.model_type}-{name}", write)
 
@@ -137,5 +139,5 @@ def _learned(config: PreTrainedConfig, source: str, texts: Sequence[str]) -> Pat
         # Lengths as well, that no text may end where another begins.
         content = text.encode(errors="surrogatepass")
         digest.update(f"{len(content)} ".encode() + content)
-    final = cache_dir() / "tokenizers" / digest.hexdigest()[:16]
+    final = cache_dir() / "models" / f"vocabulary-{digest.hexdigest()[:16]}"
     return made_once(final, lambda folder: train_tokenizer(texts, size).save_pretrained(folder))

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -28,10 +29,10 @@ from ctkd.distill.models.checks import quiet
 __all__ = [
     "LEAST_VOCABULARY",
     "POCKET_CONFIG",
+    "draw_model",
     "made_once",
     "prepare_untrained",
     "train_tokenizer",
-    "write_model",
 ]
 
 LEAST_VOCABULARY = 257
@@ -67,7 +68,8 @@ def prepare_untrained() -> Path:
     def write(folder: Path) -> None:
         tokenizer = train_tokenizer(texts, _VOCAB_SIZE)
         tokenizer.save_pretrained(folder)
-        write_model(folder, LlamaConfig(vocab_size=_VOCAB_SIZE, **_SHAPE), tokenizer, seed=0)
+        config = LlamaConfig(vocab_size=_VOCAB_SIZE, **_SHAPE)
+        draw_model(config, tokenizer, seed=0).save_pretrained(folder)
 
     return made_once(cache_dir() / "models" / f"{UNTRAINED}-{name}", write)
 
@@ -85,8 +87,8 @@ def made_once(final: Path, write: Callable[[Path], object]) -> Path:
     if not final.is_dir():
         with locked(final):
             if not final.is_dir():
-                say(f"making {final.name} from nothing, once")
-                with building(final) as folder:
+                say(f"making {final.name}, once")
+                with building(final) as folder, quiet():
                     write(folder)
     return final
 
@@ -113,21 +115,19 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def write_model(
-    folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> None:
-    """Draw a causal model's weights, in float32, and save it.
+def draw_model(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """A causal model with random weights, in float32.
 
     Args:
-        folder: Where to.
-        config: Of a causal model; it gets the tokenizer's ids of the begin, the end and padding.
+        config: The model's; it gets the tokenizer's ids of the begin, the end and padding.
         tokenizer: The model's.
         seed: Of the draw, which leaves the state of torch's random numbers as it was.
     """
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    with quiet():
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
