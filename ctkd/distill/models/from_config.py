@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ctkd.cache_folder import cache_dir
 from ctkd.distill.config import UNTRAINED
@@ -103,7 +103,7 @@ def _read(source: str) -> tuple[dict[str, Any], Path | None]:
     return settings, folder
 
 
-def _configured(settings: dict[str, Any], source: str) -> PreTrainedConfig:
+def _configured(settings: dict[str, Any], source: str) -> PretrainedConfig:
     kind = settings["model_type"]
     if kind not in CONFIG_MAPPING:
         raise ModelError(
@@ -117,7 +117,7 @@ def _configured(settings: dict[str, Any], source: str) -> PreTrainedConfig:
         )
     try:
         with quiet():
-            config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(settings)
+            config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(settings)
     except Exception as error:
         raise ModelError(
             f"the configuration {source} is none of a {kind}: {one_line(error)}; mend it"
@@ -126,7 +126,7 @@ def _configured(settings: dict[str, Any], source: str) -> PreTrainedConfig:
     return config
 
 
-def _learned(config: PreTrainedConfig, source: str, texts: Sequence[str]) -> Path:
+def _learned(config: PretrainedConfig, source: str, texts: Sequence[str]) -> Path:
     """The folder of a tokenizer that was learned from texts."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(size, int) or size < LEAST_VOCABULARY:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctkd.distill.config import UNTRAINED
 from ctkd.distill.data.pydocs import read_pydocs
+from ctkd.distill.models.from_config import prepare_student
 from ctkd.distill.models.loading import load_model, load_tokenizer, resolve
 
 
@@ -30,6 +31,12 @@ def test_it_is_made_once_and_alike_and_leaves_the_state_of_random_numbers(tmp_pa
         for one, other in zip(model.parameters(), again.parameters(), strict=True)
     )
     assert load_tokenizer(UNTRAINED).get_vocab() == tokenizer.get_vocab()
+    # As a configuration it stands for its shape alone.
+    same, other = (prepare_student(UNTRAINED, [text], seed) for seed in (0, 1))
+    assert load_tokenizer(str(same)).get_vocab() != tokenizer.get_vocab()
+    drawn = [load_model(str(one)).get_input_embeddings().weight for one in (same, other)]
+    assert torch.equal(drawn[0], model.get_input_embeddings().weight)
+    assert drawn[0].shape == drawn[1].shape and not torch.equal(*drawn)
 
 
 def test_its_files_are_those_that_earlier_versions_made(tmp_path, monkeypatch):
