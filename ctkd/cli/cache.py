@@ -23,6 +23,7 @@ Examples:
 # Settings of a run on which the contents of a cache depend, and those of reading the teacher.
 _OF_RUN = (
     "student",
+    "student_config",
     "teacher",
     "data",
     "eval_data",

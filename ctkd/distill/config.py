@@ -59,7 +59,8 @@ _MOST = 10**18
 class TrainConfig:
     """Everything that is needed to repeat a training run.
 
-    Each field's help says what it is for. With `loss` "sft" and `answers` "teacher" a run is
+    Each field's help says what it is for. `student` is `student_config` where that is given. With
+    `loss` "sft" and `answers` "teacher" a run is
     sequence-level distillation, seqkd. In "bfloat16-pure" small updates are lost; "bfloat16" keeps
     the weights in float32. Held-out rows that are too long are left out, whatever `on_long` says.
 
@@ -76,7 +77,14 @@ class TrainConfig:
         repeated=True,
         parse=parse_loss_option,
     )
-    student: str = option(UNTRAINED, "Packaged name, folder, GGUF file or hub id.")
+    student: str = option(None, "Packaged name, folder, GGUF file or hub id.", unset=UNTRAINED)
+    student_config: str | None = option(
+        None,
+        "In the student's place: a config.json or its folder, for a model of random weights drawn "
+        f"from --seed; {UNTRAINED}: of that shape. A tokenizer in the folder is taken, else one is "
+        "learned from --data.",
+        metavar="FILE|FOLDER",
+    )
     teacher: str = option("smollm2-135m-instruct", "The same for the teacher.")
     teacher_cache: str | None = option(
         None, "Folder of `ctkd cache`, asked in the teacher's place."
@@ -165,8 +173,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         simplify_sources(self, "data", "eval_data")
         # Defaults that follow from other settings; nothing is None any more afterwards.
-        from_nothing = self.student == UNTRAINED
+        if self.student_config is not None and self.student not in (None, self.student_config):
+            raise SettingError(
+                f"student {self.student!r} and student_config {self.student_config!r} are two "
+                "students; leave one of them out"
+            )
+        from_nothing = self.student_config is not None or self.student in (None, UNTRAINED)
         for name, value in (
+            ("student", self.student_config or UNTRAINED),
             ("task", usual_task(self.data)),
             ("epochs", 4.0 if from_nothing else 1.0),
             ("learning_rate", 2e-3 if from_nothing else 5e-5),
@@ -392,7 +406,7 @@ class DoctorRequest:
         SettingError: If the limit is below 1 or a threshold lies outside its range.
     """
 
-    student: str = same_as(TrainConfig, "student")
+    student: str = same_as(TrainConfig, "student", default=UNTRAINED)
     teacher: str = same_as(TrainConfig, "teacher")
     data: str | list[str] = same_as(TrainConfig, "data")
     task: str = same_as(TrainConfig, "task")

@@ -14,6 +14,7 @@ from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PromptForm, choose_shots
 from ctkd.distill.data.rows import Source, is_embedded
 from ctkd.distill.data.tasks import Example, examples, get_task, split_off
+from ctkd.distill.models.from_config import prepare_student
 from ctkd.distill.models.loading import (
     check_token_ids,
     head_width,
@@ -36,6 +37,7 @@ __all__ = [
     "load_examples",
     "load_models",
     "teacher_dtype",
+    "with_student",
 ]
 
 HELD_OUT_FRACTION = 0.1
@@ -105,6 +107,27 @@ def load_examples(
     cut = f"; documents are cut into pieces of up to {size} bytes" if size else ""
     say(f"{len(training)} training examples, {len(held_out)} held out{cut}")
     return training, held_out
+
+
+def with_student(
+    config: TrainConfig, training: Sequence[Example], say: Callable[[str], None]
+) -> TrainConfig:
+    """The settings with a folder of random weights for a student's configuration, if there is one.
+
+    Args:
+        config: The settings; the weights are drawn from their seed.
+        training: The training examples. A vocabulary is learned from their prompts and answers.
+        say: Prints one line of progress.
+
+    Raises:
+        ModelError: If no student can be made.
+    """
+    if config.student_config is None:
+        return config
+    texts = [one.prompt + one.answer for one in training]
+    made = prepare_student(config.student_config, texts, config.seed)
+    say(f"student: {config.student_config} with random weights of seed {config.seed}, in {made}")
+    return replace(config, student=str(made), student_config=None)
 
 
 def load_models(

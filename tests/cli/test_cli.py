@@ -289,6 +289,7 @@ def test_a_student_from_random_weights_is_trained_longer_and_beside_a_control():
         (TrainConfig(), ("lm", 4.0, 2e-3, True)),
         (TrainConfig(loss="sft"), ("lm", 4.0, 2e-3, False)),
         (TrainConfig(student="mine", data="rows.jsonl"), ("qa", 1.0, 5e-5, False)),
+        (TrainConfig(student_config="c.json", data="rows.jsonl"), ("qa", 4.0, 2e-3, True)),
         (TrainConfig(student="mine", control=True, epochs=2.0), ("lm", 2.0, 5e-5, True)),
         (TrainConfig(learning_rate=1e-3, task="text"), ("text", 4.0, 1e-3, True)),
     ):

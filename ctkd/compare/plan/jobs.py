@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +90,7 @@ class Plan:
         config: The comparison.
         splits: Its rows.
         fingerprints: Of what else the results depend on: "student" and "teacher".
+        students: What runs begin from where it is not the student of the settings, by seed.
         cache: Folder of the teacher cache that runs with a teacher use; None for a live teacher.
         texts: Folder of the teacher cache that holds what the teacher wrote; None if it writes
             nothing.
@@ -101,12 +102,14 @@ class Plan:
         splits: Splits,
         fingerprints: Mapping[str, str],
         *,
+        students: Mapping[int, str] | None = None,
         cache: Path | None,
         texts: Path | None,
     ) -> None:
         self.config = config
         self.splits = splits
         self.fingerprints = dict(fingerprints)
+        self.students = dict(students or {})
         self.cache, self.texts = cache, texts
         self.steps = _steps(config, len(splits.train.examples))
         self._trainings: dict[str, Training] = {}
@@ -175,7 +178,7 @@ class Plan:
         )
 
     def _training(self, method: Method, varied: dict[str, Any], seed: int) -> Training:
-        config, base = self.config, self.config.base
+        config = self.config
         plain = config.train_config(method, varied, seed, max_steps=self.steps)
         settings = plain.as_dict()
         depends = {name: one for name, one in settings.items() if name not in _PLACES | _FREE}
@@ -200,20 +203,18 @@ class Plan:
                     for name, one in {**settings, **_effective(plain)}.items()
                     if name not in {"output", "teacher_cache", "measure", "eval_steps", "date"}
                 },
-                config=config.train_config(
-                    method,
-                    varied,
-                    seed,
+                config=replace(
+                    plain,
+                    student=self.students.get(seed, plain.student),
+                    student_config=None,
                     data=str(self.splits.train.path),
                     eval_data=str(self.splits.curve.path),
                     columns=dict(COLUMNS),
-                    max_steps=self.steps,
                     measure="nothing",
                     eval_limit=len(self.splits.curve.examples),
                     eval_steps=math.ceil(self.steps / points) if points else None,
                     teacher_cache=str(cache) if plain.needs_teacher and cache else None,
                     output=str(config.folder / "runs" / f"{name}-{key[:12]}"),
-                    task=base.task,
                 ),
             )
         return self._trainings[key]

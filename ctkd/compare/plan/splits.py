@@ -22,7 +22,7 @@ from ctkd.distill.data.tasks import Example, examples, get_task, split_off
 from ctkd.distill.preparing import HELD_OUT_FRACTION, Forms, Models, encode
 from ctkd.errors import DataError, OutputError
 
-__all__ = ["COLUMNS", "CURVE_ROWS", "Split", "Splits", "prepare_splits"]
+__all__ = ["COLUMNS", "CURVE_ROWS", "CutRows", "Split", "Splits", "cut_rows", "prepare_splits"]
 
 CURVE_ROWS = 32
 COLUMNS = {"id": "id", "group": "group", "ends": "ends"}
@@ -83,20 +83,38 @@ class _Row:
     fields: dict[str, Any]
 
 
-def prepare_splits(config: CompareConfig, models: Models, folder: Path, say: Say) -> Splits:
-    """Read, cut, filter and write down the rows.
+@dataclass(frozen=True, slots=True)
+class CutRows:
+    """Rows of each split, whether models can read them or not.
+
+    Args:
+        train, dev, test: The rows; no development split without a sweep.
+        cuts: What the latter two were cut to, where not all of their rows were taken.
+    """
+
+    train: list[_Row]
+    dev: list[_Row] | None
+    test: list[_Row]
+    cuts: dict[str, str]
+
+
+def prepare_splits(
+    config: CompareConfig, cut: CutRows, models: Models, folder: Path, say: Say
+) -> Splits:
+    """Filter the rows and write them down.
 
     Args:
         config: The comparison.
+        cut: Its rows.
         models: Tokenizers of both sides, and the student.
         folder: Where the files go; those that are there must hold the same rows.
         say: Prints one line of progress.
 
     Raises:
-        DataError: If data cannot be used, or no row is left in a split.
+        DataError: If no row is left in a split.
         OutputError: If the folder holds other rows already, or cannot be written.
     """
-    train, dev, test, cuts = _cut(config, say)
+    train, dev, test, cuts = cut.train, cut.dev, cut.test, cut.cuts
     train, forms = _readable_training(config.teacher_base, models, train, say)
     if dev is not None:
         dev = _readable(config.teacher_base, models, dev, forms, "held-out", say)
@@ -121,12 +139,11 @@ def prepare_splits(config: CompareConfig, models: Models, folder: Path, say: Say
     return splits
 
 
-def _cut(
-    config: CompareConfig, say: Say
-) -> tuple[list[_Row], list[_Row] | None, list[_Row], dict[str, str]]:
-    """Training, development (with a sweep only) and test rows, no passage on two sides.
+def cut_rows(config: CompareConfig, say: Say) -> CutRows:
+    """Read training, development (with a sweep only) and test rows, no passage on two sides.
 
-    Last comes what the latter two were cut to, where not all of their rows were taken.
+    Raises:
+        DataError: If data cannot be used.
     """
     base = config.base
     train = _load(base.data, base, say)
@@ -148,7 +165,7 @@ def _cut(
         if len(rows) > limit:
             cuts[name] = f"first {limit:,} of {len(rows):,}"
             say(f"{title} split: the {cuts[name]} examples (--eval-limit)")
-    return train, None if dev is None else dev[:limit], test[:limit], cuts
+    return CutRows(train, None if dev is None else dev[:limit], test[:limit], cuts)
 
 
 def _load(source: Source, base: TrainConfig, say: Say, *, held_out: bool = False) -> list[_Row]:

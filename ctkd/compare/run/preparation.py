@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctkd.compare.plan.config import TOP_K, CompareConfig
 from ctkd.compare.plan.methods import SEQKD, Method
-from ctkd.compare.plan.splits import COLUMNS, Splits, prepare_splits
+from ctkd.compare.plan.splits import COLUMNS, CutRows, Splits, cut_rows, prepare_splits
 from ctkd.compare.run.folder import ROWS_FOLDER, ComparisonFolder
 from ctkd.distill.config import CacheSettings, TrainConfig
 from ctkd.distill.data.tasks import get_task
@@ -35,6 +35,7 @@ from ctkd.distill.preparing import (
     check_student,
     encode,
     teacher_dtype,
+    with_student,
 )
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.cache_writing import write_cache
@@ -54,6 +55,7 @@ class Prepared:
 
     Args:
         splits: The rows.
+        students: The student that runs begin from, by seed, as `resolve` takes it.
         student_tokenizer, teacher_tokenizer: Of each side.
         fingerprints: Of the "student" and the "teacher", as the results depend on them.
         cache: The teacher's answers, in logits and in texts; None if neither is needed.
@@ -62,6 +64,7 @@ class Prepared:
     """
 
     splits: Splits
+    students: dict[int, str]
     student_tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase
     fingerprints: dict[str, str]
@@ -80,13 +83,22 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
     check_student(base)
     with _timed("fetching models", folder):
         for name in (base.student, base.teacher):
-            resolve(name)
+            if name != base.student_config:
+                resolve(name)
+    cut = cut_rows(config, say)
+    students = _students(config, cut, folder, say)
+    if base.student_config is not None:
+        # What the first seed's student reads, all of them read.
+        made = {"student": students[base.seed], "student_config": None}
+        rate = base.learning_rate
+        config = replace(config, common={**config.common, **made, "learning_rate": rate})
+        base = config.base
     models = _models(base)
     pair, tokenizer = models.pair, models.teacher_tokenizer
     if pair is None or tokenizer is None:
         raise SettingError("a comparison needs the tokenizers of both sides")
     _check_needs(config, pair)
-    splits = prepare_splits(config, models, folder.path / ROWS_FOLDER, say)
+    splits = prepare_splits(config, cut, models, folder.path / ROWS_FOLDER, say)
     folder.check_same("data", splits.fingerprints())
     cache = None
     if not config.is_live or get_task(base.task).answered:
@@ -109,6 +121,7 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
     gc.collect()
     return Prepared(
         splits=splits,
+        students=students,
         student_tokenizer=student_tokenizer,
         teacher_tokenizer=tokenizer,
         fingerprints=fingerprints,
@@ -116,6 +129,21 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
         teacher_logits=_told(config, cache),
         teacher_texts=texts,
     )
+
+
+def _students(
+    config: CompareConfig, cut: CutRows, folder: ComparisonFolder, say: Say
+) -> dict[int, str]:
+    """The student of each seed: one for all, unless its weights are drawn."""
+    base = config.base
+    if base.student_config is None:
+        return dict.fromkeys(config.seed_values, base.student)
+    training = [row.example for row in cut.train]
+    with _timed("making students", folder):
+        return {
+            seed: with_student(replace(base, seed=seed), training, say).student
+            for seed in config.seed_values
+        }
 
 
 def _check_rows(config: CompareConfig, cache: TeacherCache, models: Models, splits: Splits) -> None:

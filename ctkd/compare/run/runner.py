@@ -39,7 +39,11 @@ __all__ = ["Outcome", "RunProgress", "compare", "duration"]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 # What a run reads, all of which the key in its folder's name stands for.
-_PLACES = ("data", "eval_data", "teacher_cache")
+_PLACES = ("student", "data", "eval_data", "teacher_cache")
+_DRAWN = (
+    "random, others for each seed, the same for all methods of a seed; one tokenizer for all. "
+    "The untrained student is that of the first seed"
+)
 
 Say = Callable[[str], None]
 
@@ -96,6 +100,7 @@ class _Comparing:
             config,
             prepared.splits,
             prepared.fingerprints,
+            students=prepared.students,
             cache=None if config.is_live else prepared.cache,
             texts=prepared.cache,
         )
@@ -143,7 +148,8 @@ class _Comparing:
         def untrained() -> tuple[tuple[Answer, ...], dict[str, float]]:
             doing = "answering" if get_task(base.task).answered else "reading"
             self.say(f"the untrained student, {base.student}: {doing} the test split")
-            return self.evaluator.measure(base.student, self.folder.path / "untrained", test)
+            student = self.prepared.students[base.seed]
+            return self.evaluator.measure(student, self.folder.path / "untrained", test)
 
         def teacher() -> tuple[tuple[Answer, ...], dict[str, float]]:
             texts, answers = self.prepared.teacher_texts, None
@@ -349,6 +355,7 @@ class _Comparing:
             **({"not held out": splits.shared} if splits.shared else {}),
             "curve rows": len(splits.curve.examples),
             "teacher logits": self.prepared.teacher_logits,
+            **({} if config.base.student_config is None else {"initial weights": _DRAWN}),
             **({} if config.published_task is None else {"published task": config.published_task}),
             **({"diverged trials": ", ".join(diverged)} if diverged else {}),
             "ctkd": self.folder.record["ctkd"],

@@ -44,6 +44,7 @@ __all__ = [
     "below_wrappers",
     "check_token_ids",
     "evaluating",
+    "has_tokenizer",
     "head_width",
     "last_logits",
     "load_model",
@@ -89,7 +90,8 @@ def resolve(name: str) -> str:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(
-                f"{name} is a file, but no .gguf file; give the folder of the model instead"
+                f"{name} is a file, but no .gguf file; give the folder of the model instead, or a "
+                "configuration to --student-config"
             )
         return str(convert_gguf(path))
     if path.suffix.lower() == ".gguf":
@@ -116,7 +118,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     source = resolve(name)
     folder = Path(source)
     # transformers makes up an empty tokenizer for some architectures if there are no files.
-    if folder.is_dir() and not any(any(folder.glob(files)) for files in _TOKENIZER_FILES):
+    if folder.is_dir() and not has_tokenizer(folder):
         raise ModelError(
             f"{name} has no tokenizer: expected tokenizer.json in the folder; copy the "
             "tokenizer's files there (tokenizer.save_pretrained writes them)"
@@ -134,6 +136,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.vocab_size == 0:
         raise ModelError(f"{name} has no tokenizer: the one that was loaded has no tokens")
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder holds files of a tokenizer."""
+    return any(any(folder.glob(files)) for files in _TOKENIZER_FILES)
 
 
 def load_model(

@@ -1,19 +1,42 @@
-"""A small model made from nothing: a vocabulary of its own, and random weights.
+"""Models made from nothing: random weights, and a vocabulary learned from texts.
 
-It shows in minutes, on any machine, what a loss brings across from a teacher: all that it knows
-afterwards it learned in the run.
+All that such a model knows after a run it learned there. One of them is packaged: ``pocket-llama``
+shows in minutes, on any machine, what a loss brings across from a teacher.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from ctkd.cache_folder import building, cache_dir, locked, say
 from ctkd.distill.config import UNTRAINED
 from ctkd.distill.data.pydocs import read_pydocs
+from ctkd.distill.models.checks import quiet
 
-__all__ = ["prepare_untrained"]
+__all__ = [
+    "LEAST_VOCABULARY",
+    "POCKET_CONFIG",
+    "draw_model",
+    "made_once",
+    "prepare_untrained",
+    "train_tokenizer",
+]
+
+LEAST_VOCABULARY = 257
+"""Tokens of a byte-level vocabulary without any merge: the bytes, and the end of a text."""
 
 _VOCAB_SIZE = 4096
 _END = "<|endoftext|>"
@@ -25,6 +48,8 @@ _SHAPE = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
+POCKET_CONFIG = {"model_type": "llama", "vocab_size": _VOCAB_SIZE, **_SHAPE}
+"""The configuration of ``pocket-llama``, as its config.json would say it."""
 
 
 def prepare_untrained() -> Path:
@@ -39,46 +64,70 @@ def prepare_untrained() -> Path:
     """
     texts = [row["text"] for row in read_pydocs("train")]
     name = hashlib.sha256(repr((texts, _SHAPE, _VOCAB_SIZE)).encode()).hexdigest()[:16]
-    final = cache_dir() / "models" / f"{UNTRAINED}-{name}"
-    if final.is_dir():
-        return final
-    with locked(final):
-        if not final.is_dir():
-            say(f"making {UNTRAINED} from random weights, once")
-            with building(final) as folder:
-                _write(folder, texts)
+
+    def write(folder: Path) -> None:
+        tokenizer = train_tokenizer(texts, _VOCAB_SIZE)
+        tokenizer.save_pretrained(folder)
+        config = LlamaConfig(vocab_size=_VOCAB_SIZE, **_SHAPE)
+        draw_model(config, tokenizer, seed=0).save_pretrained(folder)
+
+    return made_once(cache_dir() / "models" / f"{UNTRAINED}-{name}", write)
+
+
+def made_once(final: Path, write: Callable[[Path], object]) -> Path:
+    """A folder of the cache, written by one process if it is not there yet.
+
+    Args:
+        final: The folder; its name stands for all that decides over its content.
+        write: Fills an empty folder.
+
+    Raises:
+        ModelError: If the cache cannot be written.
+    """
+    if not final.is_dir():
+        with locked(final):
+            if not final.is_dir():
+                say(f"making {final.name}, once")
+                with building(final) as folder, quiet():
+                    write(folder)
     return final
 
 
-def _write(folder: Path, texts: list[str]) -> None:
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE: any text comes back from its tokens as it was.
 
+    Args:
+        texts: To learn from.
+        size: Most tokens, at least `LEAST_VOCABULARY`; short texts yield fewer.
+    """
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCAB_SIZE,
+        vocab_size=size,
         special_tokens=[_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     pieces.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=pieces, bos_token=_END, eos_token=_END, pad_token=_END
     )
-    tokenizer.save_pretrained(folder)
-    end = tokenizer.eos_token_id
+
+
+def draw_model(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """A causal model with random weights, in float32.
+
+    Args:
+        config: The model's; it gets the tokenizer's ids of the begin, the end and padding.
+        tokenizer: The model's.
+        seed: Of the draw, which leaves the state of torch's random numbers as it was.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=_VOCAB_SIZE,
-                bos_token_id=end,
-                eos_token_id=end,
-                pad_token_id=end,
-                **_SHAPE,
-            )
-        )
-    model.save_pretrained(folder)
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model

@@ -49,6 +49,7 @@ from ctkd.distill.preparing import (
     load_examples,
     load_models,
     teacher_dtype,
+    with_student,
 )
 from ctkd.distill.teachers.cache import (
     CACHE_FILE,
@@ -115,6 +116,7 @@ def _write(
 ) -> None:
     before = read_record(folder)
     training, held_out = load_examples(config, say)
+    config = with_student(config, training, say)
     models = load_models(config, say, student=False, teacher=False)
     tokenizer = load_tokenizer(config.teacher)
     pair = TokenizerPair(models.student_tokenizer, tokenizer)

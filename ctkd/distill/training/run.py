@@ -46,6 +46,7 @@ from ctkd.distill.preparing import (
     load_examples,
     load_models,
     teacher_dtype,
+    with_student,
 )
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.memory import KnownStates, TeacherMemory, memory_bytes
@@ -115,6 +116,7 @@ def train(
         folder.record["date"] = inputs.date
         _check_same_rows(folder, inputs)
         _check_same_code(folder, config)
+        _check_same_student(folder, config, inputs)
         folder.write()
         # Before hours of training: what stands in its way is found now.
         control = _control_folder(config) if config.control else None
@@ -127,8 +129,9 @@ def train(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Inputs:
-    """Everything that a run needs, loaded and checked."""
+    """Everything that a run needs, loaded and checked; the student by the name it is loaded by."""
 
+    student_name: str
     models: Models
     student: PreTrainedModel
     cache: TeacherCache | None
@@ -150,6 +153,7 @@ def _load(config: TrainConfig, begun: str | None, say: Callable[[str], None]) ->
         day = begun or cache.record.get("date")
     day = config.date or day or date.today().isoformat()
     config = replace(config, date=day)
+    config = with_student(config, training, say)
     models = load_models(config, say, cache=cache)
     student = models.student
     if student is None:
@@ -176,7 +180,17 @@ def _load(config: TrainConfig, begun: str | None, say: Callable[[str], None]) ->
         cache.check_rows(encoded_held_out.rows, "held-out")
         cache.check_serves(loss, config.loss)
     return _Inputs(
-        models, student, cache, loss, pair, forms, encoded, encoded_held_out, held_out, day
+        config.student,
+        models,
+        student,
+        cache,
+        loss,
+        pair,
+        forms,
+        encoded,
+        encoded_held_out,
+        held_out,
+        day,
     )
 
 
@@ -424,7 +438,8 @@ def _train_control(
         below.results["student before"] = folder.results["student before"]
         below.write()
         control = _control_of(config)
-        untrained = load_models(control, say_whose, teacher=False)
+        begun = replace(control, student=inputs.student_name, student_config=None)
+        untrained = load_models(begun, say_whose, teacher=False)
         student = untrained.student
         if student is None:
             raise ModelError(f"{config.student} was not loaded")
@@ -532,6 +547,18 @@ def _check_same_code(folder: OutputFolder, config: TrainConfig) -> None:
         raise OutputError(
             f"the file of the loss {config.loss} was edited since {folder.path} was begun with it; "
             "restore it, or start anew with --overwrite"
+        )
+
+
+def _check_same_student(folder: OutputFolder, config: TrainConfig, inputs: _Inputs) -> None:
+    """Keep the name of a student that was made, or refuse to go on with another."""
+    if config.student_config is None:
+        return
+    now = Path(inputs.student_name).name
+    if folder.record.setdefault("initial weights", now) != now:
+        raise OutputError(
+            f"{config.student_config} is another configuration, or has another tokenizer, than "
+            f"{folder.path} was begun with; restore it, or start anew with --overwrite"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctkd.compare.plan.config import CompareConfig
-from ctkd.compare.plan.splits import COLUMNS, Splits, prepare_splits
+from ctkd.compare.plan.splits import COLUMNS, Splits, cut_rows, prepare_splits
 from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.rows import load_rows
 from ctkd.distill.data.tasks import examples
@@ -46,7 +46,8 @@ def prepared(models, folder, qa, **settings) -> tuple[Splits, list[str]]:
     }  # fmt: skip
     said = []
     config = CompareConfig(losses=("sft",), common=common, **settings)
-    return prepare_splits(config, models, folder / "data", said.append), said
+    cut = cut_rows(config, said.append)
+    return prepare_splits(config, cut, models, folder / "data", said.append), said
 
 
 def test_runs_read_what_the_data_says(models, tmp_path, qa):

@@ -387,6 +387,49 @@ def test_documents_are_compared_in_bits_per_byte(place, worked, monkeypatch):
         runner.compare(refused, say=lambda line: None)
 
 
+def test_each_seed_has_weights_of_its_own_that_all_methods_begin_from(place, monkeypatch):
+    source = place.folder / "small.json"
+    settings = {
+        "model_type": "llama", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 128,
+    }  # fmt: skip
+    source.write_text(json.dumps(settings))
+    trained, train = [], runner.train
+
+    def recorded(config, **rest):
+        trained.append(config)
+        return train(config, **rest)
+
+    monkeypatch.setattr(runner, "train", recorded)
+    common = {"student": None, "student_config": str(source), "max_steps": 2}
+    found = runner.compare(
+        config(place, "drawn", losses=("sft", "uld"), common=common), say=lambda line: None
+    )
+    # Seeds may be added, and the cache of the first serves them.
+    more = config(place, "drawn", losses=("sft", "uld"), common=common, seeds=2)
+    found = runner.compare(more, say=lambda line: None).comparison
+    assert [(one.loss, one.seed) for one in trained] == [
+        ("sft", 0), ("uld", 0), ("sft", 1), ("uld", 1),
+    ]  # fmt: skip
+    students = [one.student for one in trained]
+    assert students[0] == students[1] != students[2] == students[3]
+    first, second = (models.load_model(name).state_dict() for name in students[::2])
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    vocabularies = [models.load_tokenizer(name).get_vocab() for name in students]
+    assert all(one == vocabularies[0] for one in vocabularies)
+    assert {one.learning_rate for one in trained} == {2e-3}
+    # Before a step, both methods of a seed are at one loss.
+    losses = {(one.method, one.seed): one.history[0]["ce"] for one in found.finals}
+    assert losses["sft", 0] == pytest.approx(losses["uld", 0], rel=1e-5)
+    assert losses["sft", 1] == pytest.approx(losses["uld", 1], rel=1e-5)
+    assert abs(losses["sft", 0] - losses["sft", 1]) > 1e-3
+    assert found.settings["initial weights"].startswith("random, others for each seed, the same")
+    assert found.finals[0].settings["student_config"] == str(source)
+    source.write_text(json.dumps({**settings, "num_hidden_layers": 2}))
+    with pytest.raises(OutputError, match="was begun with other models"):
+        runner.compare(more, say=lambda line: None)
+
+
 def test_a_temperature_that_the_cache_was_not_made_for_is_refused(place, copied, worked):
     warm = config(place, copied, losses=(*LOSSES, "uld:teacher_temperature=3.0"), sweep=SWEEP)
     with pytest.raises(OutputError, match="was not made for temperature 3, which"):
