@@ -32,7 +32,7 @@ from tabulate import tabulate
 import ctkd
 from benchmarks.measuring import append_row, environment
 from benchmarks.options import results_option
-from ctkd.cache_folder import building, cache_dir, locked
+from ctkd.cache_folder import cache_dir
 from ctkd.cli.options import quieten
 from ctkd.compare.analysis.statistics import (
     CrossedMean,
@@ -40,7 +40,7 @@ from ctkd.compare.analysis.statistics import (
     holm,
     smallest_detectable_difference,
 )
-from ctkd.distill.config import SFT, TrainConfig
+from ctkd.distill.config import SFT, UNTRAINED, TrainConfig
 from ctkd.distill.data.encoding import encode_examples
 from ctkd.distill.data.pydocs import read_pydocs
 from ctkd.distill.data.rows import Rows, load_rows
@@ -48,7 +48,6 @@ from ctkd.distill.data.tasks import Example, examples
 from ctkd.distill.evaluation.bits import text_bits
 from ctkd.distill.models.loading import load_model, load_tokenizer
 from ctkd.distill.models.model_logits import ModelLogits
-from ctkd.distill.models.untrained import write_untrained
 from ctkd.distill.teachers.memory import KnownStates
 from ctkd.distill.training.run import train
 from ctkd.errors import CtkdError, DataError
@@ -242,7 +241,6 @@ class Scratch:
         for split, some in rows.items():
             lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in some)
             (self.work / f"{split}.jsonl").write_text(lines, "utf-8")
-        self.training = [row["text"] for row in rows["train"]]
         self._states: KnownStates = {}
 
     def examples(self, split: str) -> list[Example]:
@@ -256,7 +254,7 @@ class Scratch:
         config = TrainConfig(
             loss=method.loss,
             loss_options=method.options,
-            student=str(untrained_student(self.work, self.training, seed)),
+            student_config=UNTRAINED,
             teacher=TEACHER,
             data=str(self.work / "train.jsonl"),
             eval_data=str(self.work / "dev.jsonl"),
@@ -355,15 +353,6 @@ def python_rows() -> dict[str, list[dict[str, str]]]:
             held_out.append({"story": f"{row['topic']} {number}", "text": text})
     training = [{"story": row["topic"], "text": row["text"]} for row in read_pydocs("train")]
     return {"train": training, "dev": held_out[::2], "test": held_out[1::2]}
-
-
-def untrained_student(work: Path, texts: list[str], seed: int) -> Path:
-    """A student whose vocabulary is that of every seed, and whose weights are of this one."""
-    final = work / f"student-{seed}"
-    if not final.is_dir():
-        with locked(final), building(final) as folder:
-            write_untrained(folder, texts, seed)
-    return final
 
 
 def paired(
