@@ -37,6 +37,9 @@ class Pair(Protocol):
     def nearest_student_ids(self) -> Tensor:
         """For each teacher token the student token with the same or the nearest text, (W,)."""
 
+    def prefix_student_ids(self) -> Tensor:
+        """For each teacher token the longest student token that begins its bytes, (W,), or -1."""
+
     def match_positions(
         self, student_ids: Tensor, teacher_ids: Tensor, student_mask: Tensor, teacher_mask: Tensor
     ) -> Tensor:
@@ -61,6 +64,9 @@ class PlaceholderPair(Pair):
         return torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
 
     def nearest_student_ids(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64)
+
+    def prefix_student_ids(self) -> Tensor:
         return torch.zeros(1, dtype=torch.int64)
 
     def match_positions(

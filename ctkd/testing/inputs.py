@@ -105,6 +105,13 @@ class TinyPair(Pair):
         nearest[self.shared[1]] = self.shared[0]
         return nearest
 
+    def prefix_student_ids(self) -> Tensor:
+        """Shared tokens have each other, of the others every other one the first shared token."""
+        first = self.shared[0][0]
+        prefixes = torch.where(torch.arange(self.teacher_size) % 2 == 0, -1, first)
+        prefixes[self.shared[1]] = self.shared[0]
+        return prefixes
+
     def match_positions(
         self, student_ids: Tensor, teacher_ids: Tensor, student_mask: Tensor, teacher_mask: Tensor
     ) -> Tensor:

@@ -23,7 +23,7 @@ _WORD_STARTS = (b" ", b"\n", b"\t")
 
 
 class TokenizerPair:
-    """Two tokenizers: alignment of texts, exact and nearest vocabulary maps.
+    """Two tokenizers: alignment of texts, exact, nearest and prefix vocabulary maps.
 
     Everything is computed when it is first asked for, and kept. The nearest map, which can take a
     minute, is also kept on disk (see `ctkd.cache_folder.cache_dir`).
@@ -125,6 +125,16 @@ class TokenizerPair:
         """
         return self._nearest_student_ids
 
+    def prefix_student_ids(self) -> Tensor:
+        """Map each teacher token to the longest student token that its bytes begin with.
+
+        See `vocabulary_map.prefix_student_ids`.
+
+        Shape:
+            Returns (W,) int64 student ids on the CPU, -1 for none.
+        """
+        return self._prefix_student_ids
+
     def word_starts(self) -> tuple[Tensor, Tensor]:
         """Tell which tokens end the word before them: a space, newline or tab in front, or eos.
 
@@ -204,6 +214,10 @@ class TokenizerPair:
         return vocabulary_map.load_or_compute(
             self.student_bytes, self.teacher_bytes, progress=self.progress
         )
+
+    @cached_property
+    def _prefix_student_ids(self) -> Tensor:
+        return vocabulary_map.prefix_student_ids(self.student_bytes, self.teacher_bytes)
 
     @cached_property
     def _word_starts(self) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """Maps from the tokens of one vocabulary to those of another.
 
-Two maps: the tokens both have (`shared_ids`, one to one), and MinED's map (`nearest_student_ids`,
+Three maps: the tokens both have (`shared_ids`, one to one), MinED's map (`nearest_student_ids`,
 arXiv 2401.10491), which sends every teacher token to the student token that is spelled most like
-it. Both compare what tokens stand for, so that markers (``Ġ``, ``▁``) do not count. Neither looks
-at what tokens mean: ``▁hat`` goes to ``Ġcat``.
+it, and BPM's (`prefix_student_ids`, arXiv 2607.22334), which sends it to the longest student token
+that begins it. All compare what tokens stand for, so that markers (``Ġ``, ``▁``) do not count. None
+looks at what tokens mean: ``▁hat`` goes to ``Ġcat``.
 """
 
 import hashlib
@@ -27,7 +28,14 @@ from ctkd import cache_folder
 from ctkd.errors import ModelError
 from ctkd.tokenization.token_bytes import TokenBytes
 
-__all__ = ["fingerprint", "load_or_compute", "nearest_student_ids", "shared_ids", "token_texts"]
+__all__ = [
+    "fingerprint",
+    "load_or_compute",
+    "nearest_student_ids",
+    "prefix_student_ids",
+    "shared_ids",
+    "token_texts",
+]
 
 _FORMAT = 1  # to be raised whenever the same tables give another map
 _NAMED_ROLES = ("bos", "eos", "pad")
@@ -99,6 +107,35 @@ def shared_ids(student: TokenBytes, teacher: TokenBytes) -> tuple[Tensor, Tensor
     )
     table = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
     return table[:, 0].clone(), table[:, 1].clone()
+
+
+def prefix_student_ids(student: TokenBytes, teacher: TokenBytes) -> Tensor:
+    """Map every teacher token to the longest student token that its bytes begin with.
+
+    A token begins itself. bos, eos and pad go to the student's bos, eos and pad; other special
+    tokens, and those that no student token begins, go nowhere. Of several student tokens with the
+    same bytes the one that `shared_ids` pairs is the answer.
+
+    Shape:
+        Returns (W,) int64 student ids on the CPU, -1 for none.
+
+    Example:
+        >>> student = TokenBytes((b" ", b" wal", b"k", b""), ("text", "text", "text", "eos"))
+        >>> teacher = TokenBytes((b" walk", b" the", b"x", b""), ("text", "text", "text", "eos"))
+        >>> prefix_student_ids(student, teacher).tolist()
+        [1, 0, -1, 3]
+    """
+    index_of = _meanings(student)
+    answers = [index_of.get((role, b""), -1) for role in teacher.roles]
+    text_index = {piece: index for (role, piece), index in index_of.items() if not role}
+    longest = max(map(len, text_index), default=0)
+    for index, (piece, role) in enumerate(zip(teacher.bytes_of, teacher.roles, strict=True)):
+        # Most tokens begin with a long one: this is faster than any order of all tokens.
+        for length in range(min(len(piece), longest) if role == "text" else 0, 0, -1):
+            if (answer := text_index.get(piece[:length])) is not None:
+                answers[index] = answer
+                break
+    return torch.tensor(answers, dtype=torch.int64)
 
 
 def nearest_student_ids(student: TokenBytes, teacher: TokenBytes, *, progress: bool) -> Tensor:
