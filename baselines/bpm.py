@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Vocabulary = Sequence[tuple[str, bytes]]
+LEAST_MASS = 1e-4
 
 
 def begins(token: tuple[str, bytes], other: tuple[str, bytes]) -> bool:
@@ -60,6 +61,38 @@ def divergence(
     return total
 
 
+def divergence_inside(
+    student_row: Tensor,
+    teacher_row: Tensor,
+    read: bytes,
+    student: Vocabulary,
+    teacher: Vocabulary,
+    temperature: float,
+) -> Tensor:
+    """KL of the student's whole row from what the teacher expects after a part of its token.
+
+    Of the teacher's text tokens those count that are longer than the part and begin with it, if a
+    student token begins what is left; 0 if they have at most `LEAST_MASS`.
+    """
+    s = torch.softmax(student_row.double() / temperature, 0)
+    t = torch.softmax(teacher_row.double().detach() / temperature, 0)
+    zero = torch.zeros((), dtype=torch.float64)
+    target: dict[int, Tensor] = {}
+    for v, (role, piece) in enumerate(teacher):
+        if role == "text" and len(piece) > len(read) and piece[: len(read)] == read:
+            (u,) = longest_prefixes(student, [("text", piece[len(read) :])])
+            if u >= 0:
+                target[u] = target.get(u, zero) + t[v]
+    mass = sum(target.values(), zero)
+    if mass <= LEAST_MASS:
+        return 0.0 * s.sum()
+    total = zero
+    for u, p in target.items():
+        if p > 0:
+            total = total + p / mass * torch.log(p / mass / s[u])
+    return total
+
+
 def loss(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -69,8 +102,10 @@ def loss(
     *,
     rest: str = "class",
     temperature: float = 1.0,
+    ids: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]] | None = None,
+    vocabularies: tuple[Vocabulary, Vocabulary] | None = None,
 ) -> tuple[Tensor, int]:
-    """Mean over the chunks that both sides have, and their number.
+    """Sum over the positions of the chunks that both sides have, divided by their number.
 
     Args:
         student: B tensors (S_b, V) of logits.
@@ -80,13 +115,26 @@ def loss(
         prefixes: the student id that each teacher id is mapped to, -1 for none.
         rest: ``"class"`` or ``"renormalize"``.
         temperature: divides both sides' logits.
+        ids: the tokens that the rows of both sides predict, for conditional targets.
+        vocabularies: those of student and teacher, likewise.
     """
     total = sum((rows[:0].double().sum() for rows in student), torch.zeros((), dtype=torch.float64))
     count = 0
     for b in range(len(student)):
         ours, theirs = list(student_chunks[b]), list(teacher_chunks[b])
         for chunk in sorted({c for c in ours if c >= 0} & set(theirs)):
-            rows = student[b][ours.index(chunk)], teacher[b][theirs.index(chunk)]
-            total = total + divergence(*rows, prefixes, rest, temperature)
+            first, teacher_row = ours.index(chunk), teacher[b][theirs.index(chunk)]
+            total = total + divergence(student[b][first], teacher_row, prefixes, rest, temperature)
             count += 1
+            if ids is None or vocabularies is None:
+                continue
+            whole = vocabularies[1][ids[1][b][theirs.index(chunk)]][1]
+            read = b""
+            for i in range(len(ours)):
+                if ours[i] != chunk:
+                    continue
+                if i > first and 0 < len(read) < len(whole) and whole[: len(read)] == read:
+                    rows = student[b][i], teacher_row
+                    total = total + divergence_inside(*rows, read, *vocabularies, temperature)
+                read += vocabularies[0][ids[0][b][i]][1]
     return total / max(count, 1), count

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ctkd.batch import Batch
-from ctkd.chunks import align_positions, chunks_on_both_sides
-from ctkd.divergences import kl
+from ctkd.chunks import chunk_positions, chunks_on_both_sides, flat_positions, pick
+from ctkd.divergences import LOG_FLOOR
 from ctkd.errors import SettingError
 from ctkd.logits import map_rows
-from ctkd.loss import Loss, LossOutput, Paper, Weights, average
-from ctkd.losses.shared_kl import columns_outside, shared_log_probs
+from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
+from ctkd.losses.shared_kl import _LOWEST_LOGIT
 from ctkd.registry import register
 from ctkd.settings import check_choice, check_positive
 from ctkd.tokenizers import Pair, check_sizes
 
-__all__ = ["BPM", "projected_probs"]
+__all__ = ["BPM", "LEAST_MASS", "class_probs"]
+
+LEAST_MASS = 1e-4
+"""Teacher's probability of going on at all, below which nothing is compared inside a token."""
 
 
-def projected_probs(probs: Tensor, classes: Tensor, size: int) -> Tensor:
+def class_probs(probs: Tensor, classes: Tensor, size: int) -> Tensor:
     r"""Probabilities of classes of tokens.
 
     .. math:: p_c = \sum_{v : class(v) = c} q_v
 
     Shape:
-        (N, W) and (W,) give (N, size).
+        (N, W) and (N, W) give (N, size).
 
     Args:
         probs: q.
@@ -33,10 +39,10 @@ def projected_probs(probs: Tensor, classes: Tensor, size: int) -> Tensor:
         size: Number of classes.
 
     Example:
-        >>> projected_probs(torch.tensor([[0.5, 0.2, 0.3]]), torch.tensor([1, 0, 1]), 2)
+        >>> class_probs(torch.tensor([[0.5, 0.2, 0.3]]), torch.tensor([[1, 0, 1]]), 2)
         tensor([[0.2000, 0.8000]])
     """
-    return probs.new_zeros(probs.shape[0], size).index_add(1, classes, probs)
+    return probs.new_zeros(probs.shape[0], size).scatter_add(1, classes, probs)
 
 
 @register("bpm")
@@ -44,24 +50,35 @@ class BPM(Loss):
     r"""Matches the teacher's distribution over the student tokens that begin its own.
 
     .. math::
-        L = \frac{1}{C} \sum_c \sum_{u \in I \cup \{rest\}} t_{c,u} \log \frac{t_{c,u}}{s_{c,u}},
-        \quad t_{c,u} = \sum_{v : \varphi(v) = u} q_{c,v}
+        L = \frac{1}{C} \sum_c \sum_{i \in c} \sum_u t_i(u) \log \frac{t_i(u)}{s_i(u)}, \quad
+        t_i(u) \propto \sum_{v :\, v = r_i w,\ \varphi(w) = u} q_c(v)
 
-    \varphi(v) is the longest student token whose bytes are a prefix of those of teacher token v; a
-    special token goes to the student's of its role. I is the image of \varphi, and C counts the
-    chunks that both sides have. q and s are the models' distributions at the first token of a
-    chunk, where both have read the same bytes. The rest of the teacher is its probability on tokens
-    that no student token begins, that of the student its probability outside I.
+    \varphi(w) is the longest student token that begins the bytes w; a special token goes to the
+    student's of its role. C counts the chunks that both sides have, q_c is the teacher's row at
+    the first token of a chunk, s_i the student's at token i of it, and r_i are the bytes that the
+    student has read since the chunk began.
+
+    At the first token r is empty: both models have read the same bytes, and every teacher token
+    counts. One more class holds the rest of both sides: the teacher's probability on tokens that no
+    student token begins, and the student's on tokens that are no \varphi(v).
+
+    Later the student may be inside the teacher's first token: r is the beginning of it. Then
+    those teacher tokens count that begin with r and go on with a w that some student token begins;
+    t is divided by their probability, s is the whole row. Where the teacher gives them at most
+    `LEAST_MASS`, and at all other positions, nothing is compared. ``parts`` tells the two apart:
+    ``root`` and ``inside``.
 
     Shape:
-        Student (B, S, V), teacher (B, T, W), C chunks with an id on both sides. The later
-        positions of a chunk of several tokens are not compared.
+        Student (B, S, V), teacher (B, T, W), C chunks with an id on both sides, which
+        ``count`` counts.
 
     Args:
         pair: The two tokenizers.
         rest: ``"class"`` compares the rest of both sides as one more class. ``"renormalize"``
-            divides both sides by their probability without it, so that the student's on tokens
-            outside I is left free. If a side has no rest, ``"class"`` is ``"renormalize"``.
+            divides both sides by their probability without it, so that the student's on its
+            other tokens is left free. If a side has no rest, ``"class"`` is ``"renormalize"``.
+        conditional: Compare inside teacher tokens as well. It waits for the ids and looks them up
+            on the CPU.
         temperature: Divides both models' logits, above 0. The value is not multiplied by its
             square.
 
@@ -96,90 +113,133 @@ class BPM(Loss):
         all begin with one student token.
 
     Differs from the paper:
-        These are choices of ours where its definition leaves room: the class of the rest on the
-        student's side, its absence where a side has none, ``rest="renormalize"``, the temperature,
-        the mean over chunks and the neutral weights 1 and 1. A student token longer than every
-        teacher token that begins it is in no image: ``"class"`` counts it as rest, which the
-        teacher hardly ever expects, and so pulls it down. At later positions of a chunk, inside a
-        longer teacher token, the paper goes on with conditional targets: that is left out.
+        Choices of ours, where the definition we had leaves room: what the rest is on the student's
+        side, and that there is none where a side has none; ``rest="renormalize"``; that inside
+        tokens the teacher's row at the beginning of the chunk alone is used, so that nothing is
+        compared inside its second token; `LEAST_MASS`; one sum per chunk, so that chunks of many
+        student tokens weigh more; the temperature, and the neutral weights 1 and 1.
+
+        A student token that is longer than every teacher token it begins with is no \varphi(v).
+        ``"class"`` counts it as rest, which the teacher hardly ever expects, and pulls it down.
 
     References:
-        Byte-prefix matching, arXiv:2607.22334, projection by the longest prefix.
+        Byte-prefix matching, arXiv:2607.22334: projection to the longest prefix, and
+        conditional targets inside longer teacher tokens.
     """
 
-    paper = Paper("Byte-prefix matching", "2607.22334", "projection by the longest prefix")
-    matches = "teacher's tokens, cut to the student token that begins them, per chunk"
+    paper = Paper("Byte-prefix matching", "2607.22334", "longest prefixes, conditional targets")
+    matches = "teacher's tokens, cut to the student token that begins them"
     unit = "chunk"
     needs = frozenset({"chunks", "pair"})
     default_weights = Weights(ce=1.0, kd=1.0)
 
-    student_ids: Tensor
-    student_others: Tensor
-    teacher_ids: Tensor
-    classes: Tensor
+    ranks: Tensor
+    prefix_ids: Tensor
+    in_image: Tensor
+    whole: Tensor
+    behind: Tensor
 
-    def __init__(self, *, pair: Pair, rest: str = "class", temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        pair: Pair,
+        rest: str = "class",
+        conditional: bool = True,
+        temperature: float = 1.0,
+    ) -> None:
         super().__init__()
         check_choice("rest", rest, ("class", "renormalize"))
         check_positive("temperature", temperature)
         self.rest = rest
+        self.conditional = conditional
         self.temperature = temperature
         self.teacher_temperatures = (temperature,)
         self.student_size = pair.student_size
         self.teacher_size = pair.teacher_size
-        prefix_ids = pair.prefix_student_ids()
-        mapped = (prefix_ids >= 0).nonzero().squeeze(-1)
-        if not mapped.numel():
+        self._continuations = pair.continuations if conditional else None
+        ranks, prefix_ids = pair.teacher_ranks(), pair.prefix_student_ids()
+        in_image = torch.zeros(pair.student_size, dtype=torch.bool)
+        in_image[prefix_ids[prefix_ids >= 0]] = True
+        if not in_image.any():
             raise SettingError(
                 "bpm compares teacher tokens with the student tokens that begin them, but no "
                 "student token begins any of these; use a loss that needs no such tokens, such as "
                 "uld or alm"
             )
-        student_ids, classes = torch.unique(prefix_ids[mapped], return_inverse=True)
-        student_others = columns_outside(student_ids, pair.student_size)
-        self._has_rest = rest == "class" and bool(
-            student_others.numel() and mapped.numel() < pair.teacher_size
+        self._image_size = int(in_image.sum())
+        self._has_rest = (
+            rest == "class" and not bool(in_image.all()) and bool((prefix_ids < 0).any())
         )
-        if self._has_rest:
-            every = torch.full((pair.teacher_size,), student_ids.shape[0])
-            every[mapped] = classes
-            mapped, classes = torch.arange(pair.teacher_size), every
-        for name, ids in (
-            ("student_ids", student_ids),
-            ("student_others", student_others),
-            ("teacher_ids", mapped),
-            ("classes", classes),
+        for name, values in (
+            ("ranks", ranks),
+            ("prefix_ids", prefix_ids[ranks.argsort()]),
+            ("in_image", in_image),
+            ("whole", torch.tensor([0, pair.teacher_size, 0])),
+            ("behind", torch.tensor([0, 0, pair.teacher_size])),
         ):
-            self.register_buffer(name, ids, persistent=False)
+            self.register_buffer(name, values, persistent=False)
 
     def units(self, batch: Batch) -> Tensor:
         return chunks_on_both_sides(batch).sum()
 
     def forward(self, batch: Batch) -> LossOutput:
         check_sizes(batch, self.student_size, self.teacher_size)
-        aligned = align_positions(batch, "chunk")
+        positions = chunk_positions(batch)
+        is_root = positions.is_first
+        ranges, student_ids = self.whole * is_root.unsqueeze(-1), self.prefix_ids
+        if self._continuations is not None:
+            tokens = pick(batch.teacher.token_ids.unsqueeze(-1), positions.teacher.clamp_min(0))
+            within = self._continuations(
+                batch.student.token_ids, positions.chunk_ids, tokens.squeeze(-1)
+            )
+            # Their places come behind those of whole tokens.
+            inside = within.ranges + (within.ranges[..., 1:2] > 0) * self.behind
+            ranges = torch.where(is_root.unsqueeze(-1), ranges, inside)
+            student_ids = torch.cat([student_ids, within.student_ids])
+        numbers = torch.arange(is_root.shape[1], device=is_root.device).expand_as(is_root)
         values = map_rows(
             batch.student.logits,
             batch.teacher.logits,
-            aligned.flattened(batch),
-            self._divergence,
+            flat_positions(batch, numbers, positions.teacher, ranges[..., 1] > ranges[..., 0]),
+            partial(self._divergence, torch.where(student_ids < 0, self.student_size, student_ids)),
+            per_row=ranges.flatten(0, 1),
             teacher_temperature=self.temperature,
-        ).values
-        sums = values.view(aligned.valid.shape).sum(1)
-        return average({"bpm": sums}, aligned.valid.sum())
+        ).values.view(is_root.shape)
+        sums = {"root": masked_sum(values, is_root)}
+        if self.conditional:
+            sums["inside"] = masked_sum(values, ~is_root)
+        return average(sums, is_root.sum())
 
-    def _divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def _divergence(
+        self, student_ids: Tensor, student_logits: Tensor, teacher_logits: Tensor, ranges: Tensor
+    ) -> Tensor:
         """Divergence of the classes of rows, (n,)."""
-        student_others = self.student_others if self._has_rest else None
-        student = student_logits / self.temperature
-        teacher = (teacher_logits[:, self.teacher_ids] / self.temperature).softmax(-1)
-        size = self.student_ids.shape[0] + self._has_rest
-        return kl(
-            shared_log_probs(student, self.student_ids, student_others),
-            projected_probs(teacher, self.classes, size).log(),
+        width = self.student_size
+        first, last, shift = ranges.unsqueeze(-1).unbind(1)
+        is_root = shift == 0
+        classes = student_ids[(self.ranks + shift).clamp_(0, student_ids.shape[0] - 1)]
+        # The last class, at the width, is the rest; it counts at the beginning of a chunk.
+        kept = (self.ranks >= first) & (self.ranks < last)
+        kept &= classes < width + (is_root & self._has_rest)
+        teacher = teacher_logits / self.temperature
+        target = class_probs(
+            teacher.masked_fill(~kept, _LOWEST_LOGIT).softmax(-1), classes, width + 1
         )
+        student = student_logits / self.temperature
+        if not self._has_rest:
+            student = student.masked_fill(is_root & ~self.in_image, -torch.inf)
+        log_probs = student.log_softmax(-1).clamp_min(LOG_FLOOR)
+        values = F.kl_div(log_probs, target[:, :width], reduction="none").sum(-1)
+        if self._has_rest:
+            rest = log_probs.masked_fill(self.in_image, _LOWEST_LOGIT).logsumexp(-1)
+            values = values + F.kl_div(rest, target[:, width], reduction="none")
+        if not self.conditional:
+            return values
+        mass = teacher.softmax(-1).masked_fill_(~kept, 0.0).sum(-1)
+        return values.masked_fill((mass <= LEAST_MASS) & ~is_root.squeeze(-1), 0.0)
 
     def extra_repr(self) -> str:
         return (
-            f"rest={self.rest!r}, temperature={self.temperature}, image={self.student_ids.shape[0]}"
+            f"rest={self.rest!r}, conditional={self.conditional}, temperature={self.temperature}, "
+            f"image={self._image_size}"
         )

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ctkd.tokenizers import Pair
+from ctkd.tokenizers import Continuations, Pair
 
 __all__ = ["STUDENT_HEAD", "STUDENT_VOCABULARY", "Inputs", "TinyPair", "make_inputs", "make_pair"]
 
@@ -111,6 +112,22 @@ class TinyPair(Pair):
         prefixes = torch.where(torch.arange(self.teacher_size) % 2 == 0, -1, first)
         prefixes[self.shared[1]] = self.shared[0]
         return prefixes
+
+    def teacher_ranks(self) -> Tensor:
+        return torch.arange(self.teacher_size)
+
+    def continuations(
+        self, student_ids: Tensor, chunk_ids: Tensor, teacher_ids: Tensor
+    ) -> Continuations:
+        """All of the teacher's tokens but the first and the last, at any second of two positions.
+
+        What is left of them begins with the student's first token, its last, or none.
+        """
+        size = self.teacher_size
+        second = F.pad(chunk_ids[:, 1:] == chunk_ids[:, :-1], (1, 0)) & (chunk_ids >= 0)
+        ranges = torch.tensor([1, size - 1, 0], device=student_ids.device)
+        left = torch.tensor([0, self.student_size - 1, -1], device=student_ids.device)
+        return Continuations(second.unsqueeze(-1) * ranges, left.repeat(size)[:size])
 
     def match_positions(
         self, student_ids: Tensor, teacher_ids: Tensor, student_mask: Tensor, teacher_mask: Tensor

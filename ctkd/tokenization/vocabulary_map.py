@@ -29,6 +29,7 @@ from ctkd.errors import ModelError
 from ctkd.tokenization.token_bytes import TokenBytes
 
 __all__ = [
+    "Prefixes",
     "fingerprint",
     "load_or_compute",
     "nearest_student_ids",
@@ -125,16 +126,11 @@ def prefix_student_ids(student: TokenBytes, teacher: TokenBytes) -> Tensor:
         >>> prefix_student_ids(student, teacher).tolist()
         [1, 0, -1, 3]
     """
-    index_of = _meanings(student)
-    answers = [index_of.get((role, b""), -1) for role in teacher.roles]
-    text_index = {piece: index for (role, piece), index in index_of.items() if not role}
-    longest = max(map(len, text_index), default=0)
-    for index, (piece, role) in enumerate(zip(teacher.bytes_of, teacher.roles, strict=True)):
-        # Most tokens begin with a long one: this is faster than any order of all tokens.
-        for length in range(min(len(piece), longest) if role == "text" else 0, 0, -1):
-            if (answer := text_index.get(piece[:length])) is not None:
-                answers[index] = answer
-                break
+    index_of, prefixes = _meanings(student), Prefixes(student)
+    answers = [
+        prefixes.longest_of(piece) if role == "text" else index_of.get((role, b""), -1)
+        for piece, role in zip(teacher.bytes_of, teacher.roles, strict=True)
+    ]
     return torch.tensor(answers, dtype=torch.int64)
 
 
@@ -245,6 +241,32 @@ def _read(folder: Path, student: TokenBytes, teacher: TokenBytes) -> Tensor | No
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(student):
         return None
     return ids
+
+
+class Prefixes:
+    """Text tokens of a vocabulary, looked up by what they begin.
+
+    Args:
+        table: the vocabulary.
+
+    Example:
+        >>> Prefixes(TokenBytes((b"a", b"ab"), ("text", "text"))).longest_of(b"abc")
+        1
+    """
+
+    def __init__(self, table: TokenBytes):
+        self._index = {
+            piece: index for (role, piece), index in _meanings(table).items() if not role
+        }
+        self._longest = max(map(len, self._index), default=0)
+
+    def longest_of(self, piece: bytes) -> int:
+        """Id of the longest token that some bytes begin with, or -1."""
+        # Most begin with a long one: this is faster than any order of all tokens.
+        for length in range(min(len(piece), self._longest), 0, -1):
+            if (found := self._index.get(piece[:length])) is not None:
+                return found
+        return -1
 
 
 def _preferred_first(table: TokenBytes) -> list[int]:

@@ -36,14 +36,40 @@ PAIRS = [SOME, NO_TEACHER_REST, NO_STUDENT_REST]
 RESTS = ("class", "renormalize")
 
 
-def oracle(inputs: dict[str, Any], pair: Prefixes, **settings: Any) -> tuple[Tensor, int, Tensor]:
+def table(pieces: str) -> TokenBytes:
+    """Text tokens between bars, and an eos."""
+    bytes_of = tuple(piece.encode() for piece in pieces.split("|"))
+    return TokenBytes((*bytes_of, b""), ("text",) * len(bytes_of) + ("eos",))
+
+
+def vocabulary(one: TokenBytes) -> list[tuple[str, bytes]]:
+    return list(zip(one.roles, one.bytes_of, strict=True))
+
+
+# Random tokens of these often lie inside each other. No student token begins "c".
+WORDS = TokenizerPair(table("a|b|ab|ba|aa|bb|a|abb|b|a"), table("aab|baba|abab|baa|bc|abba|c"))
+
+
+def words_oracle(inputs: dict[str, Any], conditional: bool, **settings: Any) -> Any:
+    sides = ("student", "teacher")
+    vocabularies = tuple(map(vocabulary, (WORDS.student_bytes, WORDS.teacher_bytes)))
+    given = {}
+    if conditional:
+        ids = tuple(per_row(inputs, side, "labels") for side in sides)
+        given = {"ids": ids, "vocabularies": vocabularies}
+    return oracle(inputs, bpm.longest_prefixes(*vocabularies), **given, **settings)
+
+
+def oracle(
+    inputs: dict[str, Any], prefixes: list[int], **settings: Any
+) -> tuple[Tensor, int, Tensor]:
     leaf = inputs["student_logits"].detach().clone().requires_grad_()
     inputs = {**inputs, "student_logits": leaf}
     sides = ("student", "teacher")
     value, count = bpm.loss(
         *(answer_rows(inputs, side) for side in sides),
         *(per_row(inputs, side, "chunk_ids") for side in sides),
-        pair.ids,
+        prefixes,
         **settings,
     )
     (gradient,) = torch.autograd.grad(value, leaf)
@@ -55,7 +81,7 @@ def test_the_oracle_agrees(rest):
     for pair, temperature, seed in itertools.product(PAIRS, (1.0, 0.5, 3.0), (1, 2)):
         inputs = ragged_inputs(seed, V=pair.student_size, ties=seed == 2)
         settings = {"rest": rest, "temperature": temperature}
-        expected, expected_count, expected_gradient = oracle(inputs, pair, **settings)
+        expected, expected_count, expected_gradient = oracle(inputs, pair.ids, **settings)
         loss = ctkd.get_loss("bpm", pair=pair, **settings)
         value, count, gradient = loss_and_gradient(loss, inputs)
         assert count == expected_count > 4
@@ -81,11 +107,34 @@ def test_narrow_types_and_probabilities_that_underflow(rest):
             name: one.double() if torch.is_tensor(one) and one.is_floating_point() else one
             for name, one in inputs.items()
         }
-        expected, _, expected_gradient = oracle(wide, SOME, rest=rest)
+        expected, _, expected_gradient = oracle(wide, SOME.ids, rest=rest)
         assert value.dtype == torch.float32 and gradient.dtype == dtype
         torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=1e-6)
         close = 1e-2 if dtype == torch.bfloat16 else 1e-4
         torch.testing.assert_close(gradient.double(), expected_gradient, rtol=close, atol=1e-5)
+
+
+@pytest.mark.parametrize("rest", RESTS)
+def test_the_oracle_agrees_inside_teacher_tokens(rest):
+    differ = 0
+    for seed, temperature in itertools.product(range(12), (1.0, 2.0)):
+        inputs = ragged_inputs(seed, student_lengths=(9, 8, 9), teacher_lengths=(4, 5, 3))
+        if seed % 4 == 3:  # hardly any text is expected but a token, which goes nowhere
+            inputs["teacher_logits"][..., 6] += 14.0
+        settings = {"rest": rest, "temperature": temperature}
+        values = []
+        for conditional in (True, False):
+            expected, expected_count, expected_gradient = words_oracle(
+                inputs, conditional, **settings
+            )
+            loss = ctkd.get_loss("bpm", pair=WORDS, conditional=conditional, **settings)
+            value, count, gradient = loss_and_gradient(loss, inputs)
+            assert count == expected_count
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=0)
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-15)
+            values.append(value)
+        differ += abs(values[0] - values[1]) > 1e-3
+    assert differ > 8
 
 
 STUDENT = TokenBytes((b" ", b" wa", b"lk", b"x", b""), ("text",) * 4 + ("eos",))
@@ -110,6 +159,14 @@ def test_worked_by_hand():
         output = ctkd.get_loss("bpm", pair=pair, rest=rest)(batch)
         assert output.value.item() == pytest.approx(value, rel=1e-12)
         assert output.count == 1
+    # The student reads " wa" of " walk". What is left of " was" no student token begins, so "lk" is
+    # sure to come, and has 0.3.
+    row = torch.tensor([[0.1, 0.2, 0.3, 0.3, 0.1]], dtype=torch.float64)
+    batch = Batch.from_causal_lm(**one_chunk(torch.cat([student, row]), [1, 2], teacher, [0]))
+    output = ctkd.get_loss("bpm", pair=pair)(batch)
+    assert output.parts["root"].item() == pytest.approx(expected["class"], rel=1e-12)
+    assert output.parts["inside"].item() == pytest.approx(-log(0.3), rel=1e-12)
+    assert output.count == 1
 
 
 @pytest.mark.parametrize("rest", RESTS)

@@ -25,6 +25,7 @@ FORMS = [
     ("alm", {"temperature": 1.0}, "observed"),
     ("alm", {"debias": True}, "rows"),
     ("bpm", {}, "rows"),
+    ("bpm", {"conditional": False, "rest": "renormalize"}, "rows"),
     ("gold", {}, "rows"),
     ("gold", {"merging": "observed"}, "rows"),
     ("gold", {"merging": "bayesian", "teacher_temperature": 0.5}, "rows"),
