@@ -42,7 +42,10 @@ def class_probs(probs: Tensor, classes: Tensor, size: int) -> Tensor:
         >>> class_probs(torch.tensor([[0.5, 0.2, 0.3]]), torch.tensor([[1, 0, 1]]), 2)
         tensor([[0.2000, 0.8000]])
     """
-    return probs.new_zeros(probs.shape[0], size).scatter_add(1, classes, probs)
+    # scatter_add is atomic on CUDA, so in no order; this sorts first.
+    rows = torch.arange(probs.shape[0], device=probs.device).unsqueeze(1)
+    sums = probs.new_zeros(probs.shape[0], size)
+    return sums.index_put_((rows, classes), probs, accumulate=True)
 
 
 @register("bpm")
@@ -119,7 +122,7 @@ class BPM(Loss):
         compared inside its second token; `LEAST_MASS`; one sum per chunk, so that chunks of many
         student tokens weigh more; the temperature, and the neutral weights 1 and 1.
 
-        A student token that is longer than every teacher token it begins with is no \varphi(v).
+        A student token that begins no teacher token, such as a longer word, is no \varphi(v).
         ``"class"`` counts it as rest, which the teacher hardly ever expects, and pulls it down.
 
     References:

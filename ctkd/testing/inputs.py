@@ -123,11 +123,13 @@ class TinyPair(Pair):
 
         What is left of them begins with the student's first token, its last, or none.
         """
-        size = self.teacher_size
         second = F.pad(chunk_ids[:, 1:] == chunk_ids[:, :-1], (1, 0)) & (chunk_ids >= 0)
-        ranges = torch.tensor([1, size - 1, 0], device=student_ids.device)
-        left = torch.tensor([0, self.student_size - 1, -1], device=student_ids.device)
-        return Continuations(second.unsqueeze(-1) * ranges, left.repeat(size)[:size])
+        last = second * (self.teacher_size - 1)
+        place = torch.arange(self.teacher_size, device=student_ids.device) % 3
+        return Continuations(
+            torch.stack([second.to(last.dtype), last, torch.zeros_like(last)], dim=-1),
+            (place * (self.student_size - 1)).masked_fill(place == 2, -1),
+        )
 
     def match_positions(
         self, student_ids: Tensor, teacher_ids: Tensor, student_mask: Tensor, teacher_mask: Tensor
