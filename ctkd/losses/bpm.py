@@ -54,22 +54,21 @@ class BPM(Loss):
 
     .. math::
         L = \frac{1}{C} \sum_c \sum_{i \in c} \sum_u t_i(u) \log \frac{t_i(u)}{s_i(u)}, \quad
-        t_i(u) \propto \sum_{v :\, v = r_i w,\ \varphi(w) = u} q_c(v)
+        t_i(u) = \frac{1}{m_i} \sum_{v = r_i w, \phi(w) = u} q_c(v)
 
-    \varphi(w) is the longest student token that begins the bytes w; a special token goes to the
+    phi(w) is the longest student token that begins the bytes w; a special token goes to the
     student's of its role. C counts the chunks that both sides have, q_c is the teacher's row at
     the first token of a chunk, s_i the student's at token i of it, and r_i are the bytes that the
-    student has read since the chunk began.
+    student has read since the chunk began. m is the probability of all teacher tokens that count.
 
     At the first token r is empty: both models have read the same bytes, and every teacher token
     counts. One more class holds the rest of both sides: the teacher's probability on tokens that no
-    student token begins, and the student's on tokens that are no \varphi(v).
+    student token begins, and the student's on tokens that are no phi(v).
 
     Later the student may be inside the teacher's first token: r is the beginning of it. Then
     those teacher tokens count that begin with r and go on with a w that some student token begins;
-    t is divided by their probability, s is the whole row. Where the teacher gives them at most
-    `LEAST_MASS`, and at all other positions, nothing is compared. ``parts`` tells the two apart:
-    ``root`` and ``inside``.
+    s is the whole row. Where m is at most `LEAST_MASS`, and at all other positions, nothing is
+    compared. ``parts`` tells the two apart: ``root`` and ``inside``.
 
     Shape:
         Student (B, S, V), teacher (B, T, W), C chunks with an id on both sides, which
@@ -122,7 +121,7 @@ class BPM(Loss):
         compared inside its second token; `LEAST_MASS`; one sum per chunk, so that chunks of many
         student tokens weigh more; the temperature, and the neutral weights 1 and 1.
 
-        A student token that begins no teacher token, such as a longer word, is no \varphi(v).
+        A student token that begins no teacher token, such as a longer word, is no phi(v).
         ``"class"`` counts it as rest, which the teacher hardly ever expects, and pulls it down.
 
     References:
@@ -196,8 +195,7 @@ class BPM(Loss):
                 batch.student.token_ids, positions.chunk_ids, tokens.squeeze(-1)
             )
             # Their places come behind those of whole tokens.
-            inside = within.ranges + (within.ranges[..., 1:2] > 0) * self.behind
-            ranges = torch.where(is_root.unsqueeze(-1), ranges, inside)
+            ranges = torch.where(is_root.unsqueeze(-1), ranges, within.ranges + self.behind)
             student_ids = torch.cat([student_ids, within.student_ids])
         numbers = torch.arange(is_root.shape[1], device=is_root.device).expand_as(is_root)
         values = map_rows(
