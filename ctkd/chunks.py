@@ -21,8 +21,10 @@ from ctkd.ops import kernels_for
 __all__ = [
     "PAIRINGS",
     "AlignedPositions",
+    "ChunkPositions",
     "ChunkTable",
     "align_positions",
+    "chunk_positions",
     "chunk_sums",
     "chunk_table",
     "chunk_tables",
@@ -106,6 +108,38 @@ def chunk_tables(batch: Batch) -> tuple[ChunkTable, ChunkTable]:
     return (
         chunk_table(batch.student, batch.num_chunks),
         chunk_table(batch.teacher, batch.num_chunks),
+    )
+
+
+class ChunkPositions(NamedTuple):
+    """Chunks of the student's positions, (B, S) each, of those chunks that both sides have.
+
+    Attributes:
+        chunk_ids: int64, -1 for none.
+        is_first: True at the first position of a chunk.
+        teacher: The teacher's first position of the chunk, int64, -1 for none.
+    """
+
+    chunk_ids: Tensor
+    is_first: Tensor
+    teacher: Tensor
+
+
+def chunk_positions(batch: Batch) -> ChunkPositions:
+    """The chunk of each of the student's positions, and where both sides begin it."""
+    student, teacher = chunk_tables(batch)
+    chunk_ids, in_chunk = _chunk_ids(batch.student)
+    # Without chunks, too, there is an entry for 0.
+    shared, ours, theirs = (
+        F.pad(one, (0, 1)).gather(1, chunk_ids)
+        for one in (student.shared_with(teacher), student.first, teacher.first)
+    )
+    shared = shared & in_chunk
+    position = torch.arange(chunk_ids.shape[1], device=chunk_ids.device)
+    return ChunkPositions(
+        chunk_ids.masked_fill(~shared, -1),
+        shared & (ours == position),
+        theirs.masked_fill(~shared, -1),
     )
 
 

@@ -6,7 +6,7 @@ are CPU tensors; a loss keeps them as buffers that are not saved.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,27 @@ from torch import Tensor
 from ctkd.batch import Batch
 from ctkd.errors import BatchError
 
-__all__ = ["Pair", "PlaceholderPair", "check_sizes"]
+__all__ = ["Continuations", "Pair", "PlaceholderPair", "check_sizes"]
+
+
+class Continuations(NamedTuple):
+    """Teacher tokens that go on after the bytes that a student has read of one.
+
+    Teacher tokens are named by their rank, see `Pair.teacher_ranks`.
+
+    Attributes:
+        ranges: (B, S, 3) int64: the first rank, the last plus one, and what is added to a rank for
+            its place in ``student_ids``. 0 where there are none.
+        student_ids: (L,) int64, the longest student token that begins what is left, or -1.
+    """
+
+    ranges: Tensor
+    student_ids: Tensor
+
+    @classmethod
+    def none(cls, positions: Tensor) -> Continuations:
+        """None at any position, (B, S)."""
+        return cls(positions.new_zeros(*positions.shape, 3), positions.new_zeros(0))
 
 
 class Pair(Protocol):
@@ -36,6 +56,25 @@ class Pair(Protocol):
 
     def nearest_student_ids(self) -> Tensor:
         """For each teacher token the student token with the same or the nearest text, (W,)."""
+
+    def prefix_student_ids(self) -> Tensor:
+        """For each teacher token the longest student token that begins its bytes, (W,), or -1."""
+
+    def teacher_ranks(self) -> Tensor:
+        """Place of each teacher token in the order of bytes, special tokens first, (W,) int64."""
+
+    def continuations(
+        self, student_ids: Tensor, chunk_ids: Tensor, teacher_ids: Tensor
+    ) -> Continuations:
+        """What may follow where the student is inside a teacher token that begins its chunk.
+
+        Computed on the CPU; the answer lies on the device of ``student_ids``.
+
+        Args:
+            student_ids: (B, S).
+            chunk_ids: (B, S), negative for none.
+            teacher_ids: (B, S), the first teacher token of each position's chunk.
+        """
 
     def match_positions(
         self, student_ids: Tensor, teacher_ids: Tensor, student_mask: Tensor, teacher_mask: Tensor
@@ -62,6 +101,17 @@ class PlaceholderPair(Pair):
 
     def nearest_student_ids(self) -> Tensor:
         return torch.zeros(1, dtype=torch.int64)
+
+    def prefix_student_ids(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64)
+
+    def teacher_ranks(self) -> Tensor:
+        return torch.arange(self.teacher_size)
+
+    def continuations(
+        self, student_ids: Tensor, chunk_ids: Tensor, teacher_ids: Tensor
+    ) -> Continuations:
+        return Continuations.none(student_ids)
 
     def match_positions(
         self, student_ids: Tensor, teacher_ids: Tensor, student_mask: Tensor, teacher_mask: Tensor

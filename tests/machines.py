@@ -41,6 +41,7 @@ NARROW = (
     "tests/losses/test_closed_forms.py",
     "tests/losses/test_gold.py",
     "tests/losses/test_multilevelot.py",
+    "tests/losses/test_bpm.py",
     "tests/losses/test_shared_kl.py",
     "tests/losses/test_uld.py",
 )

@@ -107,6 +107,7 @@ def test_average_keeps_float64_and_widens_the_rest(dtype):
 def test_settings_are_stored_under_their_own_names_and_shown(name):
     others = {
         "alignment": "dtw",
+        "conditional": False,
         "debias": True,
         "direction": "reverse",
         "form": "dense",

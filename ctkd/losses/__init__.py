@@ -1,6 +1,7 @@
 """One file per method; importing this package registers them all."""
 
 from ctkd.losses.alm import ALM
+from ctkd.losses.bpm import BPM
 from ctkd.losses.gold import GOLD
 from ctkd.losses.mined import MinED
 from ctkd.losses.multilevelot import MultiLevelOT, MultiLevelOTSequence, MultiLevelOTToken
@@ -10,6 +11,7 @@ from ctkd.losses.uld import ULD
 
 __all__ = [
     "ALM",
+    "BPM",
     "GOLD",
     "ULD",
     "MinED",

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ctkd.tokenizers import Pair
+from ctkd.tokenizers import Continuations, Pair
 
 __all__ = ["STUDENT_HEAD", "STUDENT_VOCABULARY", "Inputs", "TinyPair", "make_inputs", "make_pair"]
 
@@ -104,6 +105,31 @@ class TinyPair(Pair):
         nearest = torch.full((self.teacher_size,), self.student_size - 1)
         nearest[self.shared[1]] = self.shared[0]
         return nearest
+
+    def prefix_student_ids(self) -> Tensor:
+        """Shared tokens have each other, of the others every other one the first shared token."""
+        first = self.shared[0][0]
+        prefixes = torch.where(torch.arange(self.teacher_size) % 2 == 0, -1, first)
+        prefixes[self.shared[1]] = self.shared[0]
+        return prefixes
+
+    def teacher_ranks(self) -> Tensor:
+        return torch.arange(self.teacher_size)
+
+    def continuations(
+        self, student_ids: Tensor, chunk_ids: Tensor, teacher_ids: Tensor
+    ) -> Continuations:
+        """All of the teacher's tokens but the first and the last, at any second of two positions.
+
+        What is left of them begins with the student's first token, its last, or none.
+        """
+        second = F.pad(chunk_ids[:, 1:] == chunk_ids[:, :-1], (1, 0)) & (chunk_ids >= 0)
+        last = second * (self.teacher_size - 1)
+        place = torch.arange(self.teacher_size, device=student_ids.device) % 3
+        return Continuations(
+            torch.stack([second.to(last.dtype), last, torch.zeros_like(last)], dim=-1),
+            (place * (self.student_size - 1)).masked_fill(place == 2, -1),
+        )
 
     def match_positions(
         self, student_ids: Tensor, teacher_ids: Tensor, student_mask: Tensor, teacher_mask: Tensor

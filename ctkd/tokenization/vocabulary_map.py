@@ -1,9 +1,10 @@
 """Maps from the tokens of one vocabulary to those of another.
 
-Two maps: the tokens both have (`shared_ids`, one to one), and MinED's map (`nearest_student_ids`,
+Three maps: the tokens both have (`shared_ids`, one to one), MinED's map (`nearest_student_ids`,
 arXiv 2401.10491), which sends every teacher token to the student token that is spelled most like
-it. Both compare what tokens stand for, so that markers (``Ġ``, ``▁``) do not count. Neither looks
-at what tokens mean: ``▁hat`` goes to ``Ġcat``.
+it, and BPM's (`prefix_student_ids`, arXiv 2607.22334), which sends it to the longest student token
+that begins it. All compare what tokens stand for, so that markers (``Ġ``, ``▁``) do not count. None
+looks at what tokens mean: ``▁hat`` goes to ``Ġcat``.
 """
 
 import hashlib
@@ -27,7 +28,15 @@ from ctkd import cache_folder
 from ctkd.errors import ModelError
 from ctkd.tokenization.token_bytes import TokenBytes
 
-__all__ = ["fingerprint", "load_or_compute", "nearest_student_ids", "shared_ids", "token_texts"]
+__all__ = [
+    "Prefixes",
+    "fingerprint",
+    "load_or_compute",
+    "nearest_student_ids",
+    "prefix_student_ids",
+    "shared_ids",
+    "token_texts",
+]
 
 _FORMAT = 1  # to be raised whenever the same tables give another map
 _NAMED_ROLES = ("bos", "eos", "pad")
@@ -99,6 +108,30 @@ def shared_ids(student: TokenBytes, teacher: TokenBytes) -> tuple[Tensor, Tensor
     )
     table = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
     return table[:, 0].clone(), table[:, 1].clone()
+
+
+def prefix_student_ids(student: TokenBytes, teacher: TokenBytes) -> Tensor:
+    """Map every teacher token to the longest student token that its bytes begin with.
+
+    A token begins itself. bos, eos and pad go to the student's bos, eos and pad; other special
+    tokens, and those that no student token begins, go nowhere. Of several student tokens with the
+    same bytes the one that `shared_ids` pairs is the answer.
+
+    Shape:
+        Returns (W,) int64 student ids on the CPU, -1 for none.
+
+    Example:
+        >>> student = TokenBytes((b" ", b" wal", b"k", b""), ("text", "text", "text", "eos"))
+        >>> teacher = TokenBytes((b" walk", b" the", b"x", b""), ("text", "text", "text", "eos"))
+        >>> prefix_student_ids(student, teacher).tolist()
+        [1, 0, -1, 3]
+    """
+    index_of, prefixes = _meanings(student), Prefixes(student)
+    answers = [
+        prefixes.longest_of(piece) if role == "text" else index_of.get((role, b""), -1)
+        for piece, role in zip(teacher.bytes_of, teacher.roles, strict=True)
+    ]
+    return torch.tensor(answers, dtype=torch.int64)
 
 
 def nearest_student_ids(student: TokenBytes, teacher: TokenBytes, *, progress: bool) -> Tensor:
@@ -208,6 +241,32 @@ def _read(folder: Path, student: TokenBytes, teacher: TokenBytes) -> Tensor | No
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(student):
         return None
     return ids
+
+
+class Prefixes:
+    """Text tokens of a vocabulary, looked up by what they begin.
+
+    Args:
+        table: the vocabulary.
+
+    Example:
+        >>> Prefixes(TokenBytes((b"a", b"ab"), ("text", "text"))).longest_of(b"abc")
+        1
+    """
+
+    def __init__(self, table: TokenBytes):
+        self._index = {
+            piece: index for (role, piece), index in _meanings(table).items() if not role
+        }
+        self._longest = max(map(len, self._index), default=0)
+
+    def longest_of(self, piece: bytes) -> int:
+        """Id of the longest token that some bytes begin with, or -1."""
+        # Most begin with a long one: this is faster than any order of all tokens.
+        for length in range(min(len(piece), self._longest), 0, -1):
+            if (found := self._index.get(piece[:length])) is not None:
+                return found
+        return -1
 
 
 def _preferred_first(table: TokenBytes) -> list[int]:

@@ -7,6 +7,7 @@ from tests.logits.cases import V, W
 LOSSES = {
     "alm": {},
     "alm_debiased": {"debias": True},
+    "bpm": {},
     "gold": {},
     "gold_observed": {"merging": "observed"},
     "mined": {},

@@ -24,6 +24,8 @@ FORMS = [
     ("alm", {}, "observed"),
     ("alm", {"temperature": 1.0}, "observed"),
     ("alm", {"debias": True}, "rows"),
+    ("bpm", {}, "rows"),
+    ("bpm", {"conditional": False, "rest": "renormalize"}, "rows"),
     ("gold", {}, "rows"),
     ("gold", {"merging": "observed"}, "rows"),
     ("gold", {"merging": "bayesian", "teacher_temperature": 0.5}, "rows"),
@@ -296,6 +298,7 @@ def test_what_is_asked_of_a_teacher_is_declared():
         ("multilevelot_token", (("temperature", 1.5),)): ((1.0, 1.5), 0),
         ("multilevelot_sequence", ()): ((1.0, 2.0), 0),
         ("shared_kl", (("temperature", 2.0),)): ((2.0,), 0),
+        ("bpm", (("temperature", 2.0),)): ((2.0,), 0),
         ("gold", (("teacher_temperature", 0.5),)): ((0.5,), 0),
     }
     for (name, settings), (temperatures, entries) in declared.items():

@@ -40,7 +40,6 @@ COUNTS = {
 }
 FOREIGN = {
     "ABKD",
-    "BPM",
     "CPT",
     "DSKD",
     "DWA-KD",

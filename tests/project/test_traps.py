@@ -133,6 +133,7 @@ def value_of(loss: ctkd.Loss, inputs: dict[str, Any]) -> float:
         ("gold", {}),
         ("gold", {"merging": "observed"}),
         ("gold", {"merging": "bayesian"}),
+        ("bpm", {}),
         ("shared_kl", {}),
         ("shared_kl", {"rest": "class"}),
         ("uld", {}),
@@ -237,6 +238,7 @@ SINGLE_SOFTMAX = {
     ),
     "multilevelot_token": ({"sl_weight": 1.0}, 0.6 + 0.356675),
     "multilevelot_sequence": ({"sd_weight": 1.0, "sd_temperature": 1.0}, 0.6),
+    "bpm": ({}, 0.356675),
     "shared_kl": ({}, 0.356675),
     "gold": ({"beta": 0.0}, 0.356675),
     "mined": ({}, 0.356675),
@@ -341,6 +343,7 @@ TEMPERATURES = {
     # Settings that are temperatures of logits, and the sides whose logits they divide.
     "uld": [({"student_temperature": 3.0}, BOTH[:1]), ({"teacher_temperature": 3.0}, BOTH[1:])],
     "gold": [({"student_temperature": 3.0}, BOTH[:1]), ({"teacher_temperature": 3.0}, BOTH[1:])],
+    "bpm": [({"temperature": 3.0}, BOTH)],
     "shared_kl": [({"temperature": 3.0}, BOTH)],
     "mined": [({"temperature": 3.0}, BOTH[1:]), ({"temperature": 3.0, "form": "dense"}, BOTH)],
     "multilevelot": [({"temperature": 3.0, "sl_temperature": 3.0, "sd_temperature": 3.0}, BOTH)],

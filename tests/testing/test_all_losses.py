@@ -33,6 +33,8 @@ FORMS = [
     ("gold", {"merging": "bayesian", "matched_weight": 0.0, "unmatched_weight": 2.0}),
     ("gold", {"beta": 0.0}),
     ("gold", {"beta": 1.0, "matched_weight": 1.0, "unmatched_weight": 0.0}),
+    ("bpm", {"rest": "renormalize", "temperature": 2.0}),
+    ("bpm", {"conditional": False}),
     ("shared_kl", {"rest": "class"}),
     ("shared_kl", {"rest": "class", "direction": "reverse", "temperature": 2.0}),
     ("shared_kl", {"rest": "class", "direction": "jsd"}),

@@ -10,7 +10,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 from safetensors.torch import save_file
 
-from baselines import mined_maps
+from baselines import bpm, mined_maps
 from ctkd import cache_folder
 from ctkd.errors import ModelError
 from ctkd.tokenization import vocabulary_map
@@ -19,6 +19,7 @@ from ctkd.tokenization.vocabulary_map import (
     fingerprint,
     load_or_compute,
     nearest_student_ids,
+    prefix_student_ids,
     shared_ids,
     token_texts,
 )
@@ -96,8 +97,14 @@ def vocabularies(draw):
 
 @settings(deadline=None, max_examples=300)
 @given(vocabularies(), vocabularies())
-def test_both_maps_agree_with_exhaustive_comparison(student, teacher):
+def test_all_maps_agree_with_exhaustive_comparison(student, teacher):
     assert shared(student, teacher) == mined_maps.shared(oracle(student), oracle(teacher))
+    # The oracle takes the first of several: byte pieces come last.
+    order = sorted(range(len(student)), key=oracle(student).rank)
+    ours, theirs = (list(zip(one.roles, one.bytes_of, strict=True)) for one in (student, teacher))
+    found = bpm.longest_prefixes([ours[index] for index in order], theirs)
+    expected = [order[index] if index >= 0 else -1 for index in found]
+    assert prefix_student_ids(student, teacher).tolist() == expected
     if any(b and r == "text" for b, r in zip(student.bytes_of, student.roles, strict=True)):
         assert nearest(student, teacher) == mined_maps.nearest(oracle(student), oracle(teacher))
 

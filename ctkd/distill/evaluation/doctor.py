@@ -213,9 +213,10 @@ def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float
     """Judge one loss by what it needs.
 
     A loss that needs chunks and both vocabularies compares shared tokens; `mined` compares the
-    tokens of one-to-one chunks. A loss that needs chunks alone compares chunks. A loss that needs
-    neither matches positions by their index, which is never worse than careful where it has another
-    `pairing`. One that needs what training does not give is unsuited.
+    tokens of one-to-one chunks, and `bpm` does without shared ones. A loss that needs chunks alone
+    compares chunks. A loss that needs neither matches positions by their index, which is never
+    worse than careful where it has another `pairing`. One that needs what training does not give
+    is unsuited.
 
     Args:
         facts: The loss's.
@@ -230,7 +231,7 @@ def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float
         judged += _of_coverage(examination, min_coverage)
     if facts.name == "mined":
         judged.append(_of_one_to_one(examination))
-    elif "pair" in facts.needs:
+    elif "pair" in facts.needs and facts.name != "bpm":
         judged += _of_overlap(examination)
     elif not facts.needs:
         judged.append(_of_positions(facts, examination))

@@ -230,6 +230,7 @@ def suits(report, name: str, **figures) -> tuple[str, str]:
     [
         ("alm", {"coverage": 1.0}, "good", "100 % of bytes in chunks"),
         ("alm", {"coverage": 0.94}, "unsuited", "94 % of bytes in chunks"),
+        ("bpm", {"coverage": 1.0}, "good", "100 % of bytes in chunks"),
         ("uld", {"in_step": 0.9}, "good", "90 % of positions"),
         ("uld", {"in_step": 0.89}, "careful", "use --loss-option pairing=chunk"),
         ("multilevelot", {"in_step": 0.1}, "careful", "use --loss-option pairing=chunk"),
