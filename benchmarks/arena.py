@@ -99,7 +99,9 @@ def all_methods() -> list[Method]:
             ]
         else:
             found.append(Method(name, name))
-    return [*found, Method("shared_kl, class", "shared_kl", {"rest": "class"})]
+    # What has no column of its own on the other side is left free, or put into one class.
+    rests = {"bpm": "renormalize", "shared_kl": "class"}
+    return found + [Method(f"{name}, {rest}", name, {"rest": rest}) for name, rest in rests.items()]
 
 
 Documents = Mapping[str, tuple[float, int]]
