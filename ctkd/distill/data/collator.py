@@ -23,8 +23,8 @@ class StoredTeacher(Protocol):
     """A teacher whose answers about rows are kept, on disk or in memory."""
 
     @property
-    def device(self) -> torch.device:
-        """Where its logits are made fastest."""
+    def device(self) -> torch.device | None:
+        """Where its logits are made, None for where the answers lie."""
 
     def batch(self, sides: Sequence[EncodedSide], positions: int) -> dict[str, Tensor]:
         """Read the answers about a batch of rows, padded to so many positions."""

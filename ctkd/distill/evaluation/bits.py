@@ -119,8 +119,10 @@ def _bits(
         width = min(vocab_size, head_width(model))
         side = Side.from_causal_lm(read, labels, vocab_size=width)
     else:
-        kept, labels = asked.batch(rows, labels.shape[1] - 1), labels.to(asked.device)
-        kept = {name: one.to(asked.device) for name, one in kept.items()}
+        kept = asked.batch(rows, labels.shape[1] - 1)
+        if asked.device is not None:
+            kept = {name: one.to(asked.device) for name, one in kept.items()}
+            labels = labels.to(asked.device)
         side = stored_side(asked, kept, labels)
     nats = side.logits.log_probs(side.token_ids.unsqueeze(-1)).squeeze(-1).double()
     return -nats.masked_fill(~side.mask, 0.0).sum(-1) / math.log(2)

@@ -142,9 +142,7 @@ class TeacherCache:
         """Entries kept at each position."""
         return int(self.record["k"])
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
+    device = None
 
     @property
     def temperatures(self) -> tuple[float, ...]:
