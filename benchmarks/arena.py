@@ -144,9 +144,13 @@ def read_runs(path: Path, data: str) -> tuple[list[Run], Documents | None]:
     runs: dict[tuple[str, float, int], Run] = {}
     teacher = None
     if path.exists():
-        for line in path.read_text("utf-8").splitlines():
-            row = json.loads(line)
-            if row["data"] != data:
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                click.echo(f"{path}: line {number} was cut off; its run is done again", err=True)
+                continue
+            if row.get("data") != data:
                 continue
             split = {
                 name: {story: (bits, size) for story, (bits, size) in row[name].items()}

@@ -150,8 +150,10 @@ def _peak(arguments: Sequence[str]) -> int:
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add one line of JSON to a file of results, and say so."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A line that was cut off spoils no other.
+    is_cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write("\n" * is_cut + json.dumps(row) + "\n")
     click.echo(f"appended a row to {path}")
 
 

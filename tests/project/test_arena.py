@@ -90,5 +90,11 @@ def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
     assert rows[1]["test"] != rows[2]["test"] and set(rows[1]["test"]) == set(rows[0]["test"])
     assert CliRunner().invoke(arena.main, words).exit_code == 1
     assert len(path.read_text().splitlines()) == len(rows)
+    # Killed while it wrote.
+    path.write_text(path.read_text()[:-40])
+    result = CliRunner().invoke(arena.main, words)
+    assert f"line {len(rows)} was cut off; its run is done again" in result.stderr
+    again = path.read_text().splitlines()
+    assert len(again) == len(rows) + 1 and json.loads(again[-1])["test"] == rows[-1]["test"]
     bad = CliRunner().invoke(arena.main, [*words, "--share", "3/2"])
     assert bad.exit_code == 2 and "'3/2' is no share of the work" in bad.output
