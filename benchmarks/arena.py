@@ -14,6 +14,7 @@ writes what the rows say. A run takes some two minutes on one core.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -139,8 +140,10 @@ def bits_per_byte(documents: Documents) -> float:
     return math.fsum(bits) / sum(sizes)
 
 
-def read_runs(path: Path, data: str) -> tuple[list[Run], Documents | None]:
-    """The runs on these data that a file holds, and the teacher's test texts."""
+def read_runs(
+    path: Path, data: str, methods: Sequence[Method]
+) -> tuple[list[Run], Documents | None]:
+    """The runs of these methods on these data that a file holds, and the teacher's test texts."""
     runs: dict[tuple[str, float, int], Run] = {}
     teacher = None
     if path.exists():
@@ -159,8 +162,10 @@ def read_runs(path: Path, data: str) -> tuple[list[Run], Documents | None]:
             if row["method"] == "teacher":
                 teacher = split["test"]
                 continue
-            run = Run(row["method"], row["weight"], row["seed"], row["seconds"], **split)
-            runs[run.key] = run
+            # Rows of a method that is no longer compared, or was defined otherwise, stay behind.
+            if Method(row["method"], row["loss"], row["options"]) in methods:
+                run = Run(row["method"], row["weight"], row["seed"], row["seconds"], **split)
+                runs[run.key] = run
     return list(runs.values()), teacher
 
 
@@ -173,9 +178,14 @@ def chosen_weights(methods: Iterable[Method], runs: Iterable[Run]) -> dict[str, 
     return {
         one.label: None
         if next_weight(one, tried[one.label]) is not None
-        else min(tried[one.label], key=tried[one.label].__getitem__)
+        else best_weight(tried[one.label])
         for one in methods
     }
+
+
+def best_weight(tried: Mapping[float, float]) -> float:
+    """The weight of the least bits per byte, the smaller one of two that are equal."""
+    return min(sorted(tried), key=tried.__getitem__)
 
 
 def next_weight(method: Method, tried: Mapping[float, float]) -> float | None:
@@ -190,9 +200,9 @@ def next_weight(method: Method, tried: Mapping[float, float]) -> float | None:
     for weight in method.weights():
         if weight not in tried:
             return weight
-    if len(tried) in (1, MOST_WEIGHTS):
+    if len(tried) == 1 or len(tried) >= MOST_WEIGHTS:
         return None
-    best = min(tried, key=tried.__getitem__)
+    best = best_weight(tried)
     # Thirds, as ten is about three times three.
     if best == max(tried):
         return _rounded(best / FACTORS[1])
@@ -367,23 +377,26 @@ def paired(
     """Differences of bits per byte on test texts, of runs of equal seeds but 0.
 
     Their mean, each seed's, and the number of texts; None with fewer than two seeds.
+
+    Raises:
+        DataError: If the runs were not measured on the same texts.
     """
     ours, theirs = ({run.seed: run.test for run in some if run.seed} for some in (method, other))
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
         return None, [], 0
-    stories = list(ours[seeds[0]])
-    sizes = np.array([ours[seeds[0]][story][1] for story in stories], float)
-    values = np.array(
-        [
-            [
-                (ours[seed][story][0] - theirs[seed][story][0]) / size
-                for story, size in zip(stories, sizes, strict=True)
-            ]
-            for seed in seeds
-        ]
+    texts = {story: size for story, (_, size) in ours[seeds[0]].items()}
+    for some, seed in itertools.product((ours, theirs), seeds):
+        if {story: size for story, (_, size) in some[seed].items()} != texts:
+            raise DataError(
+                f"expected runs on the same texts, got others with seed {seed}; remove its rows"
+            )
+    sizes = np.array(list(texts.values()), float)
+    bits = np.array(
+        [[ours[seed][story][0] - theirs[seed][story][0] for story in texts] for seed in seeds]
     )
-    return crossed_mean(values, sizes), list(values @ (sizes / sizes.sum())), len(stories)
+    values = bits / sizes
+    return crossed_mean(values, sizes), list(values @ (sizes / sizes.sum())), len(texts)
 
 
 class Report:
@@ -423,12 +436,13 @@ class Report:
     def table(self) -> str:
         """A row for each method, those that help most first."""
         rows = []
-        sft = self.mean(SFT)
+        gap = 0.0
+        if self.teacher is not None and self.against_sft:
+            gap = self.mean(SFT) - self.teacher
         for label, found in sorted(self.against_sft.items(), key=lambda one: one[1].mean):
             low, high = found.interval()
-            share = ""
-            if self.teacher is not None:
-                share = f"{-100 * found.mean / (sft - self.teacher):+.1f} %"
+            # A teacher that is no better than sft leaves no gap to close.
+            share = f"{-100 * found.mean / gap:+.1f} %" if gap > 0 else ""
             detectable = smallest_detectable_difference(
                 found.standard_error, comparisons=len(self.against_sft), degrees=found.degrees
             )
@@ -468,6 +482,8 @@ class Report:
                             f"[{low:+.4f}, {high:+.4f}]",
                         ]
                     )
+        if not rows:
+            return "Not measured yet."
         heads = ["method", "other", "seeds", "difference", "95 %"]
         return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
@@ -492,7 +508,7 @@ other seeds on other texts of this kind; they hold one by one, the p values toge
 
 def write_report(folder: Path, methods: Sequence[Method], rows: Path, data: str) -> None:
     """Write the tables and the picture."""
-    runs, teacher = read_runs(rows, data)
+    runs, teacher = read_runs(rows, data, methods)
     report = Report(methods, runs, teacher)
     if not report.against_sft:
         raise DataError(f"{rows} holds no two seeds of a method and of sft yet; train more")
@@ -504,7 +520,7 @@ def write_report(folder: Path, methods: Sequence[Method], rows: Path, data: str)
         + ". Repeat with `python -m benchmarks.arena scratch`.\n",
         f"{report.table()}\n",
         "## MultiLevelOT against ULD\n",
-        f"{report.contrasts() or 'Not measured yet.'}\n",
+        f"{report.contrasts()}\n",
         "## Weights that were tried, on development texts\n",
         f"{report.trials()}\n",
         LIMITS,
@@ -569,7 +585,7 @@ def work_off(
         append_row(path, {**about, "data": arena.data, **row})
 
     while minutes is None or time.monotonic() - begun < 60 * minutes:
-        runs, teacher = read_runs(path, arena.data)
+        runs, teacher = read_runs(path, arena.data, methods)
         if teacher is None and share[0] == 1:
             keep(arena.teacher())
         left = list(wanted(methods, runs))

@@ -1,13 +1,25 @@
 """The arena looks for weights, trains what is left, and says what the rows say."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from benchmarks import arena
-from benchmarks.arena import SFT, Method, Report, Run, next_weight, paired, wanted
+from benchmarks.arena import (
+    SFT,
+    Method,
+    Report,
+    Run,
+    best_weight,
+    next_weight,
+    paired,
+    read_runs,
+    wanted,
+)
+from ctkd.errors import DataError
 from tests.distill.tiny_runs import Workplace
 
 METHODS = [Method(SFT, SFT), *(Method(f"uld, {one}", "uld") for one in ("position", "chunk"))]
@@ -48,6 +60,9 @@ def test_weights_have_an_end():
     while (weight := next_weight(uld, tried)) is not None:
         tried[weight] = 3.0 - weight
     assert sorted(tried) == [0.15, 0.45, 1.5, 5.0, 16.7]
+    # More weights than were asked for end it too, and of two that are equal the smaller is taken.
+    assert next_weight(uld, {**tried, 50.0: 1.0}) is None
+    assert best_weight({1.5: 2.0, 0.15: 2.0, 0.45: 3.0}) == 0.15
 
 
 def test_a_report_says_what_the_rows_say(tmp_path):
@@ -66,6 +81,24 @@ def test_a_report_says_what_the_rows_say(tmp_path):
     lines = report.table().splitlines()
     assert "uld, chunk" in lines[2] and f"{10 / (sft - 1):+.1f} %" in lines[2]
     assert paired(report.of(SFT), report.of(SFT)[:2])[0] is None
+    others = replace(runs[1], test={"0": (1.0, 999)})
+    with pytest.raises(DataError, match="on the same texts, got others with seed 1"):
+        paired(report.of(SFT), [others, *report.of(SFT)[2:]])
+    assert "Not measured yet." in Report(METHODS[:1], runs, None).contrasts()
+    no_gap = Report(METHODS, runs, report.of(SFT)[0].test | {"0": (9000.0, 1000)})
+    assert "%" not in no_gap.table().splitlines()[2]
+
+
+def test_a_row_counts_for_the_method_that_it_names(tmp_path):
+    """A method that is gone, or has other settings now, leaves its rows unread."""
+    path, texts = tmp_path / "rows.jsonl", {"0": (1.0, 1)}
+    row = {"data": "x", "weight": 1.0, "seed": 0, "seconds": 1.0, "dev": texts, "test": texts}
+    rows = [{"method": one, "loss": "uld", "options": options, **row} for one, options in
+            (("uld, chunk", {}), ("uld, chunk", {"pairing": "chunk"}), ("gone", {}))]  # fmt: skip
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in rows))
+    found, teacher = read_runs(path, "x", METHODS)
+    assert [run.method for run in found] == ["uld, chunk"] and teacher is None
+    assert next(wanted(METHODS, found))[0] is METHODS[0]
 
 
 def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):

@@ -210,11 +210,7 @@ def cluster_bootstrap(
         raise DataError(
             f"expected finite values, got {values[at]} at place {at}; score that example again"
         )
-    sized = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
-    if sized.shape != values.shape or not (np.isfinite(sized) & (sized > 0)).all():
-        raise DataError(
-            f"expected {values.size} weights above 0, got {sized.tolist()}; pass one per value"
-        )
+    sized = _checked_weights(weights, values.size)
     if resamples < 100:
         raise SettingError(f"resamples must be at least 100, got {resamples}; 10000 is usual")
     places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
@@ -320,7 +316,8 @@ def crossed_mean(
         weights: Of the groups, such as their bytes, above 0. Default all 1.
 
     Raises:
-        DataError: If there are fewer than two seeds or groups, or a value is not finite.
+        DataError: If there are fewer than two seeds or groups, a value is not finite, or a weight
+            not above 0.
 
     Example:
         >>> found = crossed_mean(np.array([[1.0, 3.0], [2.0, 4.0]]))
@@ -334,7 +331,7 @@ def crossed_mean(
             f"shape {values.shape}; train another seed, or measure on more texts"
         )
     seeds, groups = values.shape
-    given = np.ones(groups) if weights is None else np.asarray(weights, np.float64)
+    given = _checked_weights(weights, groups)
     shares = given / given.sum()
     of_seeds, of_groups = values @ shares, values.mean(0)
     mean = float(of_seeds.mean())
@@ -465,6 +462,18 @@ def smallest_detectable_difference(
 
 def _by_size(p_values: Sequence[float]) -> list[int]:
     return sorted(range(len(p_values)), key=lambda place: p_values[place])
+
+
+def _checked_weights(weights: NDArray[np.float64] | None, count: int) -> NDArray[np.float64]:
+    """Weights of so many values, all 1 where none are given."""
+    if weights is None:
+        return np.ones(count)
+    given = np.asarray(weights, dtype=np.float64)
+    if given.shape != (count,) or not (np.isfinite(given) & (given > 0)).all():
+        raise DataError(
+            f"expected {count} weights above 0, got {given.tolist()}; pass one per value"
+        )
+    return given
 
 
 def _check_fraction(name: str, value: float) -> None:

@@ -248,6 +248,9 @@ def test_equal_values_over_seeds_and_groups_have_no_error():
     assert crossed_mean(np.ones((2, 3))).p_value == 0.0
     with pytest.raises(DataError, match="at least two seeds"):
         crossed_mean(np.ones((1, 3)))
+    for weights in ([1.0, 2.0], [1.0, 0.0, 1.0], [1.0, math.nan, 1.0]):
+        with pytest.raises(DataError, match="expected 3 weights above 0, got"):
+            crossed_mean(np.ones((2, 3)), np.array(weights))
 
 
 def test_holm_by_hand():
