@@ -21,7 +21,6 @@ from ctkd.ops import kernels_for
 __all__ = [
     "PAIRINGS",
     "AlignedPositions",
-    "ChunkPositions",
     "ChunkTable",
     "align_positions",
     "chunk_positions",
@@ -111,36 +110,19 @@ def chunk_tables(batch: Batch) -> tuple[ChunkTable, ChunkTable]:
     )
 
 
-class ChunkPositions(NamedTuple):
-    """Chunks of the student's positions, (B, S) each, of those chunks that both sides have.
+def chunk_positions(batch: Batch) -> Tensor:
+    """Where both sides begin the chunk of each of the student's positions.
 
-    Attributes:
-        chunk_ids: int64, -1 for none.
-        is_first: True at the first position of a chunk.
-        teacher: The teacher's first position of the chunk, int64, -1 for none.
+    Shape:
+        (2, B, S) int64, the student's and the teacher's first position; -1 where there is no chunk,
+        or one that only the student has.
     """
-
-    chunk_ids: Tensor
-    is_first: Tensor
-    teacher: Tensor
-
-
-def chunk_positions(batch: Batch) -> ChunkPositions:
-    """The chunk of each of the student's positions, and where both sides begin it."""
     student, teacher = chunk_tables(batch)
-    chunk_ids, in_chunk = _chunk_ids(batch.student)
-    # Without chunks, too, there is an entry for 0.
-    shared, ours, theirs = (
-        F.pad(one, (0, 1)).gather(1, chunk_ids)
-        for one in (student.shared_with(teacher), student.first, teacher.first)
-    )
-    shared = shared & in_chunk
-    position = torch.arange(chunk_ids.shape[1], device=chunk_ids.device)
-    return ChunkPositions(
-        chunk_ids.masked_fill(~shared, -1),
-        shared & (ours == position),
-        theirs.masked_fill(~shared, -1),
-    )
+    starts = torch.stack([student.first, teacher.first])
+    starts = starts.masked_fill(~student.shared_with(teacher), -1)
+    # Positions without a chunk look behind the last.
+    chunk_ids, _ = _chunk_ids(batch.student, batch.num_chunks)
+    return F.pad(starts, (0, 1), value=-1).gather(2, chunk_ids.expand(2, -1, -1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,7 +162,7 @@ class AlignedPositions:
 
     def flattened(self, batch: Batch) -> Tensor:
         """Positions of both sides for `ctkd.logits.map_rows`, (B * P, 2), -1 where none."""
-        return flat_positions(batch, self.student, self.teacher, self.valid)
+        return flat_positions(batch, self.teacher, self.valid, self.student)
 
 
 def align_positions(batch: Batch, pairing: str = "position") -> AlignedPositions:
@@ -204,16 +186,20 @@ def align_positions(batch: Batch, pairing: str = "position") -> AlignedPositions
     return AlignedPositions(position, position, valid)
 
 
-def flat_positions(batch: Batch, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """Aligned positions (B, P) as flattened ones, (B * P, 2), -1 where they are not valid."""
-    index = torch.arange(valid.shape[0], device=valid.device).unsqueeze(1)
-    rows = torch.stack(
-        [
-            index * batch.student.mask.shape[1] + student,
-            index * batch.teacher.mask.shape[1] + teacher,
-        ],
-        dim=-1,
-    )
+def flat_positions(
+    batch: Batch, teacher: Tensor, valid: Tensor, student: Tensor | None = None
+) -> Tensor:
+    """Aligned positions (B, P) as flattened ones, (B * P, 2), -1 where they are not valid.
+
+    Without the student's, they are all of them, in their order.
+    """
+    sequences, length = batch.student.mask.shape
+    index = torch.arange(sequences, device=valid.device).unsqueeze(1)
+    if student is None:
+        student = torch.arange(sequences * length, device=valid.device).view(sequences, length)
+    else:
+        student = index * length + student
+    rows = torch.stack([student, index * batch.teacher.mask.shape[1] + teacher], dim=-1)
     return rows.masked_fill(~valid.unsqueeze(-1), -1).flatten(0, 1)
 
 
@@ -224,7 +210,8 @@ def pick(values: Tensor, positions: Tensor) -> Tensor:
     return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
-def _chunk_ids(side: Side) -> tuple[Tensor, Tensor]:
+def _chunk_ids(side: Side, missing: int = 0) -> tuple[Tensor, Tensor]:
+    """The chunk of each position, a number where it is in none; and whether it is in one."""
     if side.chunk_ids is None:
         raise BatchError(
             "this loss compares chunks, but the batch has no chunk_ids; align the two sides with "
@@ -232,4 +219,4 @@ def _chunk_ids(side: Side) -> tuple[Tensor, Tensor]:
             "and num_chunks"
         )
     in_chunk = side.mask & (side.chunk_ids >= 0)
-    return side.chunk_ids.clamp_min(0), in_chunk
+    return side.chunk_ids.masked_fill(~in_chunk, missing), in_chunk

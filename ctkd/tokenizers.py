@@ -18,23 +18,38 @@ __all__ = ["Continuations", "Pair", "PlaceholderPair", "check_sizes"]
 
 
 class Continuations(NamedTuple):
-    """Teacher tokens that go on after the bytes that a student has read of one.
-
-    Teacher tokens are named by their rank, see `Pair.teacher_ranks`.
+    """Teacher tokens that may follow where a student has read some bytes of one.
 
     Attributes:
-        ranges: (B, S, 3) int64: the first rank, the last plus one, and what is added to a rank for
-            its place in ``student_ids``. 0 where there are none.
-        student_ids: (L,) int64, the longest student token that begins what is left, or -1.
+        student_lengths: (V,) int64, bytes of the student's tokens.
+        teacher_lengths: (W,) int64, bytes of the teacher's, 0 for special tokens.
+        begins: (W,) int64: ``ranges[begins[v] + n]`` is for n bytes read of v.
+        ranges: (P, 2) int64: the first entry and the last plus one. Empty where nothing is read
+            yet, or all of a token.
+        teacher_ids: (L,) int64, tokens that begin with the bytes that were read and go on.
+        student_ids: (L,) int64, the longest token that begins what is left of each; ascending
+            within a range.
     """
 
+    student_lengths: Tensor
+    teacher_lengths: Tensor
+    begins: Tensor
     ranges: Tensor
+    teacher_ids: Tensor
     student_ids: Tensor
 
     @classmethod
-    def none(cls, positions: Tensor) -> Continuations:
-        """None at any position, (B, S)."""
-        return cls(positions.new_zeros(*positions.shape, 3), positions.new_zeros(0))
+    def none(cls, student_size: int, teacher_size: int) -> Continuations:
+        """None at any token: of a byte each."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return cls(
+            torch.ones(student_size, dtype=torch.int64),
+            torch.ones(teacher_size, dtype=torch.int64),
+            2 * torch.arange(teacher_size),
+            torch.zeros(2 * teacher_size, 2, dtype=torch.int64),
+            nothing,
+            nothing,
+        )
 
 
 class Pair(Protocol):
@@ -60,21 +75,8 @@ class Pair(Protocol):
     def prefix_student_ids(self) -> Tensor:
         """For each teacher token the longest student token that begins its bytes, (W,), or -1."""
 
-    def teacher_ranks(self) -> Tensor:
-        """Place of each teacher token in the order of bytes, special tokens first, (W,) int64."""
-
-    def continuations(
-        self, student_ids: Tensor, chunk_ids: Tensor, teacher_ids: Tensor
-    ) -> Continuations:
-        """What may follow where the student is inside a teacher token that begins its chunk.
-
-        Computed on the CPU; the answer lies on the device of ``student_ids``.
-
-        Args:
-            student_ids: (B, S).
-            chunk_ids: (B, S), negative for none.
-            teacher_ids: (B, S), the first teacher token of each position's chunk.
-        """
+    def continuations(self) -> Continuations:
+        """What may follow where the student is inside a teacher token, on the CPU."""
 
     def match_positions(
         self, student_ids: Tensor, teacher_ids: Tensor, student_mask: Tensor, teacher_mask: Tensor
@@ -105,13 +107,8 @@ class PlaceholderPair(Pair):
     def prefix_student_ids(self) -> Tensor:
         return torch.zeros(1, dtype=torch.int64)
 
-    def teacher_ranks(self) -> Tensor:
-        return torch.arange(self.teacher_size)
-
-    def continuations(
-        self, student_ids: Tensor, chunk_ids: Tensor, teacher_ids: Tensor
-    ) -> Continuations:
-        return Continuations.none(student_ids)
+    def continuations(self) -> Continuations:
+        return Continuations.none(self.student_size, self.teacher_size)
 
     def match_positions(
         self, student_ids: Tensor, teacher_ids: Tensor, student_mask: Tensor, teacher_mask: Tensor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,11 +11,12 @@ from ctkd.chunks import chunk_positions, chunks_on_both_sides, flat_positions, p
 from ctkd.divergences import LOG_FLOOR
 from ctkd.errors import SettingError
 from ctkd.logits import map_rows
-from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
+from ctkd.loss import Loss, LossOutput, Paper, Weights, average
 from ctkd.losses.shared_kl import _LOWEST_LOGIT
+from ctkd.ops import RowLoss
 from ctkd.registry import register
 from ctkd.settings import check_choice, check_positive
-from ctkd.tokenizers import Pair, check_sizes
+from ctkd.tokenizers import Continuations, Pair, check_sizes
 
 __all__ = ["BPM", "LEAST_MASS", "class_probs"]
 
@@ -79,8 +78,8 @@ class BPM(Loss):
         rest: ``"class"`` compares the rest of both sides as one more class. ``"renormalize"``
             divides both sides by their probability without it, so that the student's on its
             other tokens is left free. If a side has no rest, ``"class"`` is ``"renormalize"``.
-        conditional: Compare inside teacher tokens as well. It waits for the ids and looks them up
-            on the CPU.
+        conditional: Compare inside teacher tokens as well. Finding what may follow there takes
+            some seconds when the loss is made.
         temperature: Divides both models' logits, above 0. The value is not multiplied by its
             square.
 
@@ -135,11 +134,12 @@ class BPM(Loss):
     needs = frozenset({"chunks", "pair"})
     default_weights = Weights(ce=1.0, kd=1.0)
 
-    ranks: Tensor
-    prefix_ids: Tensor
+    student_lengths: Tensor
+    begins: Tensor
+    ranges: Tensor
+    teacher_ids: Tensor
+    student_ids: Tensor
     in_image: Tensor
-    whole: Tensor
-    behind: Tensor
 
     def __init__(
         self,
@@ -158,8 +158,7 @@ class BPM(Loss):
         self.teacher_temperatures = (temperature,)
         self.student_size = pair.student_size
         self.teacher_size = pair.teacher_size
-        self._continuations = pair.continuations if conditional else None
-        ranks, prefix_ids = pair.teacher_ranks(), pair.prefix_student_ids()
+        prefix_ids = pair.prefix_student_ids()
         in_image = torch.zeros(pair.student_size, dtype=torch.bool)
         in_image[prefix_ids[prefix_ids >= 0]] = True
         if not in_image.any():
@@ -169,15 +168,28 @@ class BPM(Loss):
                 "uld or alm"
             )
         self._image_size = int(in_image.sum())
-        self._has_rest = (
-            rest == "class" and not bool(in_image.all()) and bool((prefix_ids < 0).any())
+        is_left = prefix_ids < 0
+        self._has_rest = rest == "class" and not bool(in_image.all()) and bool(is_left.any())
+        follow = (
+            pair.continuations()
+            if conditional
+            else Continuations.none(pair.student_size, pair.teacher_size)
         )
+        # Where nothing is read yet, all of the teacher's tokens may follow. They come first, by
+        # class, and those of the rest behind the others.
+        student_ids, teacher_ids = prefix_ids.masked_fill(is_left, pair.student_size).sort(
+            stable=True
+        )
+        ranges = follow.ranges + pair.teacher_size
+        ranges[follow.begins, 0] = 0
+        ranges[follow.begins, 1] = pair.teacher_size - int(is_left.sum()) * (not self._has_rest)
         for name, values in (
-            ("ranks", ranks),
-            ("prefix_ids", prefix_ids[ranks.argsort()]),
+            ("student_lengths", follow.student_lengths),
+            ("begins", torch.stack([follow.begins, follow.teacher_lengths], dim=-1)),
+            ("ranges", ranges),
+            ("teacher_ids", torch.cat([teacher_ids, follow.teacher_ids]).to(torch.int32)),
+            ("student_ids", torch.cat([student_ids, follow.student_ids]).to(torch.int32)),
             ("in_image", in_image),
-            ("whole", torch.tensor([0, pair.teacher_size, 0])),
-            ("behind", torch.tensor([0, 0, pair.teacher_size])),
         ):
             self.register_buffer(name, values, persistent=False)
 
@@ -186,57 +198,70 @@ class BPM(Loss):
 
     def forward(self, batch: Batch) -> LossOutput:
         check_sizes(batch, self.student_size, self.teacher_size)
-        positions = chunk_positions(batch)
-        is_root = positions.is_first
-        ranges, student_ids = self.whole * is_root.unsqueeze(-1), self.prefix_ids
-        if self._continuations is not None:
-            tokens = pick(batch.teacher.token_ids.unsqueeze(-1), positions.teacher.clamp_min(0))
-            within = self._continuations(
-                batch.student.token_ids, positions.chunk_ids, tokens.squeeze(-1)
-            )
-            # Their places come behind those of whole tokens.
-            ranges = torch.where(is_root.unsqueeze(-1), ranges, within.ranges + self.behind)
-            student_ids = torch.cat([student_ids, within.student_ids])
-        numbers = torch.arange(is_root.shape[1], device=is_root.device).expand_as(is_root)
+        student, teacher = batch.student, batch.teacher
+        first, teacher_first = starts = chunk_positions(batch)
+        known_first, known_teacher_first = starts.clamp_min(0)
+        tokens = pick(teacher.token_ids.unsqueeze(-1), known_teacher_first).squeeze(-1)
+        begins, lengths = self.begins[tokens].unbind(-1)
+        ends = F.pad(self.student_lengths[student.token_ids].cumsum(1), (1, 0))
+        read = ends[:, :-1] - ends.gather(1, known_first)
+        # Behind the last byte of a token nothing follows.
+        ranges = self.ranges[begins + read.minimum(lengths)]
+        compared = (first >= 0) & (ranges[..., 0] < ranges[..., 1])
         values = map_rows(
-            batch.student.logits,
-            batch.teacher.logits,
-            flat_positions(batch, numbers, positions.teacher, ranges[..., 1] > ranges[..., 0]),
-            partial(self._divergence, torch.where(student_ids < 0, self.student_size, student_ids)),
+            student.logits,
+            teacher.logits,
+            flat_positions(batch, teacher_first, compared),
+            self._row_loss(),
             per_row=ranges.flatten(0, 1),
             teacher_temperature=self.temperature,
-        ).values.view(is_root.shape)
-        sums = {"root": masked_sum(values, is_root)}
+        ).values.view(first.shape)
+        is_root = first == torch.arange(first.shape[1], device=first.device)
+        sums = {"root": values.masked_fill(~is_root, 0.0).sum(1)}
         if self.conditional:
-            sums["inside"] = masked_sum(values, ~is_root)
+            sums["inside"] = values.masked_fill(is_root, 0.0).sum(1)
         return average(sums, is_root.sum())
 
-    def _divergence(
-        self, student_ids: Tensor, student_logits: Tensor, teacher_logits: Tensor, ranges: Tensor
-    ) -> Tensor:
+    def _row_loss(self) -> RowLoss:
+        settings = {
+            "teacher_ids": self.teacher_ids,
+            "student_ids": self.student_ids,
+            "in_image": self.in_image,
+            "has_rest": self._has_rest,
+            "temperature": float(self.temperature),
+            "least_mass": LEAST_MASS,
+            "lowest_logit": _LOWEST_LOGIT,
+            "log_floor": LOG_FLOOR,
+        }
+        return RowLoss("bpm", self._divergence, settings=settings)
+
+    def _divergence(self, student_logits: Tensor, teacher_logits: Tensor, ranges: Tensor) -> Tensor:
         """Divergence of the classes of rows, (n,)."""
         width = self.student_size
-        first, last, shift = ranges.unsqueeze(-1).unbind(1)
-        is_root = shift == 0
-        classes = student_ids[(self.ranks + shift).clamp_(0, student_ids.shape[0] - 1)]
-        # The last class, at the width, is the rest; it counts at the beginning of a chunk.
-        kept = (self.ranks >= first) & (self.ranks < last)
-        kept &= classes < width + (is_root & self._has_rest)
-        teacher = teacher_logits / self.temperature
-        target = class_probs(
-            teacher.masked_fill(~kept, _LOWEST_LOGIT).softmax(-1), classes, width + 1
-        )
-        student = student_logits / self.temperature
+        places = ranges[:, :1] + torch.arange(self.teacher_size, device=ranges.device)
+        outside = places >= ranges[:, 1:]
+        places = places.clamp_max(self.teacher_ids.shape[0] - 1)
+        teacher = (teacher_logits / self.temperature).clamp_min(_LOWEST_LOGIT)
+        entries = teacher.gather(1, self.teacher_ids[places].to(torch.int64))
+        entries = entries.masked_fill(outside, _LOWEST_LOGIT)
+        # One class more, at the width, is the rest.
+        classes = self.student_ids[places].to(torch.int64).masked_fill(outside, width)
+        target = class_probs(entries.softmax(-1), classes, width + 1)
+        is_root = ranges[:, :1] == 0
+        student = (student_logits / self.temperature).clamp_min(_LOWEST_LOGIT)
         if not self._has_rest:
             student = student.masked_fill(is_root & ~self.in_image, -torch.inf)
-        log_probs = student.log_softmax(-1).clamp_min(LOG_FLOOR)
-        values = F.kl_div(log_probs, target[:, :width], reduction="none").sum(-1)
+        log_probs = student.log_softmax(-1)
+        terms = F.kl_div(log_probs.clamp_min(LOG_FLOOR), target[:, :width], reduction="none")
+        values = terms.sum(-1)
         if self._has_rest:
             rest = log_probs.masked_fill(self.in_image, _LOWEST_LOGIT).logsumexp(-1)
-            values = values + F.kl_div(rest, target[:, width], reduction="none")
+            values = values + F.kl_div(
+                rest.clamp_min(LOG_FLOOR), target[:, width], reduction="none"
+            )
         if not self.conditional:
             return values
-        mass = teacher.softmax(-1).masked_fill_(~kept, 0.0).sum(-1)
+        mass = (entries.logsumexp(-1) - teacher.logsumexp(-1)).exp()
         return values.masked_fill((mass <= LEAST_MASS) & ~is_root.squeeze(-1), 0.0)
 
     def extra_repr(self) -> str:

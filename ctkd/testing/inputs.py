@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ctkd.tokenizers import Continuations, Pair
 
@@ -113,22 +112,21 @@ class TinyPair(Pair):
         prefixes[self.shared[1]] = self.shared[0]
         return prefixes
 
-    def teacher_ranks(self) -> Tensor:
-        return torch.arange(self.teacher_size)
-
-    def continuations(
-        self, student_ids: Tensor, chunk_ids: Tensor, teacher_ids: Tensor
-    ) -> Continuations:
-        """All of the teacher's tokens but the first and the last, at any second of two positions.
+    def continuations(self) -> Continuations:
+        """All of the teacher's tokens but the first and the last, inside any of two bytes.
 
         What is left of them begins with the student's first token, its last, or none.
         """
-        second = F.pad(chunk_ids[:, 1:] == chunk_ids[:, :-1], (1, 0)) & (chunk_ids >= 0)
-        last = second * (self.teacher_size - 1)
-        place = torch.arange(self.teacher_size, device=student_ids.device) % 3
+        tokens = torch.arange(1, self.teacher_size - 1)
+        tokens = torch.cat([tokens[tokens % 3 == 0], tokens[tokens % 3 == 1]])
+        ranges = torch.tensor([[0, 0], [0, tokens.shape[0]], [0, 0]])
         return Continuations(
-            torch.stack([second.to(last.dtype), last, torch.zeros_like(last)], dim=-1),
-            (place * (self.student_size - 1)).masked_fill(place == 2, -1),
+            student_lengths=torch.ones(self.student_size, dtype=torch.int64),
+            teacher_lengths=torch.full((self.teacher_size,), 2),
+            begins=3 * torch.arange(self.teacher_size),
+            ranges=ranges.repeat(self.teacher_size, 1),
+            teacher_ids=tokens,
+            student_ids=(tokens % 3) * (self.student_size - 1),
         )
 
     def match_positions(

@@ -1,6 +1,5 @@
 """Two tokenizers, and everything a loss may ask about what they have in common."""
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -137,70 +136,15 @@ class TokenizerPair:
         """
         return self._prefix_student_ids
 
-    def teacher_ranks(self) -> Tensor:
-        """Place of each teacher token in the order of bytes, special tokens first.
+    def continuations(self) -> Continuations:
+        """Find what may follow where the student is inside a teacher token.
+
+        See `vocabulary_map.continuations`. Takes some seconds for large vocabularies.
 
         Shape:
-            Returns (W,) int64 on the CPU.
+            Returns tensors on the CPU.
         """
-        return self._teacher_order[1]
-
-    def continuations(
-        self, student_ids: Tensor, chunk_ids: Tensor, teacher_ids: Tensor
-    ) -> Continuations:
-        """Find what may follow where the student is inside a teacher token that begins its chunk.
-
-        The bytes that the student has read since the chunk began are the beginning of that token,
-        and neither nothing nor all of it. All longer teacher tokens that begin with them may
-        follow; what is left of each begins with the student token that is named.
-
-        Shape:
-            All (B, S) int64. Returns ranges (B, S, 3) and student ids (L,), on the device of
-            ``student_ids``. None on the meta device.
-
-        Args:
-            student_ids: the student's tokens, in the order of the text.
-            chunk_ids: the chunk of each, negative for none.
-            teacher_ids: the first teacher token of its chunk.
-
-        Example:
-            The student has read "wa": "walk" and "was" may follow, and "lk" begins what is left of
-            the first, "s" that of the second.
-
-            >>> student = TokenBytes((b"wa", b"lk", b"s", b"l"), ("text",) * 4)
-            >>> teacher = TokenBytes((b"walk", b"was", b"wa", b"x"), ("text",) * 4)
-            >>> pair = TokenizerPair(student, teacher)
-            >>> pair.teacher_ranks().tolist()
-            [1, 2, 0, 3]
-            >>> ids = torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), torch.tensor([[0, 0]])
-            >>> [answer.tolist() for answer in pair.continuations(*ids)]
-            [[[[0, 0, 0], [1, 3, -1]]], [1, 2]]
-        """
-        if student_ids.is_meta:
-            return Continuations.none(student_ids)
-        student_bytes, teacher_bytes = self.student_bytes.bytes_of, self.teacher_bytes.bytes_of
-        ranges = np.zeros((*student_ids.shape, 3), dtype=np.int64)
-        place_of: dict[bytes, tuple[int, int, int]] = {}
-        left: list[int] = []
-        rows = (ids.tolist() for ids in (student_ids, chunk_ids, teacher_ids))
-        for row, sequence in enumerate(zip(*rows, strict=True)):
-            read_of: dict[int, bytes] = {}
-            for position, (token, chunk, teacher) in enumerate(zip(*sequence, strict=True)):
-                if chunk < 0:
-                    continue
-                read, whole = read_of.get(chunk, b""), teacher_bytes[teacher]
-                read_of[chunk] = read + student_bytes[token]
-                if not read or read == whole or not whole.startswith(read):
-                    continue
-                if read not in place_of:
-                    first, answers = self._continuation(read)
-                    place_of[read] = first, first + len(answers), len(left) - first
-                    left += answers
-                ranges[row, position] = place_of[read]
-        device = student_ids.device
-        return Continuations(
-            torch.from_numpy(ranges).to(device), torch.tensor(left, dtype=torch.int64).to(device)
-        )
+        return self._continuations
 
     def word_starts(self) -> tuple[Tensor, Tensor]:
         """Tell which tokens end the word before them: a space, newline or tab in front, or eos.
@@ -287,29 +231,8 @@ class TokenizerPair:
         return vocabulary_map.prefix_student_ids(self.student_bytes, self.teacher_bytes)
 
     @cached_property
-    def _teacher_order(self) -> tuple[list[bytes], Tensor]:
-        """Bytes of the teacher's tokens in their order, and the rank of each token."""
-        pieces = self.teacher_bytes.bytes_of
-        order = sorted(range(len(pieces)), key=pieces.__getitem__)
-        return [pieces[index] for index in order], torch.tensor(order, dtype=torch.int64).argsort()
-
-    @cached_property
-    def _prefixes(self) -> vocabulary_map.Prefixes:
-        return vocabulary_map.Prefixes(self.student_bytes)
-
-    @cached_property
-    def _continuations(self) -> dict[bytes, tuple[int, list[int]]]:
-        return {}
-
-    def _continuation(self, read: bytes) -> tuple[int, list[int]]:
-        """First rank of the longer teacher tokens that begin with some bytes, and what is left."""
-        if read not in self._continuations:
-            pieces, _ = self._teacher_order
-            first = bisect_right(pieces, read)
-            last = bisect_left(pieces, True, lo=first, key=lambda one: not one.startswith(read))
-            left = [self._prefixes.longest_of(one[len(read) :]) for one in pieces[first:last]]
-            self._continuations[read] = first, left
-        return self._continuations[read]
+    def _continuations(self) -> Continuations:
+        return vocabulary_map.continuations(self.student_bytes, self.teacher_bytes)
 
     @cached_property
     def _word_starts(self) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@
 Three maps: the tokens both have (`shared_ids`, one to one), MinED's map (`nearest_student_ids`,
 arXiv 2401.10491), which sends every teacher token to the student token that is spelled most like
 it, and BPM's (`prefix_student_ids`, arXiv 2607.22334), which sends it to the longest student token
-that begins it. All compare what tokens stand for, so that markers (``Ġ``, ``▁``) do not count. None
-looks at what tokens mean: ``▁hat`` goes to ``Ġcat``.
+that begins it; `continuations` has the same for what is left of a token. All compare what tokens
+stand for, so that markers (``Ġ``, ``▁``) do not count. None looks at what tokens mean: ``▁hat``
+goes to ``Ġcat``.
 """
 
 import hashlib
@@ -27,9 +28,11 @@ from tqdm import tqdm
 from ctkd import cache_folder
 from ctkd.errors import ModelError
 from ctkd.tokenization.token_bytes import TokenBytes
+from ctkd.tokenizers import Continuations
 
 __all__ = [
     "Prefixes",
+    "continuations",
     "fingerprint",
     "load_or_compute",
     "nearest_student_ids",
@@ -132,6 +135,53 @@ def prefix_student_ids(student: TokenBytes, teacher: TokenBytes) -> Tensor:
         for piece, role in zip(teacher.bytes_of, teacher.roles, strict=True)
     ]
     return torch.tensor(answers, dtype=torch.int64)
+
+
+def continuations(student: TokenBytes, teacher: TokenBytes) -> Continuations:
+    """Find what may follow where the student has read the beginning of a teacher token.
+
+    All longer teacher tokens of text that begin with those bytes may follow, if a student token
+    begins what is left of them; the longest one counts, as in `prefix_student_ids`.
+
+    Example:
+        The student has read "wa" of "walk": "walk" and "was" may follow, and "lk" begins what is
+        left of the first, "s" that of the second.
+
+        >>> student = TokenBytes((b"wa", b"lk", b"s", b"l"), ("text",) * 4)
+        >>> teacher = TokenBytes((b"walk", b"was", b"wa", b"x"), ("text",) * 4)
+        >>> found = continuations(student, teacher)
+        >>> first, last = found.ranges[found.begins[0] + 2]
+        >>> found.teacher_ids[first:last].tolist(), found.student_ids[first:last].tolist()
+        ([0, 1], [1, 2])
+    """
+    prefixes = Prefixes(student)
+    # Beginnings of tokens by number; -1 stands for nothing and for a whole token.
+    numbers: dict[bytes, int] = {}
+    begins: list[int] = []
+    read: list[int] = []
+    entries: list[tuple[int, int, int]] = []
+    lengths = [
+        len(piece) if role == "text" else 0
+        for piece, role in zip(teacher.bytes_of, teacher.roles, strict=True)
+    ]
+    for token, (piece, length) in enumerate(zip(teacher.bytes_of, lengths, strict=True)):
+        begins.append(len(read))
+        read.append(-1)
+        for cut in range(1, length):
+            number = numbers.setdefault(piece[:cut], len(numbers))
+            read.append(number)
+            follows = prefixes.longest_of(piece[cut:])
+            if follows >= 0:
+                entries.append((number, follows, token))
+        read.append(-1)
+    table = np.array(sorted(entries), dtype=np.int64).reshape(-1, 3)
+    # Behind the last number there is nothing, which is what -1 finds.
+    ends = np.searchsorted(table[:, 0], np.arange(len(numbers) + 2))
+    ranges = np.stack([ends[:-1], ends[1:]], axis=1)[read]
+    return Continuations(
+        *(torch.tensor(one) for one in (list(map(len, student.bytes_of)), lengths, begins)),
+        *map(torch.from_numpy, (ranges, table[:, 2].copy(), table[:, 1].copy())),
+    )
 
 
 def nearest_student_ids(student: TokenBytes, teacher: TokenBytes, *, progress: bool) -> Tensor:

@@ -302,6 +302,8 @@ LOSSES = {
     "unmatched gold": ("gold", {"beta": 1.0, "matched_weight": 0, "unmatched_weight": 2}),
     "renormalized": ("shared_kl", {"rest": "renormalize", "temperature": 1.4}),
     "class": ("shared_kl", {"rest": "class", "direction": "reverse", "temperature": 0.7}),
+    "prefixes": ("bpm", {"rest": "renormalize", "temperature": 1.4}),
+    "prefixes and a rest": ("bpm", {"temperature": 0.7}),
 }
 
 
@@ -317,6 +319,11 @@ def test_row_losses(case, dtype, monkeypatch):
         probs = teacher.tensor.float().softmax(-1)[..., :9].to(dtype)
         teacher = Rows(probs, INDEX, 9)
         per_row = torch.stack([torch.full((N,), 1e-3), torch.tensor([46.0, 0, 3, 46, 1, 0])], -1)
+    if name == "bpm":
+        # At the beginning of a teacher token, and inside one.
+        entries = loss.settings["student_ids"]
+        end = W if loss.settings["has_rest"] else int((entries[:W] < V).sum())
+        per_row = torch.tensor([[0, end], [W, len(entries)]] * (N // 2))
     if "scales" in case or "bayesian" in settings.values():
         per_row = randn(N, 2, seed=6) - 1.0
     differentiate = per_row is not None and name == "gold"

@@ -16,6 +16,7 @@ from ctkd.errors import ModelError
 from ctkd.tokenization import vocabulary_map
 from ctkd.tokenization.token_bytes import TokenBytes
 from ctkd.tokenization.vocabulary_map import (
+    continuations,
     fingerprint,
     load_or_compute,
     nearest_student_ids,
@@ -105,6 +106,29 @@ def test_all_maps_agree_with_exhaustive_comparison(student, teacher):
     found = bpm.longest_prefixes([ours[index] for index in order], theirs)
     expected = [order[index] if index >= 0 else -1 for index in found]
     assert prefix_student_ids(student, teacher).tolist() == expected
+    follow = continuations(student, teacher)
+    assert follow.student_lengths.tolist() == list(map(len, student.bytes_of))
+    for token, (role, piece) in enumerate(theirs):
+        length = len(piece) if role == "text" else 0
+        assert follow.teacher_lengths[token] == length
+        for read in range(length + 1):
+            start, end = follow.ranges[follow.begins[token] + read].tolist()
+            found = list(zip(follow.student_ids[start:end].tolist(),
+                             follow.teacher_ids[start:end].tolist(), strict=True))  # fmt: skip
+            longer = [
+                (other, bytes_[read:])
+                for other, (kind, bytes_) in enumerate(theirs)
+                if 0 < read < length and kind == "text" and len(bytes_) > read
+                and bytes_.startswith(piece[:read])
+            ]  # fmt: skip
+            begins = bpm.longest_prefixes(
+                [ours[index] for index in order], [("text", left) for _, left in longer]
+            )
+            assert found == sorted(
+                (order[begin], other)
+                for begin, (other, _) in zip(begins, longer, strict=True)
+                if begin >= 0
+            )
     if any(b and r == "text" for b, r in zip(student.bytes_of, student.roles, strict=True)):
         assert nearest(student, teacher) == mined_maps.nearest(oracle(student), oracle(teacher))
 

@@ -23,6 +23,7 @@ from ctkd.errors import BatchError
 from ctkd.ops.cpu import row_losses, softmax_rows
 from ctkd.ops.cpu import top_k as top_k_rows
 from ctkd.ops.cpu.arrays import (
+    BPMSettings,
     GoldSettings,
     RowArray,
     SharedKLSettings,
@@ -144,12 +145,14 @@ def row_loss(
     target = RowArray(_NOTHING, array.starts) if out is None else _array(out)[0]
     numbers = np.empty((count, 0), np.float32)
     if per_row is not None:
-        numbers = per_row.detach().to(torch.float32).contiguous().numpy()
+        dtype = torch.float32 if per_row.is_floating_point() else per_row.dtype
+        numbers = per_row.detach().to(dtype).contiguous().numpy()
     number_gradients = np.zeros(numbers.shape if differentiate else (0, 2), np.float32)
     values = np.zeros((count, loss.parts), np.float64)
     kernel, group = _KERNELS[loss.name]
     widths = {"student_columns": student.width, "teacher_columns": teacher.width}
-    settings = _unboxed(group, {"student_width": student.width, **widths, **loss.settings})
+    widths |= {"student_width": student.width, "teacher_width": teacher.width}
+    settings = _unboxed(group, {**widths, **loss.settings})
     args = array, _array(teacher)[0], settings, numbers, values, number_gradients, target
     share(which, student.width, kernel, *args)
     if out is not None and out.width > student.width:
@@ -165,6 +168,7 @@ _KERNELS: dict[str, tuple[Callable[..., None], Any]] = {
     "uld": (row_losses.uld, UldSettings),
     "gold": (row_losses.gold, GoldSettings),
     "shared_kl": (row_losses.shared_kl, SharedKLSettings),
+    "bpm": (row_losses.bpm, BPMSettings),
 }
 OPERATIONS = {
     *("log_normalizers", "column_mass", "top_k", "softmax_backward"),

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["GoldSettings", "RowArray", "SharedKLSettings", "SoftmaxTerms", "UldSettings"]
+__all__ = [
+    "BPMSettings",
+    "GoldSettings",
+    "RowArray",
+    "SharedKLSettings",
+    "SoftmaxTerms",
+    "UldSettings",
+]
 
 _Ids = npt.NDArray[np.uint32]
 _Floats = npt.NDArray[np.float32]
@@ -130,5 +137,33 @@ class SharedKLSettings(NamedTuple):
     student_width: int
     temperature: float
     beta: float
+    lowest_logit: float
+    log_floor: float
+
+
+class BPMSettings(NamedTuple):
+    """Settings of `bpm`.
+
+    Attributes:
+        teacher_ids: (L,) teacher tokens of the entries.
+        student_ids: (L,) classes of the entries, of which V is the rest.
+        in_image: (V,) not 0 for columns that are a class where nothing was read.
+        student_width: V.
+        teacher_width: W.
+        has_rest: Whether what is no class is one of its own.
+        temperature: Divides both sides' logits.
+        least_mass: Probability of a row's entries up to which it does not count.
+        lowest_logit: Lower bound of logits.
+        log_floor: Lower bound of log-probabilities.
+    """
+
+    teacher_ids: _Ids
+    student_ids: _Ids
+    in_image: _Ids
+    student_width: int
+    teacher_width: int
+    has_rest: bool
+    temperature: float
+    least_mass: float
     lowest_logit: float
     log_floor: float

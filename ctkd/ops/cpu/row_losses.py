@@ -1,4 +1,4 @@
-"""Losses on pairs of whole rows: `uld`, `gold` and `shared_kl`, values and gradients.
+"""Losses on pairs of whole rows: `uld`, `gold`, `shared_kl` and `bpm`, values and gradients.
 
 Every kernel takes n pairs of a student's and a teacher's row and writes the loss of each pair to
 ``values``, and its gradient by the student's raw logits to ``gradients``, whose values are empty
@@ -12,14 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ctkd.ops.cpu.arrays import GoldSettings, RowArray, SharedKLSettings, UldSettings
+from ctkd.ops.cpu.arrays import (
+    BPMSettings,
+    GoldSettings,
+    RowArray,
+    SharedKLSettings,
+    UldSettings,
+)
 from ctkd.ops.cpu.compiling import compiled
 from ctkd.ops.cpu.divergence_terms import divergence_terms
 from ctkd.ops.cpu.numbers import LOG2_E, LOG_2, exp2, load, narrowed, store, widened
 from ctkd.ops.cpu.ranks import Entries, rank_signs
 from ctkd.ops.cpu.softmax_rows import largest, total_of
 
-__all__ = ["gold", "shared_kl", "uld"]
+__all__ = ["bpm", "gold", "shared_kl", "uld"]
 
 _TILE = 1024
 _ZERO = np.float32(0.0)
@@ -447,3 +453,173 @@ def shared_kl(
             start = gradients.starts[pair]
             gradient = gradients.values[start : start + settings.student_width]
             _write_shared_gradient(changes, side, rest_change, row, settings, gradient)
+
+
+class _BPMRow(NamedTuple):
+    """Buffers for a student's row, and the numbers of its softmax.
+
+    Attributes:
+        exponents: ``log p = exponents * log 2 - log_total``; minus infinity where not compared.
+        probs: p.
+        rest: Of the columns outside the image, each one's part of them.
+        log_total: Log of the sum of 2 to the exponents.
+        log_rest: Log-probability of the columns outside the image.
+    """
+
+    exponents: Any
+    probs: Any
+    rest: Any
+    log_total: Any
+    log_rest: Any
+
+
+@compiled
+def _raise(row: Any, lowest: Any) -> None:
+    for column in range(row.size):
+        if row[column] < lowest:
+            row[column] = lowest
+
+
+@compiled
+def _bpm_softmax(row: _BPMRow, settings: BPMSettings, is_root: bool) -> _BPMRow:
+    """Softmax of the logits in ``exponents``; where there is no rest, on the image alone."""
+    scale, image = LOG2_E / np.float32(settings.temperature), settings.in_image
+    _raise(row.exponents, np.float32(settings.lowest_logit))
+    for column in range(image.size):
+        row.rest[column] = -np.inf if image[column] else row.exponents[column]
+        if is_root and not (settings.has_rest or image[column]):
+            row.exponents[column] = -np.inf
+    top, rest_top = largest(row.exponents), largest(row.rest)
+    _scale(row.exponents, top, scale)
+    _powers(row.exponents, row.probs)
+    total = total_of(row.probs)
+    _multiply(row.probs, np.float32(1.0 / total))
+    log_total, log_rest = math.log(total), 0.0
+    if is_root and settings.has_rest:
+        _scale(row.rest, rest_top, scale)
+        _exponentiate(row.rest)
+        rest_total = total_of(row.rest)
+        _multiply(row.rest, np.float32(1.0 / rest_total))
+        distance = (np.float64(rest_top) - np.float64(top)) / settings.temperature
+        log_rest = distance + math.log(rest_total) - log_total
+    return _BPMRow(row.exponents, row.probs, row.rest, log_total, log_rest)
+
+
+@compiled
+def _entry_probs(row: Any, ids: Any, settings: BPMSettings, probs: Any) -> Any:
+    """Softmax of some columns; the largest logit and the sum of exponentials."""
+    _gather(row, ids, np.float32(settings.lowest_logit), probs)
+    top = largest(probs)
+    _scale(probs, top, LOG2_E / np.float32(settings.temperature))
+    _exponentiate(probs)
+    total = total_of(probs)
+    _multiply(probs, np.float32(1.0 / total))
+    return top, total
+
+
+@compiled
+def _mass(top: Any, total: Any, row: Any, settings: BPMSettings) -> Any:
+    """Part of a row's probability that some of its columns have."""
+    _raise(row, np.float32(settings.lowest_logit))
+    row_top = largest(row)
+    _scale(row, row_top, LOG2_E / np.float32(settings.temperature))
+    _exponentiate(row)
+    distance = (np.float64(top) - np.float64(row_top)) / settings.temperature
+    return math.exp(distance) * total / total_of(row)
+
+
+@compiled
+def _bpm_terms(row: _BPMRow, classes: Any, probs: Any, settings: BPMSettings) -> Any:
+    """Value, what the classes above the floor have together, and what the rest has of it.
+
+    Of each class the last entry takes the sum, 0 if it is below the floor, and others -1.
+    """
+    value, kept, rest, mass = 0.0, 0.0, 0.0, 0.0
+    for entry in range(classes.size):
+        mass += np.float64(probs[entry])
+        probs[entry] = -_ONE
+        if entry + 1 == classes.size or classes[entry + 1] != classes[entry]:
+            log_prob = row.log_rest
+            is_rest = classes[entry] == settings.student_width
+            if not is_rest:
+                exponent = np.float64(row.exponents[classes[entry]])
+                log_prob = exponent * math.log(2.0) - row.log_total
+            is_low = log_prob < settings.log_floor
+            if is_low:
+                log_prob = settings.log_floor
+            if mass != 0.0:
+                value += mass * (math.log(mass) - log_prob)
+            if is_low:
+                mass = 0.0
+            probs[entry] = np.float32(mass)
+            kept += mass
+            if is_rest:
+                rest = mass
+            mass = 0.0
+    return value, kept, rest
+
+
+@compiled
+def bpm(
+    which: Any,
+    student: RowArray,
+    teacher: RowArray,
+    settings: BPMSettings,
+    ranges: Any,
+    values: Any,
+    number_gradients: Any,
+    gradients: RowArray,
+) -> None:
+    """Divergence of rows from the teacher's probabilities of classes of its tokens.
+
+    Args:
+        which: Indices of the pairs to work on, int64.
+        student: n rows of logits.
+        teacher: n rows of logits.
+        settings: Entries, temperature and floors.
+        ranges: (n, 2) int64, the first entry and the last plus one. From 0 on, nothing was read.
+        values: Output, (n, 1) float64.
+        number_gradients: Not written.
+        gradients: Output, by the student's logits.
+    """
+    width, lowest = settings.student_width, np.float32(settings.lowest_logit)
+    exponents, probs = np.empty(width, np.float32), np.empty(width, np.float32)
+    buffers = _BPMRow(exponents, probs, np.empty(width, np.float32), 0.0, 0.0)
+    teacher_row = np.empty(settings.teacher_width, np.float32)
+    entry_probs = np.empty(settings.teacher_width, np.float32)
+    for pair in which:
+        first, last = ranges[pair, 0], ranges[pair, 1]
+        is_root, classes = first == 0, settings.student_ids[first:last]
+        expected = entry_probs[: last - first]
+        start, teacher_start = student.starts[pair], teacher.starts[pair]
+        top, total = _entry_probs(
+            teacher.values[teacher_start:], settings.teacher_ids[first:last], settings, expected
+        )
+        load(student.values, start, exponents)
+        row = _bpm_softmax(buffers, settings, is_root)
+        value, kept, rest = _bpm_terms(row, classes, expected, settings)
+        counts = True
+        if not is_root:
+            load(teacher.values, teacher_start, teacher_row)
+            counts = not _mass(top, total, teacher_row, settings) <= settings.least_mass
+        values[pair, 0] = value if counts else 0.0
+        if not gradients.values.size:
+            continue
+        begin = gradients.starts[pair]
+        gradient = gradients.values[begin : begin + width]
+        if not counts:
+            _clear(gradient)
+            continue
+        _multiply(probs, np.float32(kept))
+        if is_root and settings.has_rest:
+            for column in range(width):
+                probs[column] -= row.rest[column] * np.float32(rest)
+        for entry in range(classes.size):
+            if expected[entry] != -_ONE and classes[entry] < width:
+                probs[classes[entry]] -= expected[entry]
+        _multiply(probs, np.float32(1.0 / settings.temperature))
+        logits = student.values[start : start + width]
+        for column in range(width):
+            # No gradient passes where a logit was raised to the lowest.
+            change = _ZERO if widened(logits[column]) < lowest else probs[column]
+            gradient[column] = narrowed(change, gradient[column])

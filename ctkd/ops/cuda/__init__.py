@@ -39,7 +39,7 @@ OPERATIONS = {
     *("add_column_distance_", "chosen_log_probs", "clear_rows", "column_mass"),
     *("greedy_partners", "log_normalizers"),
     *("softmax_backward", "top_k"),
-    *("uld", "gold", "shared_kl"),
+    *("uld", "gold", "shared_kl", "bpm"),
 }
 """What `ctkd.ops` may send here; row losses by the names of their kernels."""
 

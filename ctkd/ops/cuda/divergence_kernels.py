@@ -18,6 +18,7 @@ from ctkd.ops.cuda.addressing import row_number, row_start
 
 __all__ = [
     "Part",
+    "bpm_rows",
     "fold_sum",
     "pair_columns",
     "shared_kl_rows",
@@ -301,3 +302,234 @@ def shared_kl_rows(values, student, teacher, out, partners, settings, FORM: tl.c
                     mask=(columns < out.width) & (target >= 0),
                 )
     tl.store(values + number, tl.sum(value_lanes, 0) + rest_term)
+
+
+@triton.jit
+def _joined(top, total, other_top, other_total, scale):
+    """Largest logit and sum of exponentials of two parts of a row."""
+    joint = tl.maximum(top, other_top)
+    base = tl.where(joint == float("-inf"), 0.0, joint)
+    total = total * tl.exp2((top - base) * scale)
+    return joint, total + other_total * tl.exp2((other_top - base) * scale)
+
+
+@triton.jit
+def _raised(logits, lowest):
+    """Logits of at least the lowest; unlike a maximum, this keeps nan."""
+    return tl.where(logits < lowest, lowest, logits)
+
+
+@triton.jit
+def _image_sums(row, width, in_image, settings, FORM: tl.constexpr):
+    """Sums of a student's row on the image, and on its other columns."""
+    R: tl.constexpr = FORM.tile[0]
+    C: tl.constexpr = FORM.tile[1]
+    scale = settings.scale
+    places = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    largest = tl.full((C,), float("-inf"), tl.float32)
+    total = tl.zeros((C,), tl.float32)
+    rest_largest = tl.full((C,), float("-inf"), tl.float32)
+    rest_total = tl.zeros((C,), tl.float32)
+    for first in range(0, width, R * C):
+        columns = first + places
+        inside = columns < width
+        is_image = tl.load(in_image + columns, mask=inside, other=0) != 0
+        logits = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
+        logits = _raised(logits, settings.lowest)
+        image = tl.where(is_image, logits, float("-inf"))
+        largest, total = fold_sum(largest, total, image, scale)
+        others = tl.where(inside & (is_image == 0), logits, float("-inf"))
+        rest_largest, rest_total = fold_sum(rest_largest, rest_total, others, scale)
+    top, total = total_of_lanes(largest, total, scale)
+    rest_top, rest_total = total_of_lanes(rest_largest, rest_total, scale)
+    return _Sums(top, total, rest_top, rest_total)
+
+
+@triton.jit
+def _row_sum(row, width, settings, FORM: tl.constexpr):
+    """Largest logit and sum of exponentials of a row."""
+    R: tl.constexpr = FORM.tile[0]
+    C: tl.constexpr = FORM.tile[1]
+    places = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    largest = tl.full((C,), float("-inf"), tl.float32)
+    total = tl.zeros((C,), tl.float32)
+    for first in range(0, width, R * C):
+        inside = first + places < width
+        logits = tl.load(row + first + places, mask=inside, other=0.0).to(tl.float32)
+        logits = tl.where(inside, _raised(logits, settings.lowest), float("-inf"))
+        largest, total = fold_sum(largest, total, logits, settings.scale)
+    return total_of_lanes(largest, total, settings.scale)
+
+
+class _Entries(NamedTuple):
+    """Teacher tokens that may follow, by class, and the sum of their exponentials."""
+
+    first: Any
+    last: Any
+    row: Any
+    top: Any
+    total: Any
+
+
+@triton.jit
+def _entry_sum(row, first, last, lists, settings, FORM: tl.constexpr):
+    """`_Entries` of a teacher's row."""
+    R: tl.constexpr = FORM.tile[0]
+    C: tl.constexpr = FORM.tile[1]
+    places = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    largest = tl.full((C,), float("-inf"), tl.float32)
+    total = tl.zeros((C,), tl.float32)
+    for start in range(first, last, R * C):
+        inside = start + places < last
+        ids = tl.load(lists.teacher_ids + start + places, mask=inside, other=0)
+        logits = tl.load(row + ids, mask=inside, other=0.0).to(tl.float32)
+        logits = tl.where(inside, _raised(logits, settings.lowest), float("-inf"))
+        largest, total = fold_sum(largest, total, logits, settings.scale)
+    top, total = total_of_lanes(largest, total, settings.scale)
+    return _Entries(first, last, row, top, total)
+
+
+@triton.jit
+def add_in_class(total, is_new, more, more_is_new):
+    """Sums since a class began; whether one did."""
+    return tl.where(more_is_new != 0, more, total + more), is_new | more_is_new
+
+
+@triton.jit
+def _class_probs(start, carried, entries, lists, settings, FORM: tl.constexpr):
+    """Classes that end among some entries, -1 where none does, and their probabilities.
+
+    Last the sum of the class that goes on behind them.
+    """
+    COUNT: tl.constexpr = FORM.entries
+    lanes = tl.arange(0, COUNT)
+    places = start + lanes
+    inside = places < entries.last
+    classes = tl.load(lists.student_ids + places, mask=inside, other=-1)
+    before = tl.load(
+        lists.student_ids + places - 1, mask=inside & (places > entries.first), other=-1
+    )
+    behind = tl.load(lists.student_ids + places + 1, mask=places + 1 < entries.last, other=-1)
+    ids = tl.load(lists.teacher_ids + places, mask=inside, other=0)
+    logits = tl.load(entries.row + ids, mask=inside, other=0.0).to(tl.float32)
+    logits = _raised(logits, settings.lowest)
+    probs = tl.exp2((logits - entries.top) * settings.scale) / entries.total
+    probs = tl.where(inside, probs, 0.0)
+    is_new = (classes != before).to(tl.int32)
+    sums, begun = tl.associative_scan((probs, is_new), 0, add_in_class)
+    sums = tl.where(begun != 0, sums, sums + carried)
+    carried = tl.sum(tl.where(lanes == COUNT - 1, sums, 0.0), 0)
+    return tl.where(classes != behind, classes, -1), sums, carried
+
+
+@triton.jit
+def bpm_rows(values, student, teacher, out, lists, settings, FORM: tl.constexpr):
+    """Divergence of a row from the teacher's probabilities of classes.
+
+    Entries of a class follow each other: their probabilities are added as they come, and the class
+    counts at its last one. Rows are given as `ctkd.ops.cuda.addressing` has them.
+
+    Args:
+        values: (N,) what is written.
+        student: Rows of logits.
+        teacher: Rows of logits.
+        out: Rows that gradients are written to, if there are any.
+        lists: A `ctkd.ops.cuda.row_losses.Lists`.
+        settings: A `ctkd.ops.cuda.row_losses.BPMSettings`.
+        FORM: A `ctkd.ops.cuda.row_losses.BPMForm`.
+    """
+    COUNT: tl.constexpr = FORM.entries
+    R: tl.constexpr = FORM.tile[0]
+    C: tl.constexpr = FORM.tile[1]
+    temperature, scale, lowest = settings.temperature, settings.scale, settings.lowest
+    number = tl.program_id(0)
+    row = row_number(student, number)
+    other_row = row_number(teacher, number)
+    if (row < 0) | (other_row < 0):
+        tl.store(values + number, 0.0)
+        return
+    own = student.tensor + row_start(student, row)
+    other = teacher.tensor + row_start(teacher, other_row)
+    first = tl.load(lists.ranges + 2 * number.to(tl.int64)).to(tl.int32)
+    last = tl.load(lists.ranges + 2 * number.to(tl.int64) + 1).to(tl.int32)
+    is_root = first == 0
+    entries = _entry_sum(other, first, last, lists, settings, FORM)
+    # Inside a token the teacher must expect at all that it goes on.
+    counts = is_root
+    if is_root == 0:
+        top, total = _row_sum(other, teacher.width, settings, FORM)
+        mass = tl.exp2((entries.top - top) * scale) * entries.total / total
+        counts = (mass <= settings.least_mass) == 0
+    sums = _image_sums(own, student.width, lists.in_image, settings, FORM)
+    top, total = _joined(sums.top, sums.total, sums.rest_top, sums.rest_total, scale)
+    # What is no class is compared only where all of the row is.
+    has_others = (is_root == 0) | FORM.rest
+    if has_others == 0:
+        top, total = sums.top, sums.total
+    log_total = tl.log(total)
+    log_rest = (sums.rest_top - top) / temperature + tl.log(sums.rest_total) - log_total
+    width = student.width
+
+    lanes = tl.zeros((COUNT,), tl.float32)
+    kept_lanes = tl.zeros((COUNT,), tl.float32)
+    rest_prob = 0.0
+    carried = 0.0
+    for start in range(first, last, COUNT):
+        classes, probs, carried = _class_probs(start, carried, entries, lists, settings, FORM)
+        is_column = (classes >= 0) & (classes < width)
+        logits = tl.load(own + classes, mask=is_column, other=0.0).to(tl.float32)
+        logs = (_raised(logits, lowest) - top) / temperature - log_total
+        logs = tl.where(is_column, logs, log_rest)
+        is_low = logs < settings.floor
+        logs = tl.where(is_low, settings.floor, logs)
+        terms = tl.where(probs == 0.0, 0.0, probs * (tl.log(probs) - logs))
+        lanes += tl.where(classes >= 0, terms, 0.0)
+        kept = tl.where((classes >= 0) & (is_low == 0), probs, 0.0)
+        kept_lanes += kept
+        rest_prob += tl.sum(tl.where(classes == width, kept, 0.0), 0)
+    value = tl.sum(lanes, 0)
+    # A garbage row that does not count must not spoil the sum.
+    tl.store(values + number, tl.where(counts, value, 0.0))
+    if out.tensor is None:
+        return
+    kept = tl.sum(kept_lanes, 0)
+    target = row_number(out, number)
+    gradient = out.tensor + row_start(out, target)
+    places = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    for begin in range(0, out.width, R * C):
+        columns = begin + places
+        inside = columns < width
+        is_image = tl.load(lists.in_image + columns, mask=inside, other=0) != 0
+        raw = tl.load(own + columns, mask=inside, other=0.0).to(tl.float32)
+        logits = _raised(raw, lowest)
+        probs = tl.exp2((logits - top) * scale) / total
+        shares = tl.exp2((logits - sums.rest_top) * scale) / sums.rest_total
+        others = probs * kept - tl.where(is_root, shares * rest_prob, 0.0)
+        others = tl.where(has_others, others, 0.0)
+        gradients = tl.where(is_image, probs * kept, others) / temperature
+        # No gradient passes where a logit was raised to the lowest.
+        gradients = tl.where(inside & (raw >= lowest) & counts, gradients, 0.0)
+        gradients = tl.where(raw != raw, raw, gradients)
+        tl.store(
+            gradient + columns,
+            gradients.to(gradient.dtype.element_ty),
+            mask=(columns < out.width) & (target >= 0),
+        )
+    # Columns of classes are written once more, with what the teacher expects of them.
+    tl.debug_barrier()
+    carried = 0.0
+    for start in range(first, last, COUNT):
+        classes, probs, carried = _class_probs(start, carried, entries, lists, settings, FORM)
+        is_column = (classes >= 0) & (classes < width)
+        raw = tl.load(own + classes, mask=is_column, other=0.0).to(tl.float32)
+        logits = _raised(raw, lowest)
+        is_low = (logits - top) / temperature - log_total < settings.floor
+        own_probs = tl.exp2((logits - top) * scale) / total
+        gradients = (own_probs * kept - tl.where(is_low, 0.0, probs)) / temperature
+        gradients = tl.where((raw >= lowest) & counts, gradients, 0.0)
+        gradients = tl.where(raw != raw, raw, gradients)
+        tl.store(
+            gradient + classes,
+            gradients.to(gradient.dtype.element_ty),
+            mask=is_column & (target >= 0),
+        )

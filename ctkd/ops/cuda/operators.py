@@ -345,6 +345,8 @@ class _Statistics(_OfRows):
                 STANDARDIZE=self.standardize,
                 TILE=(2 if self.standardize else 4, _LANES),
                 num_warps=_WARPS,
+                # Left to itself, the assembler spills a few numbers to fit more programs.
+                maxnreg=255 if self.standardize and not self.place.is_aligned else None,
             )
 
     def cost(self) -> Cost:
@@ -413,7 +415,8 @@ class _Distances(_OfRows):
                 ALIGNED=self.place.is_aligned,
                 K=targets,
                 C=_TARGET_LANES,
-                num_warps=_WARPS,
+                # Where rows begin anywhere, a thread has the addresses of all of its entries.
+                num_warps=_WARPS if self.place.is_aligned else 2 * _WARPS,
             )
 
     def cost(self) -> Cost:

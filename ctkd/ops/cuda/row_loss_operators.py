@@ -52,7 +52,7 @@ def row_loss(
 
 
 _IDS = {"student_ids", "teacher_ids", "student_others", "teacher_others"}
-_IDS |= {"student_columns", "teacher_columns"}
+_IDS |= {"student_columns", "teacher_columns", "in_image"}
 # Settings of a loss, of which those that are ids may be None, all the last ones of them.
 _NAMES: dict[str, tuple[str, ...]] = {
     "uld": ("student_temperature", "teacher_temperature"),
@@ -63,6 +63,16 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "teacher_others",
         "temperature",
         "beta",
+        "lowest_logit",
+        "log_floor",
+    ),
+    "bpm": (
+        "teacher_ids",
+        "student_ids",
+        "in_image",
+        "has_rest",
+        "temperature",
+        "least_mass",
         "lowest_logit",
         "log_floor",
     ),
@@ -78,7 +88,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "log_floor",
     ),
 }
-_PARTS = {"uld": 1, "shared_kl": 1, "gold": 2}
+_PARTS = {"uld": 1, "shared_kl": 1, "gold": 2, "bpm": 1}
 
 
 def _settings(name: str, numbers: list[float], ids: list[Tensor]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The row losses `uld`, `gold` and `shared_kl`: what is started for them, and what it costs.
+"""The row losses `uld`, `gold`, `shared_kl` and `bpm`: what is started for them, and what it costs.
 
 Rows on the meta device start nothing, so that what a call makes and costs is known without values.
 """
@@ -18,13 +18,18 @@ from ctkd.ops.cuda.operators import Place, kernels, place_of
 from ctkd.ops.rows import Rows, RowValues
 
 __all__ = [
+    "BPMForm",
+    "BPMSettings",
     "Classes",
     "Counted",
     "CountingForm",
     "GOLDSettings",
+    "Lists",
     "SharedKLForm",
     "SharedKLSettings",
     "Sorted",
+    "bpm",
+    "bpm_cost",
     "can_count",
     "gold",
     "gold_cost",
@@ -38,6 +43,8 @@ __all__ = [
 _TILE = 2, 2048
 _WARPS = 8
 _PAIRS = 1024
+# Entries whose classes are added up at once.
+_ENTRIES = 1024
 # Of kernels that count classes: columns (half of them where there is more to do with each) and
 # classes at a time, and entries that are compared with each other.
 _COLUMNS = 4096
@@ -210,6 +217,119 @@ class SharedKLForm(NamedTuple):
     kind: int
     rest: bool
     tile: tuple[int, int]
+
+
+class Lists(NamedTuple):
+    """What teacher tokens are which class, as of `ctkd.losses.BPM`.
+
+    Attributes:
+        ranges: (N, 2) int64, the entries of a row: the first and the last plus one.
+        teacher_ids: (L,) int32, tokens of the entries.
+        student_ids: (L,) int32, their classes, of which V is the rest.
+        in_image: (V,) bool, columns that are a class where nothing was read.
+    """
+
+    ranges: Tensor
+    teacher_ids: Tensor
+    student_ids: Tensor
+    in_image: Tensor
+
+
+class BPMSettings(NamedTuple):
+    """Numbers of `bpm_rows`.
+
+    Attributes:
+        temperature: Of both sides.
+        scale: log2(e) over the temperature.
+        least_mass: Probability of a row's entries below which it does not count.
+        lowest: What lower logits are raised to.
+        floor: What lower log-probabilities are raised to.
+    """
+
+    temperature: float
+    scale: float
+    least_mass: float
+    lowest: float
+    floor: float
+
+
+class BPMForm(NamedTuple):
+    """What `bpm_rows` is compiled for.
+
+    Attributes:
+        rest: Whether what is no class is one of its own.
+        tile: Rows and columns that a row is folded to.
+        entries: Entries at a time.
+    """
+
+    rest: bool
+    tile: tuple[int, int]
+    entries: int
+
+
+def bpm(
+    student: Rows,
+    teacher: Rows,
+    settings: Mapping[str, Any],
+    per_row: Tensor | None = None,
+    out: Rows | None = None,
+    differentiate: bool = False,
+) -> RowValues:
+    """Divergence from the teacher's probabilities of classes of its tokens.
+
+    Args:
+        student: N rows of logits.
+        teacher: N rows of logits.
+        settings: As of `ctkd.losses.BPM`.
+        per_row: (N, 2) ranges of entries.
+        out: As of `ctkd.ops.reference.row_loss`.
+        differentiate: Not read.
+    """
+    count = len(student)
+    values = student.tensor.new_empty((count, 1), dtype=torch.float32)
+    if count and values.device.type != "meta" and per_row is not None:
+        temperature = settings["temperature"]
+        ids = (settings[name] for name in ("teacher_ids", "student_ids", "in_image"))
+        kernels("divergence_kernels").bpm_rows[(count,)](
+            values,
+            place_of(student),
+            place_of(teacher),
+            place_of(out),
+            Lists(per_row.contiguous(), *ids),
+            BPMSettings(
+                temperature,
+                math.log2(math.e) / temperature,
+                settings["least_mass"],
+                settings["lowest_logit"],
+                settings["log_floor"],
+            ),
+            FORM=BPMForm(bool(settings["has_rest"]), _TILE, _ENTRIES),
+            num_warps=_WARPS,
+            num_stages=1,
+            maxnreg=168,
+        )
+    return RowValues(values, None)
+
+
+def bpm_cost(
+    student: Rows,
+    teacher: Rows,
+    settings: Mapping[str, Any],
+    per_row: Tensor | None = None,
+    out: Rows | None = None,
+    differentiate: bool = False,
+) -> Cost:
+    """Cost of `bpm` with these arguments, if all of the teacher's tokens may follow.
+
+    The student is read for its normalizer, and the teacher for that and the classes; both once more
+    to write the gradient. Lists stay in the device's cache.
+    """
+    lists = sum(settings[name].nbytes for name in ("teacher_ids", "student_ids", "in_image"))
+    moved = lists + _read(student, student.width) + 2 * _read(teacher, teacher.width)
+    if out is not None:
+        moved += _read(student, student.width) + _read(teacher, teacher.width)
+        moved += _read(out, out.width)
+    return Cost(1, moved + 20 * len(student), 0)
 
 
 def shared_kl(

@@ -31,7 +31,15 @@ from ctkd.ops.cuda import chunks, matched_columns, row_losses, sinkhorn
 SHARED = {80: 163 << 10, 90: 227 << 10}
 # Kernels that read rows 16 bytes at once where these begin at multiples of it.
 READ_ROWS = {
-    *("gradient_rows", "gold_rows", "largest", "mass_of_columns", "shared_kl_rows", "statistics"),
+    *(
+        "bpm_rows",
+        "gradient_rows",
+        "gold_rows",
+        "largest",
+        "mass_of_columns",
+        "shared_kl_rows",
+        "statistics",
+    ),
     "uld_rows",
 }
 
@@ -135,6 +143,18 @@ def start_row_losses(student: Rows, teacher: Rows, out: Rows) -> None:
             "log_floor": -1e4,
         }
         row_losses.shared_kl(student, teacher, settings, None, out)
+    for has_rest in (False, True):
+        settings = {
+            "teacher_ids": ids.int(),
+            "student_ids": ids.int(),
+            "in_image": torch.ones(student.width, dtype=torch.bool),
+            "has_rest": has_rest,
+            "temperature": 1.5,
+            "least_mass": 1e-4,
+            "lowest_logit": -(2.0**100),
+            "log_floor": -1e4,
+        }
+        row_losses.bpm(student, teacher, settings, torch.zeros(2, 2, dtype=torch.int64), out)
     temperatures = {"student_temperature": 1.0, "teacher_temperature": 1.0}
     row_losses.uld(student, teacher, temperatures, None, out)
     if student.tensor.dtype == torch.float32:

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from ctkd.divergences import LOG_FLOOR
+from ctkd.losses.bpm import BPM
 from ctkd.losses.gold import GOLD
 from ctkd.losses.shared_kl import _BETAS, _LOWEST_LOGIT, SharedKL
 from ctkd.losses.uld import ULD
@@ -55,6 +56,8 @@ def row_loss_of(loss, teacher_width: int = 0) -> RowLoss:
             "log_floor": LOG_FLOOR,
         }
         return RowLoss("gold", loss._terms, parts=2, settings=settings)
+    if isinstance(loss, BPM):
+        return loss._row_loss()
     assert isinstance(loss, SharedKL)
     student_others, teacher_others = loss._others()
     settings = {
@@ -90,13 +93,16 @@ def check(operation, loss, student_block, teacher_block, per_row=None, different
     student, teacher = scattered(student_block, backwards=True), scattered(teacher_block)
     dtype, width = student_block.dtype, student_block.shape[1]
     if per_row is not None:
-        per_row = torch.cat([per_row[:1], torch.full_like(per_row[:1], torch.nan), per_row[1:]])
+        nothing = torch.nan if per_row.is_floating_point() else 0
+        per_row = torch.cat([per_row[:1], torch.full_like(per_row[:1], nothing), per_row[1:]])
     size = student.tensor.shape[:2].numel() + 1, width + 2
     target = Rows(torch.full(size, FILL, dtype=dtype), student.index, size[1])
     answer = operation(student, teacher, loss.settings, per_row, target, differentiate)
     exact_target = Rows(target.tensor.new_empty(size, dtype=torch.float64), target.index, size[1])
     sides = [Rows(one.tensor.double(), one.index, one.width) for one in (student, teacher)]
-    numbers = None if per_row is None else per_row.double()
+    numbers = per_row
+    if per_row is not None and per_row.is_floating_point():
+        numbers = per_row.double()
     exact = reference.row_loss(loss, *sides, numbers, exact_target, differentiate)
     torch.testing.assert_close(
         answer.values.double(), exact.values, rtol=1e-5, atol=1e-5, equal_nan=True
@@ -122,11 +128,11 @@ def check(operation, loss, student_block, teacher_block, per_row=None, different
     return answer.values[student.index >= 0]
 
 
-def check_without_gradient(operation, loss, student_block, teacher_block) -> None:
+def check_without_gradient(operation, loss, student_block, teacher_block, per_row=None) -> None:
     """Values do not depend on whether a gradient is wanted."""
     student, teacher = Rows(student_block, None, student_block.shape[1]), scattered(teacher_block)
     teacher = teacher[teacher.index >= 0]
     out = Rows(torch.empty_like(student_block), None, student.width)
-    values = operation(student, teacher, loss.settings, None, out).values
-    without = operation(student, teacher, loss.settings).values
+    values = operation(student, teacher, loss.settings, per_row, out).values
+    without = operation(student, teacher, loss.settings, per_row).values
     torch.testing.assert_close(without, values, rtol=1e-6, atol=1e-7)

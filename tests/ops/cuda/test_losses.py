@@ -6,6 +6,7 @@ import torch
 from ctkd import ops
 from ctkd.batch import Batch
 from ctkd.ops import use_backend
+from ctkd.ops.cuda import row_losses
 from ctkd.registry import get_loss, list_losses
 from ctkd.testing import make_inputs, make_pair
 
@@ -15,6 +16,12 @@ CASES += [(name, torch.bfloat16) for name in ("uld", "gold", "shared_kl", "alm")
 
 # A mass of nothing has a log of minus infinity, of which a device makes no word.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def short_scans(monkeypatch):
+    """The interpreter goes through these entry by entry."""
+    monkeypatch.setattr(row_losses, "_ENTRIES", 16)
 
 
 def results(loss, inputs, dtype):

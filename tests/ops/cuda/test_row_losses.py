@@ -1,14 +1,18 @@
 """Row losses by Triton kernels, against the reference in float64."""
 
+import itertools
+
 import numpy
 import pytest
 import torch
 
+from ctkd.losses.bpm import BPM
 from ctkd.losses.gold import GOLD
 from ctkd.losses.shared_kl import SharedKL
 from ctkd.losses.uld import ULD
 from ctkd.ops import Rows
 from ctkd.ops.cuda import row_losses
+from ctkd.tokenizers import Continuations, PlaceholderPair
 from tests.ops.cuda.row_pairs import (
     DTYPES,
     Tokens,
@@ -75,6 +79,50 @@ def test_shared_kl_of_equal_rows_is_0():
         out = Rows(torch.empty(2, 500, dtype=torch.bfloat16), None, 500)
         values = row_losses.shared_kl(rows, rows, loss.settings, None, out).values
         assert (values == 0).all() and (out.tensor == 0).all()
+
+
+class Words(PlaceholderPair):
+    """A teacher of whose tokens most begin with few of the student's."""
+
+    student_size, teacher_size = 901, 250
+    # Of inner entries: many, few, one.
+    ends = (0, 200, 210, 211)
+
+    def prefix_student_ids(self):
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, 800, (self.teacher_size,), generator=generator)
+        ids[: self.teacher_size // 2] = 7
+        return torch.where(torch.arange(self.teacher_size) % 9 == 0, -1, ids)
+
+    def continuations(self):
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randperm(self.teacher_size, generator=generator)[: self.ends[-1]]
+        ids = torch.randint(0, 30, tokens.shape, generator=generator)
+        parts = [ids[a:b].sort().values for a, b in itertools.pairwise(self.ends)]
+        none = Continuations.none(self.student_size, self.teacher_size)
+        return none._replace(teacher_ids=tokens, student_ids=torch.cat(parts))
+
+
+@by_dtype
+def test_bpm(dtype, monkeypatch):
+    monkeypatch.setattr(row_losses, "_ENTRIES", 64)
+    pair = Words()
+    whole = [[0, pair.teacher_size]]
+    inner = [[pair.teacher_size + end for end in ends] for ends in itertools.pairwise(pair.ends)]
+    for rest, temperature in (("class", 1.3), ("renormalize", 0.7)):
+        loss = row_loss_of(BPM(pair=pair, rest=rest, temperature=temperature))
+        if rest == "renormalize":
+            whole[0][1] -= int((pair.prefix_student_ids() < 0).sum())
+        ranges = torch.tensor(whole + inner[:1] + inner + whole)
+        student, teacher = logits_of(dtype, 6, 901, 0), logits_of(dtype, 6, 250, 1)
+        with_masked_columns(student)
+        with_masked_columns(teacher.flip(0))
+        # Of the last inner row the teacher expects nearly nothing.
+        teacher[4, loss.settings["teacher_ids"][ranges[4, 0]]] = -20.0
+        values = check(row_losses.bpm, loss, student, teacher, ranges)
+        assert values[4] == 0 and (values[[0, 1, 2, 3, 5]] > 0).all()
+        first = student[:1], teacher[:1], ranges[:1]
+        check_without_gradient(row_losses.bpm, loss, *first)
 
 
 @by_dtype
@@ -202,8 +250,10 @@ def test_declared_costs_leave_room_for_cross_entropy():
         "shared": ids.shape[0],
         "matched_weight": 0.5,
         "unmatched_weight": 0.5,
+        "in_image": ids,
+        "teacher_ids": ids,
     }
-    for name, bound in (("uld", 3.3e9), ("shared_kl", 3.3e9), ("gold", 4.0e9)):
+    for name, bound in (("uld", 3.3e9), ("shared_kl", 3.3e9), ("gold", 4.0e9), ("bpm", 4.0e9)):
         values = getattr(row_losses, name)(student, teacher, settings, None, out).values
         assert values.device.type == "meta"
         cost = getattr(row_losses, f"{name}_cost")(student, teacher, settings, None, out)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 WHOLE = {
     *("chunks.tensor", "clear_rows.index", "columns_mask", "ends", "ids.tensor", "mask.tensor"),
     *("fused_target.ids", "fused_target.labels", "fused_target.names", "teacher_of.tensor"),
+    *("in_image", "lists.in_image", "lists.ranges", "lists.student_ids", "lists.teacher_ids"),
     *("matched.missing", "matched.valid", "memory.ends", "memory.waiting"),
     *("other.counts", "partners", "rows.numbers", "sequence", "settings.partners", "side.at"),
     *("side.counts", "side.mask", "student.order", "student_ids", "targets.tensor"),
