@@ -117,7 +117,7 @@ class TinyPair(Pair):
 
         What is left of them begins with the student's first token, its last, or none.
         """
-        tokens = torch.arange(1, self.teacher_size - 1)
+        tokens = torch.arange(1, max(self.teacher_size - 1, 1))
         tokens = torch.cat([tokens[tokens % 3 == 0], tokens[tokens % 3 == 1]])
         ranges = torch.tensor([[0, 0], [0, tokens.shape[0]], [0, 0]])
         return Continuations(

@@ -106,29 +106,24 @@ def test_all_maps_agree_with_exhaustive_comparison(student, teacher):
     found = bpm.longest_prefixes([ours[index] for index in order], theirs)
     expected = [order[index] if index >= 0 else -1 for index in found]
     assert prefix_student_ids(student, teacher).tolist() == expected
-    follow = continuations(student, teacher)
-    assert follow.student_lengths.tolist() == list(map(len, student.bytes_of))
-    for token, (role, piece) in enumerate(theirs):
-        length = len(piece) if role == "text" else 0
-        assert follow.teacher_lengths[token] == length
-        for read in range(length + 1):
-            start, end = follow.ranges[follow.begins[token] + read].tolist()
-            found = list(zip(follow.student_ids[start:end].tolist(),
-                             follow.teacher_ids[start:end].tolist(), strict=True))  # fmt: skip
+    lengths, other_lengths, begins, ranges, others, follow = (
+        one.tolist() for one in continuations(student, teacher)
+    )
+    assert lengths == list(map(len, student.bytes_of))
+    texts = [piece if role == "text" else b"" for role, piece in theirs]
+    parts = sorted({piece[cut:] for piece in texts for cut in range(len(piece))})
+    found = bpm.longest_prefixes([ours[one] for one in order], [("text", one) for one in parts])
+    first_of = {part: order[one] for part, one in zip(parts, found, strict=True) if one >= 0}
+    for token, piece in enumerate(texts):
+        assert other_lengths[token] == len(piece)
+        for read in range(len(piece) + 1):
             longer = [
-                (other, bytes_[read:])
-                for other, (kind, bytes_) in enumerate(theirs)
-                if 0 < read < length and kind == "text" and len(bytes_) > read
-                and bytes_.startswith(piece[:read])
-            ]  # fmt: skip
-            begins = bpm.longest_prefixes(
-                [ours[index] for index in order], [("text", left) for _, left in longer]
-            )
-            assert found == sorted(
-                (order[begin], other)
-                for begin, (other, _) in zip(begins, longer, strict=True)
-                if begin >= 0
-            )
+                (first_of[one[read:]], other)
+                for other, one in enumerate(texts)
+                if 0 < read < len(piece) and one.startswith(piece[:read]) and one[read:] in first_of
+            ]
+            start, end = ranges[begins[token] + read]
+            assert list(zip(follow[start:end], others[start:end], strict=True)) == sorted(longer)
     if any(b and r == "text" for b, r in zip(student.bytes_of, student.roles, strict=True)):
         assert nearest(student, teacher) == mined_maps.nearest(oracle(student), oracle(teacher))
 
