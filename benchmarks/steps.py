@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
@@ -66,6 +66,7 @@ class Prepared:
         length: int,
         scored: int,
         cached: bool = True,
+        states: Literal["none", "bfloat16", "float32"] = "none",
     ) -> "Prepared":
         """Write rows for four batches, ask the teacher if it is to be on disk, load and encode."""
         path = Path(folder, "rows.jsonl")
@@ -82,7 +83,7 @@ class Prepared:
         write_rows(path, load_tokenizer(student), 4 * batch_size, length, scored)
         cache = None
         if cached:
-            settings = CacheSettings(texts="none")
+            settings = CacheSettings(texts="none", states=states)
             cache = write_cache(config, Path(folder, "cache"), settings, say=click.echo)
         models = load_models(config, quiet)
         examples, _ = load_examples(config, quiet)

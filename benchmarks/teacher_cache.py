@@ -2,7 +2,8 @@
 
 First the time of a whole training step (collate, forward, loss, backward, AdamW) with the live
 teacher, with a teacher read from disk, and with cross-entropy alone, in turn, on the same rows.
-Then the error of every loss, in value and in the student's gradient, as a function of k.
+Then the error of every loss, in value and in the student's gradient, as a function of k; with
+``--states``, whose cache has none, the size of a cache instead.
 
 Run with `python -m benchmarks.teacher_cache`.
 """
@@ -117,6 +118,17 @@ def share_beyond(cache: TeacherCache) -> float:
     return float(torch.cat(shares).mean())
 
 
+def cache_sizes(cache: TeacherCache, kept: list[int]) -> dict[str, int]:
+    """Bytes of a position, with hidden states and with so many logits at two temperatures."""
+    head = cache.record["head"]
+    width = 2 if cache.record["states"] == "bfloat16" else 4
+    return {
+        f"{cache.kept}, a position": width * head["width"],
+        "their head": (cache.path / head["file"]).stat().st_size,
+        **{f"top {k}, a position": 8 * k + 16 * 2 + 20 for k in kept},
+    }
+
+
 @click.command()
 @click.option("--student", default="smollm2-135m-instruct", show_default=True)
 @click.option("--teacher", default="gemma-3-270m", show_default=True)
@@ -125,6 +137,13 @@ def share_beyond(cache: TeacherCache) -> float:
 @click.option("--length", default=128, show_default=True, help="Tokens of a row.")
 @click.option("--scored", default=64, show_default=True, help="Of them, tokens of the answer.")
 @click.option("--repeats", default=7, show_default=True, help="Timed steps of each kind.")
+@click.option(
+    "--states",
+    type=click.Choice(["none", "bfloat16", "float32"]),
+    default="none",
+    show_default=True,
+    help="Keep hidden states in this dtype, not the largest logits.",
+)
 @click.option("--k", "kept", multiple=True, type=int, help="Of the error table. [16 ... 1024]")
 @note_option
 @results_option
@@ -137,6 +156,7 @@ def main(
     length: int,
     scored: int,
     repeats: int,
+    states: str,
     kept: tuple[int, ...],
     note: str,
     results: Path,
@@ -149,6 +169,8 @@ def main(
         "student": student,
         "teacher": teacher,
         "rows": f"{batch_size} x {length}, {scored} scored",
+        "loss": loss,
+        "states": states,
     }
     with tempfile.TemporaryDirectory() as folder:
         prepared = Prepared.make(
@@ -159,8 +181,10 @@ def main(
             batch_size=batch_size,
             length=length,
             scored=scored,
+            states=states,
         )
-        result["share_beyond_256"] = round(share_beyond(prepared.cache), 5)
+        if states == "none":
+            result["share_beyond_256"] = round(share_beyond(prepared.cache), 5)
         if not skip_steps:
             seconds = measure_steps(prepared, repeats)
             result["steps"] = {kind: round(value, 3) for kind, value in seconds.items()}
@@ -174,6 +198,11 @@ def main(
                     floatfmt=".2f",
                 )
             )
+        if states != "none":
+            sizes = cache_sizes(prepared.cache, [256, 1024])
+            click.echo(tabulate(sizes.items(), headers=["cache", "bytes"]))
+            append_row(results / "teacher_cache.jsonl", {**result, "bytes": sizes})
+            return
         errors = measure_errors(
             prepared.models,
             prepared.rows[:4],

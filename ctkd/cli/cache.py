@@ -19,6 +19,7 @@ Examples:
   ctkd train --loss multilevelot --teacher-cache teacher-cache
   ctkd cache --student my-model --teacher runs/teacher --data rows.jsonl --k 512 --output rows-cache
   ctkd cache --student my-model --data rows.jsonl --texts all --output with-answers
+  ctkd cache --student my-model --data rows.jsonl --states bfloat16 --output for-any-loss
 """
 # Settings of a run on which the contents of a cache depend, and those of reading the teacher.
 _OF_RUN = (
@@ -69,8 +70,10 @@ def cache(output: str, **options: Any) -> None:
         say=say,
     )
     size = sum(path.stat().st_size for path in written.path.iterdir()) / 2**20
-    temperatures = ", ".join(f"{one:g}" for one in written.temperatures)
+    kept = written.kept
+    if not written.holds_states:
+        kept += ", temperatures " + ", ".join(f"{one:g}" for one in written.temperatures)
     show(
-        f"{written.path}: {len(written)} rows, top {written.k} of {written.vocab_size}, "
-        f"temperatures {temperatures}; {len(written.texts)} texts written, {size:.1f} MiB"
+        f"{written.path}: {len(written)} rows, {kept}; {len(written.texts)} texts written, "
+        f"{size:.1f} MiB"
     )

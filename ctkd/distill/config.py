@@ -23,7 +23,7 @@ from ctkd.distill.options import (
 from ctkd.errors import SettingError
 from ctkd.loss import Loss, Weights
 from ctkd.registry import get_loss
-from ctkd.settings import check_count, check_positive
+from ctkd.settings import check_choice, check_count, check_positive
 from ctkd.tokenization.doctor import Thresholds
 from ctkd.tokenizers import Pair, PlaceholderPair
 
@@ -314,8 +314,9 @@ class CacheSettings:
     """Contents of a teacher cache.
 
     With `k` of 0 it holds the logits of observed tokens alone, with more than the vocabulary all of
-    them. Training prompts are answered whatever `texts` says where a run trains on those answers. A
-    kill costs at most `shard_rows` rows.
+    them. With `states` it holds what the teacher's head makes all of them from, at any temperature;
+    `k` and `temperatures` do not matter then. Training prompts are answered whatever `texts` says
+    where a run trains on those answers. A kill costs at most `shard_rows` rows.
 
     Raises:
         SettingError: If a setting is out of range.
@@ -330,6 +331,11 @@ class CacheSettings:
         flag="--temperature",
         repeated=True,
         parse=float,
+    )
+    states: Literal["none", "bfloat16", "float32"] = option(
+        "none",
+        "Keep hidden states in this dtype, and the head, in place of logits: serves every loss.",
+        choice=True,
     )
     texts: Literal["none", "held-out", "all"] = option(
         "held-out",
@@ -346,8 +352,8 @@ class CacheSettings:
             raise SettingError("at least one temperature is needed, such as 1")
         for temperature in self.temperatures:
             check_positive("a temperature", temperature)
-        if self.texts not in ("none", "held-out", "all"):
-            raise SettingError(f"texts must be one of none, held-out, all, got {self.texts!r}")
+        check_choice("states", self.states, ("none", "bfloat16", "float32"))
+        check_choice("texts", self.texts, ("none", "held-out", "all"))
         check_count("shard_rows", self.shard_rows)
 
 

@@ -42,7 +42,7 @@ class CachePlace(Workplace):
 
     def cache(self, name: str, *, say: Any = print, **options: Any) -> TeacherCache:
         """Write or complete a cache; names of settings go to the settings."""
-        own = {"k", "temperatures", "texts", "shard_rows"}
+        own = {"k", "states", "temperatures", "texts", "shard_rows"}
         settings = {key: value for key, value in options.items() if key not in own}
         given = {key: value for key, value in options.items() if key in own}
         return write_cache(

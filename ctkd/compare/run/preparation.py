@@ -257,8 +257,7 @@ def _told(config: CompareConfig, cache: TeacherCache | None) -> str:
     """A description of the teacher's logits, for a person."""
     if cache is None or config.is_live:
         return f"live, asked in {str(teacher_dtype(config.base)).removeprefix('torch.')}"
-    kept = "all" if cache.k == cache.vocab_size else f"top {cache.k}"
-    return f"{kept} of {cache.vocab_size}, cached, asked in {cache.record['dtype']}"
+    return f"{cache.kept}, cached, asked in {cache.record['dtype']}"
 
 
 def _temperatures(config: CompareConfig, folder: ComparisonFolder) -> list[float]:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -28,7 +28,7 @@ from ctkd.distill.models.loading import (
 from ctkd.errors import ModelError
 from ctkd.logits import DenseLogits, HeadLogits, RowLogits
 
-__all__ = ["ModelLogits"]
+__all__ = ["Head", "ModelLogits"]
 
 _TRIED_TOKENS = 6
 
@@ -37,6 +37,15 @@ _TRIED_TOKENS = 6
 class _Head:
     """Scale and bound of the head's logits; the layer itself is fetched when needed."""
 
+    scale: float
+    softcap: float | None
+
+
+class Head(NamedTuple):
+    """The last layer of a model, as `HeadLogits` takes it."""
+
+    weight: Tensor
+    bias: Tensor | None
     scale: float
     softcap: float | None
 
@@ -138,18 +147,18 @@ class ModelLogits:
         Raises:
             ModelError: If the head cannot be taken apart; `why_whole` says why.
         """
+        return HeadLogits(hidden, **self.head()._asdict(), mask=mask, vocab_size=vocab_size)
+
+    def head(self) -> Head:
+        """What makes logits of hidden states.
+
+        Raises:
+            ModelError: If it cannot be taken apart; `why_whole` says why.
+        """
         if self._head is None:
             raise ModelError(f"the head cannot be taken apart: {self.why_whole}")
         layer = self.model.get_output_embeddings()
-        return HeadLogits(
-            hidden,
-            layer.weight,
-            layer.bias,
-            scale=self._head.scale,
-            softcap=self._head.softcap,
-            mask=mask,
-            vocab_size=vocab_size,
-        )
+        return Head(layer.weight, layer.bias, self._head.scale, self._head.softcap)
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:

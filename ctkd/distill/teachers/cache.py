@@ -1,9 +1,10 @@
-"""A teacher's answers on disk: the largest logits at every answer token, and texts it wrote.
+"""A teacher's answers on disk: its logits at every answer token, and texts it wrote.
 
 A cache is a folder:
 
     cache.json                   the teacher, the queries, and the shards written so far
-    logits-00000.safetensors     rows of `ctkd.logits.TopK`, for some examples
+    logits-00000.safetensors     rows of `ctkd.logits.TopK`, or hidden states, for some examples
+    head.safetensors             where hidden states are kept, what makes logits of them
     texts.jsonl                  what the teacher wrote to prompts
 
 Rows are found by the token ids of prompt and answer, so that a row can never be taken for another.
@@ -22,13 +23,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ctkd.distill.data.encoding import EncodedExample, EncodedSide
 from ctkd.distill.models.fingerprint import file_sha256, model_fingerprint
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.errors import DataError, ModelError, SettingError
-from ctkd.logits import Logits, TopK, TopKLogits
+from ctkd.logits import HeadLogits, Logits, TopK, TopKLogits
 from ctkd.loss import Loss
 from ctkd.tokenization.token_bytes import TokenBytes
 from ctkd.tokenization.vocabulary_map import fingerprint
@@ -36,6 +38,7 @@ from ctkd.tokenization.vocabulary_map import fingerprint
 __all__ = [
     "CACHE_FILE",
     "FORMAT",
+    "HEAD_FILE",
     "TEXTS_FILE",
     "TeacherCache",
     "is_whole",
@@ -45,6 +48,7 @@ __all__ = [
 ]
 
 CACHE_FILE = "cache.json"
+HEAD_FILE = "head.safetensors"
 TEXTS_FILE = "texts.jsonl"
 FORMAT = 3
 _CHECK = "check"
@@ -84,6 +88,7 @@ class TeacherCache:
         self._places: dict[str, _Place] = {}
         self._shards = [path / shard["file"] for shard in record["shards"]]
         self._open: dict[int, Any] = {}
+        self._heads: dict[torch.device, dict[str, Tensor]] = {}
         for number, shard in enumerate(record["shards"]):
             start = 0
             for key, count in shard["rows"]:
@@ -119,7 +124,8 @@ class TeacherCache:
             raise DataError(
                 f"the teacher cache {folder} is not finished; repeat the `ctkd cache` that began it"
             )
-        for number, shard in enumerate(record["shards"], 1):
+        heads = [record["head"]] if record.get("head") else []
+        for number, shard in enumerate([*heads, *record["shards"]], 1):
             file = folder / shard["file"]
             if not is_whole(file, shard["sha256"]):
                 raise DataError(
@@ -138,9 +144,22 @@ class TeacherCache:
         return cache
 
     @property
+    def holds_states(self) -> bool:
+        """True if hidden states are kept, which serve every query."""
+        return bool(self.record.get("head"))
+
+    @property
     def k(self) -> int:
         """Entries kept at each position."""
         return int(self.record["k"])
+
+    @property
+    def kept(self) -> str:
+        """What is kept of each row, for a person."""
+        if self.holds_states:
+            return f"hidden states in {self.record['states']}"
+        kept = "all" if self.k == self.vocab_size else f"top {self.k}"
+        return f"{kept} of {self.vocab_size}"
 
     device = None
 
@@ -164,6 +183,8 @@ class TeacherCache:
         """Equal for caches that answer alike."""
         names = ("format", "rows", "prompt", "k", "temperatures", "vocab_size", "dtype")
         queries = {name: self.record[name] for name in (*names, "max_new_tokens")}
+        if self.holds_states:
+            queries["states"] = self.record["states"]
         teacher = {**self.record["teacher"], "name": None}
         text = json.dumps({**queries, "teacher": teacher}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -233,11 +254,15 @@ class TeacherCache:
         needs, limit = loss.teacher_needs, self.vocab_size
         way_out = "train it with the live teacher (leave --teacher-cache out)"
         if "hidden" in loss.needs:
-            raise SettingError(f"{name} needs hidden states, which no cache holds; {way_out}")
+            raise SettingError(
+                f"{name} needs all of the teacher's hidden states, which no cache holds; {way_out}"
+            )
+        if self.holds_states:
+            return
         if needs == "rows" and self.k < limit:
             raise SettingError(
                 f"{name} needs whole rows of the teacher's logits, but {self.path} keeps "
-                f"{self.k} of {limit} entries; {way_out}, or cache with --k {limit}"
+                f"{self.k} of {limit} entries; {way_out}, or cache with --states bfloat16"
             )
         if needs == "top_k" and self.k == 0:
             raise SettingError(
@@ -263,7 +288,7 @@ class TeacherCache:
         """Read the rows of a batch, padded with zeros to so many positions.
 
         Shape:
-            As `TopK`, with (B, T) in front and T ``positions``.
+            As `TopK`, with (B, T) in front and T ``positions``; or hidden states (B, T, H).
 
         Raises:
             DataError: If a row is not stored.
@@ -278,8 +303,28 @@ class TeacherCache:
 
     def logits(self, kept: dict[str, Tensor], mask: Tensor) -> Logits:
         """The teacher's logits at the positions of `batch`, as far as they are stored."""
+        if self.holds_states:
+            head, hidden = self._head(mask.device), kept["hidden"]
+            return HeadLogits(
+                hidden.to(head["weight"].dtype),
+                **head,
+                scale=self.record["head"]["scale"],
+                softcap=self.record["head"]["softcap"],
+                mask=mask,
+                vocab_size=self.vocab_size,
+            )
         top = TopK(**kept, temperatures=self.temperatures, vocab_size=self.vocab_size)
         return TopKLogits(top, mask=mask)
+
+    def _head(self, device: torch.device) -> dict[str, Tensor]:
+        """The head's weight and perhaps its bias."""
+        if device not in self._heads:
+            path = self.path / HEAD_FILE
+            try:
+                self._heads[device] = load_file(path, device=str(device))
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{path} cannot be read: {error}") from error
+        return self._heads[device]
 
     def _row(self, side: EncodedSide, most: int) -> dict[str, Tensor]:
         place = self._places.get(row_key(side))

@@ -40,6 +40,7 @@ from ctkd.distill.models.loading import (
     load_model,
     load_tokenizer,
 )
+from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.preparing import (
     Forms,
     Models,
@@ -54,6 +55,7 @@ from ctkd.distill.preparing import (
 from ctkd.distill.teachers.cache import (
     CACHE_FILE,
     FORMAT,
+    HEAD_FILE,
     TEXTS_FILE,
     TeacherCache,
     is_whole,
@@ -70,6 +72,7 @@ from ctkd.tokenization.vocabulary_map import fingerprint
 __all__ = ["LazyTeacher", "write_cache"]
 
 LOCK = ".lock"
+STATES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 Record = dict[str, Any]
 
@@ -140,7 +143,9 @@ def _write(
             "shots": [shot.id for shot in forms.teacher.shots],
         },
         "one_line": one_line,
-        "k": min(settings.k, vocabulary),
+        "states": settings.states,
+        "head": None,
+        "k": min(settings.k, vocabulary) if settings.states == "none" else vocabulary,
         "temperatures": [float(temperature) for temperature in settings.temperatures],
         "vocab_size": vocabulary,
         "dtype": str(teacher_dtype(config)).removeprefix("torch."),
@@ -238,6 +243,7 @@ def _check_same(folder: Path, before: Record, now: Record) -> None:
         "tokenizer": ("teacher", "tokenizer"),
         "prompt form": ("prompt",),
         "rule for where answers end": ("one_line",),
+        "dtype of hidden states": ("states",),
         "k": ("k",),
         "temperatures": ("temperatures",),
         "dtype": ("dtype",),
@@ -245,7 +251,7 @@ def _check_same(folder: Path, before: Record, now: Record) -> None:
         "shard_rows": ("shard_rows",),
     }
     for what, path in compared.items():
-        was, is_now = {"one_line": True, **before}, now
+        was, is_now = {"one_line": True, "states": "none", **before}, now
         for name in path:
             was, is_now = was[name], is_now[name]
         if was != is_now:
@@ -324,10 +330,15 @@ def _write_shards(
             say(f"{folder / shard['file']} is missing or damaged and is computed again")
             shard = None
         shards.append(shard)
+    if record["states"] != "none":
+        _write_head(folder, before, record, teacher, say)
     done = all(shard is not None for shard in shards)
     if not done:
         positions = sum(len(side.answer_ids) + 1 for side in sides)
-        mebibytes = positions * (8 * record["k"] + 16 * len(record["temperatures"]) + 20) / 2**20
+        each = 8 * record["k"] + 16 * len(record["temperatures"]) + 20
+        if record["head"] is not None:
+            each = record["head"]["width"] * STATES[record["states"]].itemsize
+        mebibytes = positions * each / 2**20
         say(f"caching {len(sides)} rows, {positions} positions, {mebibytes:,.1f} MiB: {folder}")
     bar = tqdm(total=len(sides), desc="caching the teacher", unit="row", disable=done or None)
     with bar:
@@ -348,6 +359,37 @@ def _write_shards(
     _save(folder, record)
 
 
+def _write_head(
+    folder: Path,
+    before: Record | None,
+    record: Record,
+    teacher: LazyTeacher,
+    say: Callable[[str], None],
+) -> None:
+    """Write what makes logits of hidden states, unless it is there, and enter it in the record."""
+    path, known = folder / HEAD_FILE, (before or {}).get("head")
+    if known is None or not is_whole(path, known["sha256"]):
+        if known is not None:
+            say(f"{path} is missing or damaged and is written again")
+        head = teacher.logits().head()
+        tensors = {"weight": head.weight, "bias": head.bias}
+        known = {
+            "file": HEAD_FILE,
+            "sha256": _save_shard(
+                path,
+                {
+                    name: one.detach().cpu().contiguous()
+                    for name, one in tensors.items()
+                    if one is not None
+                },
+            ),
+            "width": head.weight.shape[1],
+            "scale": head.scale,
+            "softcap": head.softcap,
+        }
+    record["head"] = known
+
+
 def _shard_tensors(
     teacher: LazyTeacher, group: Sequence[EncodedSide], record: Record, bar: Any
 ) -> dict[str, Tensor]:
@@ -355,16 +397,14 @@ def _shard_tensors(
     columns: dict[str, list[Tensor]] = {}
     for start in range(0, len(group), batch_size):
         sides = group[start : start + batch_size]
-        kept = teacher.top_k(sides, record)
+        kept = teacher.kept(sides, record)
         # Of a nan, or of an infinity that is no mask, nothing else is left.
-        if not kept["log_normalizers"].isfinite().all():
+        if not kept["log_normalizers" if record["head"] is None else "hidden"].isfinite().all():
             raise ModelError(
                 f"logits of the teacher {teacher.config.teacher} are nan or infinite; look for "
                 "such values in its weights, or load it in float32"
             )
         for name, value in kept.items():
-            # 4 bytes are enough for any vocabulary, and twice as many make the file a third larger.
-            value = value.to(torch.int32) if name.endswith("ids") else value.float()
             columns.setdefault(name, []).append(value)
         bar.update(len(sides))
     return {name: torch.cat(values) for name, values in columns.items()}
@@ -417,6 +457,7 @@ class LazyTeacher:
     ) -> None:
         self.config, self.tokenizer, self.device, self.say = config, tokenizer, device, say
         self._model: PreTrainedModel | None = None
+        self._logits: ModelLogits | None = None
 
     def model(self) -> PreTrainedModel:
         """The model itself."""
@@ -431,21 +472,36 @@ class LazyTeacher:
         """The model and its tokenizer, as `TeacherTexts.complete` takes them."""
         return self.model(), self.tokenizer
 
+    def logits(self) -> ModelLogits:
+        """What takes its hidden states and its head apart.
+
+        Raises:
+            ModelError: If that cannot be done.
+        """
+        if self._logits is None:
+            self._logits = ModelLogits(self.model())
+        if self._logits.why_whole is not None:
+            raise ModelError(
+                f"hidden states of the teacher {self.config.teacher} do not tell its logits "
+                f"({self._logits.why_whole}); cache it without --states"
+            )
+        return self._logits
+
     @torch.no_grad()
-    def top_k(self, sides: Sequence[EncodedSide], record: dict[str, Any]) -> dict[str, Tensor]:
-        """Largest logits at the answer tokens of a batch of rows.
+    def kept(self, sides: Sequence[EncodedSide], record: dict[str, Any]) -> dict[str, Tensor]:
+        """What a cache keeps at the answer tokens of a batch of rows.
 
         Args:
             sides: The rows.
-            record: The query: ``vocab_size``, ``k`` and ``temperatures``.
+            record: The query: ``states``, or ``vocab_size``, ``k`` and ``temperatures``.
 
         Shape:
-            As `TopK`, with (N,) in front: all positions, one row after another.
+            As `TopK`, with (N,) in front: all positions, one row after another; or hidden states
+            (N, H).
         """
         model = self.model()
         inputs, labels = padded_sides(sides, padding_id(self.tokenizer), with_eos=False)
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        logits = last_logits(model, model, inputs, labels.shape[1])
         # Behind the last answer token the model says how likely the text ends: nothing more need
         # be read for it.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -454,10 +510,18 @@ class LazyTeacher:
                 targets[row, len(side.answer_ids)] = side.eos_id
         targets = targets.to(self.device)
         mask = targets != IGNORE_INDEX
+        if record["states"] != "none":
+            hidden = self.logits().hidden(model, inputs, labels.shape[1])
+            return {"hidden": hidden[mask].to(STATES[record["states"]]).cpu()}
+        logits = last_logits(model, model, inputs, labels.shape[1])
         kept = TopK.of(
             DenseLogits(logits, mask=mask, vocab_size=record["vocab_size"]),
             targets,
             record["k"],
             record["temperatures"],
         )
-        return {name: value[mask].cpu() for name, value in kept.tensors().items()}
+        # 4 bytes are enough for any vocabulary, and twice as many make the file a third larger.
+        return {
+            name: value[mask].to(torch.int32 if name.endswith("ids") else torch.float32).cpu()
+            for name, value in kept.tensors().items()
+        }

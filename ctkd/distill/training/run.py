@@ -357,7 +357,7 @@ def _measure_teacher(
     if teacher is not None:
         live = ModelLogits(cast(PreTrainedModel, teacher.to(device)))
         measure.bits("teacher", memory or live, sides, tokenizer)
-    elif cache is not None and 1.0 in cache.temperatures:
+    elif cache is not None and (cache.holds_states or 1.0 in cache.temperatures):
         measure.bits("teacher", cache, sides, tokenizer)
     else:
         measure.say("teacher: its bits are not measured, they are not cached at temperature 1")

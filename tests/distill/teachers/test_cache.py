@@ -14,7 +14,7 @@ from ctkd.distill.data.encoding import EncodedSide
 from ctkd.distill.models.loading import load_model
 from ctkd.distill.preparing import Forms, encode, load_examples, load_models
 from ctkd.distill.teachers.cache import FORMAT, TeacherCache, row_key, write_record
-from ctkd.errors import DataError, SettingError
+from ctkd.errors import DataError, OutputError, SettingError
 from ctkd.logits import DenseLogits, TopK
 from tests.distill import tiny
 from tests.distill.tiny_caches import save_teacher, write_ragged_rows
@@ -274,6 +274,60 @@ def test_every_loss_is_served_by_all_columns(place, caches):
         ("multilevelot", {"matching": "greedy"}),
     ):
         cache.check_serves(ctkd.get_loss(name, pair=pair, **options), name)
+
+
+def test_hidden_states_serve_every_loss_as_the_live_teacher_does(place, sides):
+    pair = load_models(place.config(), print).pair
+    rows = [sides[0], sides[9], sides[4]]
+    longest = max(len(side.answer_ids) for side in rows) + 1
+    dense = torch.zeros(3, longest, pair.teacher_size)
+    mask = torch.zeros(3, longest, dtype=torch.bool)
+    token_ids = torch.zeros(3, longest, dtype=torch.int64)
+    model = load_model(str(place.teacher))
+    for row, side in enumerate(rows):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*side.prompt_ids, *side.answer_ids]])).logits[0]
+        size = len(side.answer_ids) + 1
+        dense[row, :size] = logits[len(side.prompt_ids) - 1 :, : pair.teacher_size]
+        mask[row, :size] = True
+        token_ids[row, :size] = torch.tensor([*side.answer_ids, side.eos_id])
+    chunk_ids = torch.arange(longest).expand(3, -1)
+    generator = torch.Generator().manual_seed(0)
+    student_logits = torch.randn(3, longest, pair.student_size, generator=generator)
+
+    def answers(loss, teacher_logits):
+        student = student_logits.clone().requires_grad_()
+        given = {"mask": mask, "chunk_ids": chunk_ids}
+        student_ids = token_ids % pair.student_size
+        logits = DenseLogits(student, mask=mask)
+        student_side = ctkd.Side(logits=logits, token_ids=student_ids, **given)
+        teacher_side = ctkd.Side(logits=teacher_logits, token_ids=token_ids, **given)
+        batch = ctkd.Batch(student=student_side, teacher=teacher_side, num_chunks=longest)
+        value = loss(batch).value
+        value.backward()
+        return value.detach(), student.grad
+
+    for states, tolerance in (("float32", 1e-6), ("bfloat16", 0.02)):
+        cache = place.cache(states, states=states, texts="none", shard_rows=7)
+        stored = cache.batch(rows, longest)
+        assert stored["hidden"].dtype == getattr(torch, states)
+        for name in ctkd.list_losses():
+            loss = ctkd.get_loss(name, pair=pair)
+            cache.check_serves(loss, name)
+            value, gradient = answers(loss, DenseLogits(dense, mask=mask))
+            found, found_gradient = answers(loss, cache.logits(stored, mask))
+            torch.testing.assert_close(found, value, rtol=tolerance, atol=tolerance)
+            atol = tolerance * float(gradient.abs().max())
+            torch.testing.assert_close(found_gradient, gradient, rtol=tolerance, atol=atol)
+    with pytest.raises(OutputError, match="begun with another dtype of hidden states .bfloat16, n"):
+        place.cache("bfloat16", texts="none", shard_rows=7)
+    damaged = cache.path / "head.safetensors"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match="head.safetensors is missing or not as it was written"):
+        TeacherCache.open(cache.path)
+    place.cache("bfloat16", states="bfloat16", texts="none", shard_rows=7)
+    assert damaged.read_bytes() == whole
 
 
 def test_many_shards_are_read_without_keeping_files_open(place, sides):

@@ -25,7 +25,7 @@ def write_watched(place: Path, name: str, attempt: int) -> None:
     """Write a cache, slowly, and log what is asked and what is kept."""
     teacher_texts._GROUP = GROUP
     log = os.open(place / f"{name}.log", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
-    top_k, save, generate = LazyTeacher.top_k, cache_writing._save, teacher_texts.generate
+    kept, save, generate = LazyTeacher.kept, cache_writing._save, teacher_texts.generate
     append = teacher_texts.TeacherTexts._append
 
     def write(*words: object) -> None:
@@ -35,7 +35,7 @@ def write_watched(place: Path, name: str, attempt: int) -> None:
         for side in sides:
             write("asked", row_key(side))
         time.sleep(0.01)
-        return top_k(self, sides, record)
+        return kept(self, sides, record)
 
     def saving(folder, record):
         time.sleep(0.01)
@@ -56,7 +56,7 @@ def write_watched(place: Path, name: str, attempt: int) -> None:
         for prompt in answering.last:
             write("kept", "prompt-" + "-".join(map(str, prompt)))
 
-    LazyTeacher.top_k, cache_writing._save, teacher_texts.generate = asking, saving, answering
+    LazyTeacher.kept, cache_writing._save, teacher_texts.generate = asking, saving, answering
     teacher_texts.TeacherTexts._append = appending
     config = CachePlace.__new__(CachePlace)
     config.folder, config.rows = place, place / "rows.jsonl"

@@ -37,7 +37,7 @@ def copied(place, made, tmp_path):
 def asked(monkeypatch) -> dict[str, list]:
     """The teachers that were loaded, the rows asked about, and the prompts answered."""
     found = {"loaded": [], "rows": [], "prompts": []}
-    load, top_k = cache_writing.load_model, LazyTeacher.top_k
+    load, kept = cache_writing.load_model, LazyTeacher.kept
     generate = teacher_texts.generate
 
     def loading(name, **settings):
@@ -46,14 +46,14 @@ def asked(monkeypatch) -> dict[str, list]:
 
     def asking(self, sides, record):
         found["rows"] += [tuple(side.answer_ids) for side in sides]
-        return top_k(self, sides, record)
+        return kept(self, sides, record)
 
     def answering(model, tokenizer, prompts, **settings):
         found["prompts"] += [tuple(prompt) for prompt in prompts]
         return generate(model, tokenizer, prompts, **settings)
 
     monkeypatch.setattr(cache_writing, "load_model", loading)
-    monkeypatch.setattr(LazyTeacher, "top_k", asking)
+    monkeypatch.setattr(LazyTeacher, "kept", asking)
     monkeypatch.setattr(teacher_texts, "generate", answering)
     return found
 
