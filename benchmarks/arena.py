@@ -511,7 +511,7 @@ def write_report(folder: Path, methods: Sequence[Method], rows: Path, data: str)
     runs, teacher = read_runs(rows, data, methods)
     report = Report(methods, runs, teacher)
     if not report.against_sft:
-        raise DataError(f"{rows} holds no two seeds of a method and of sft yet; train more")
+        raise DataError(f"{rows} has no two seeds of a method and of sft yet; train more")
     words = [
         "# The arena scratch\n",
         f"{len(runs)} runs, the last of {time.strftime('%Y-%m-%d')}; texts {data}. Test texts in "
@@ -545,7 +545,13 @@ class Share(click.ParamType[tuple[int, int]]):
 @click.command()
 @click.argument("name", type=click.Choice(["scratch"]))
 @click.argument("folder", required=False, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--share", default="1/1", type=Share(), show_default=True, help="Of the runs.")
+@click.option(
+    "--share",
+    default="1/1",
+    type=Share(),
+    show_default=True,
+    help="The part of the runs that this process trains.",
+)
 @click.option("--minutes", type=float, help="Begin no run after so many. [until all is done]")
 @click.option("--report", "only_report", is_flag=True, help="Train nothing.")
 @results_option
@@ -557,7 +563,11 @@ def main(
     only_report: bool,
     results: Path,
 ) -> None:
-    """Compare losses where they can be told apart; FOLDER holds the arena's data."""
+    """Compare losses where they can be told apart.
+
+    FOLDER holds fairytaleqa_train.parquet and fairytaleqa_validation.parquet; without one, texts
+    come from Python's reference.
+    """
     quieten()
     path = results / f"arena_{name}.jsonl"
     methods = all_methods()

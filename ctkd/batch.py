@@ -113,7 +113,10 @@ class Side:
         self._check_token_ids()
 
     def _check_token_ids(self) -> None:
-        """Refuse ids of another tokenizer, where looking at them makes no device wait."""
+        """Refuse ids of another tokenizer, where looking at them makes no device wait.
+
+        Those that are not scored become 0, whatever they were.
+        """
         width = self.logits.shape[2]
         # One column stands for logits that nobody will look at.
         if not can_inspect(self.mask) or width == 1 or self.mask.numel() == 0:
@@ -124,6 +127,7 @@ class Side:
                 f"token_ids go from {int(ids.min())} to {int(ids.max())}, but the logits have "
                 f"{width} columns; these labels belong to another model's tokenizer"
             )
+        object.__setattr__(self, "token_ids", ids)
 
     @classmethod
     def from_causal_lm(

@@ -118,8 +118,8 @@ def chunk_positions(batch: Batch) -> Tensor:
         or one that only the student has.
     """
     student, teacher = chunk_tables(batch)
-    starts = torch.stack([student.first, teacher.first])
-    starts = starts.masked_fill(~student.shared_with(teacher), -1)
+    is_missing = student.sizes * teacher.sizes == 0
+    starts = torch.stack([student.first, teacher.first]).masked_fill(is_missing, -1)
     # Positions without a chunk look behind the last.
     chunk_ids, _ = _chunk_ids(batch.student, batch.num_chunks)
     return F.pad(starts, (0, 1), value=-1).gather(2, chunk_ids.expand(2, -1, -1))
@@ -162,7 +162,7 @@ class AlignedPositions:
 
     def flattened(self, batch: Batch) -> Tensor:
         """Positions of both sides for `ctkd.logits.map_rows`, (B * P, 2), -1 where none."""
-        return flat_positions(batch, self.teacher, self.valid, self.student)
+        return flat_positions(batch, self.teacher, ~self.valid, self.student)
 
 
 def align_positions(batch: Batch, pairing: str = "position") -> AlignedPositions:
@@ -187,20 +187,20 @@ def align_positions(batch: Batch, pairing: str = "position") -> AlignedPositions
 
 
 def flat_positions(
-    batch: Batch, teacher: Tensor, valid: Tensor, student: Tensor | None = None
+    batch: Batch, teacher: Tensor, left_out: Tensor, student: Tensor | None = None
 ) -> Tensor:
-    """Aligned positions (B, P) as flattened ones, (B * P, 2), -1 where they are not valid.
+    """Aligned positions (B, P) as flattened ones, (B * P, 2), -1 where they are left out.
 
     Without the student's, they are all of them, in their order.
     """
     sequences, length = batch.student.mask.shape
-    index = torch.arange(sequences, device=valid.device).unsqueeze(1)
+    index = torch.arange(sequences, device=teacher.device).unsqueeze(1)
     if student is None:
-        student = torch.arange(sequences * length, device=valid.device).view(sequences, length)
+        student = torch.arange(sequences * length, device=teacher.device).view(sequences, length)
     else:
         student = index * length + student
     rows = torch.stack([student, index * batch.teacher.mask.shape[1] + teacher], dim=-1)
-    return rows.masked_fill(~valid.unsqueeze(-1), -1).flatten(0, 1)
+    return rows.masked_fill(left_out.unsqueeze(-1), -1).flatten(0, 1)
 
 
 def pick(values: Tensor, positions: Tensor) -> Tensor:

@@ -171,6 +171,11 @@ def get_loss(name: str, /, *, pair: Pair | None = None, **settings: Any) -> Loss
             f"get_loss({name!r}, pair=ctkd.tokenization.TokenizerPair(student_tokenizer, "
             "teacher_tokenizer))"
         )
+    if pair is not None and not hasattr(pair, "student_size"):
+        raise SettingError(
+            f"pair must be a ctkd.tokenization.TokenizerPair of both tokenizers, got "
+            f"{type(pair).__name__}"
+        )
     return cls(pair=pair, **settings)
 
 

@@ -129,9 +129,14 @@ def check_sizes(batch: Batch, student_size: int, teacher_size: int) -> None:
         ("student", batch.student, student_size),
         ("teacher", batch.teacher, teacher_size),
     ):
-        if side.logits.shape[2] != size:
+        width = side.logits.shape[2]
+        if width != size:
+            way_out = f"pass {name}_vocab_size={size} to Batch.from_causal_lm, or the pair of "
+            way_out += "tokenizers that belongs to these models"
+            if width < size:
+                way_out = "give the pair as TokenizerPair(student's, teacher's), of the tokenizers "
+                way_out += "that belong to these models"
             raise BatchError(
-                f"the {name}'s logits have {side.logits.shape[2]} columns, but its tokenizer has "
-                f"{size} tokens; pass {name}_vocab_size={size} to Batch.from_causal_lm, or the "
-                "pair of tokenizers that belongs to these models"
+                f"the {name}'s logits have {width} columns, but its tokenizer has {size} tokens; "
+                f"{way_out}"
             )

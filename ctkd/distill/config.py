@@ -81,11 +81,13 @@ class TrainConfig:
     student_config: str | None = option(
         None,
         "In the student's place: a config.json or its folder, for a model of random weights drawn "
-        f"from --seed; {UNTRAINED}: of that shape. A tokenizer in the folder is taken, else one is "
-        "learned from --data.",
+        f"from --seed, or {UNTRAINED} for the shape of that model. A tokenizer in the folder is "
+        "taken, else one is learned from the training rows.",
         metavar="FILE|FOLDER",
     )
-    teacher: str = option("smollm2-135m-instruct", "The same for the teacher.")
+    teacher: str = option(
+        "smollm2-135m-instruct", "Of the teacher: packaged name, folder, GGUF file or hub id."
+    )
     teacher_cache: str | None = option(
         None, "Folder of `ctkd cache`, asked in the teacher's place."
     )

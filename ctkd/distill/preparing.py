@@ -14,7 +14,7 @@ from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PromptForm, choose_shots
 from ctkd.distill.data.rows import Source, is_embedded
 from ctkd.distill.data.tasks import Example, examples, get_task, split_off
-from ctkd.distill.models.from_config import prepare_student
+from ctkd.distill.models.from_config import described, prepare_student
 from ctkd.distill.models.loading import (
     check_token_ids,
     head_width,
@@ -126,7 +126,8 @@ def with_student(
         return config
     texts = [one.prompt + one.answer for one in training]
     made = prepare_student(config.student_config, texts, config.seed)
-    say(f"student: {config.student_config} with random weights of seed {config.seed}, in {made}")
+    drawn = f"{config.student_config}, {described(made)}, drawn with seed {config.seed}"
+    say(f"student: {drawn}, in {made}")
     return replace(config, student=str(made), student_config=None)
 
 

@@ -66,8 +66,8 @@ class BPM(Loss):
 
     Later the student may be inside the teacher's first token: r is the beginning of it. Then
     those teacher tokens count that begin with r and go on with a w that some student token begins;
-    s is the whole row. Where m is at most `LEAST_MASS`, and at all other positions, nothing is
-    compared. ``parts`` tells the two apart: ``root`` and ``inside``.
+    s is the whole row. Where m is at most 1e-4 (`LEAST_MASS`), and at all other positions,
+    nothing is compared. ``parts`` tells the two apart: ``root`` and ``inside``.
 
     Shape:
         Student (B, S, V), teacher (B, T, W), C chunks with an id on both sides, which
@@ -94,7 +94,7 @@ class BPM(Loss):
         and eos. The teacher has no rest, so that the student's "x" is left out: s = (2/3, 1/3).
         0.75 log(0.75 / (2/3)) + 0.25 log(0.25 / (1/3)).
 
-        >>> import ctkd
+        >>> import ctkd, torch
         >>> from ctkd.tokenization import TokenBytes, TokenizerPair
         >>> student = TokenBytes((b" wa", b"x", b""), ("text", "text", "eos"))
         >>> teacher = TokenBytes((b" walk", b" was", b""), ("text", "text", "eos"))
@@ -180,12 +180,11 @@ class BPM(Loss):
         student_ids, teacher_ids = prefix_ids.masked_fill(is_left, pair.student_size).sort(
             stable=True
         )
-        ranges = follow.ranges + pair.teacher_size
-        ranges[follow.begins, 0] = 0
-        ranges[follow.begins, 1] = pair.teacher_size - int(is_left.sum()) * (not self._has_rest)
+        compared = pair.teacher_size - int(is_left.sum()) * (not self._has_rest)
+        ranges = torch.cat([torch.tensor([[0, compared]]), follow.ranges + pair.teacher_size])
         for name, values in (
             ("student_lengths", follow.student_lengths),
-            ("begins", torch.stack([follow.begins, follow.teacher_lengths], dim=-1)),
+            ("begins", torch.stack([follow.begins + 1, follow.teacher_lengths], dim=-1)),
             ("ranges", ranges),
             ("teacher_ids", torch.cat([teacher_ids, follow.teacher_ids]).to(torch.int32)),
             ("student_ids", torch.cat([student_ids, follow.student_ids]).to(torch.int32)),
@@ -201,25 +200,28 @@ class BPM(Loss):
         student, teacher = batch.student, batch.teacher
         first, teacher_first = starts = chunk_positions(batch)
         known_first, known_teacher_first = starts.clamp_min(0)
+        # Where nothing is scored, ids may be anything.
         tokens = pick(teacher.token_ids.unsqueeze(-1), known_teacher_first).squeeze(-1)
-        begins, lengths = self.begins[tokens].unbind(-1)
-        ends = F.pad(self.student_lengths[student.token_ids].cumsum(1), (1, 0))
+        begins, lengths = self.begins[tokens.clamp(0, self.teacher_size - 1)].unbind(-1)
+        ids = student.token_ids.clamp(0, self.student_size - 1)
+        ends = F.pad(self.student_lengths[ids].cumsum(1), (1, 0))
         read = ends[:, :-1] - ends.gather(1, known_first)
+        is_root = first == torch.arange(first.shape[1], device=first.device)
         # Behind the last byte of a token nothing follows.
-        ranges = self.ranges[begins + read.minimum(lengths)]
-        compared = (first >= 0) & (ranges[..., 0] < ranges[..., 1])
+        ranges = self.ranges[(begins + read.minimum(lengths)).masked_fill(is_root, 0)]
+        left_out = (first < 0) | (ranges[..., 0] >= ranges[..., 1])
         values = map_rows(
             student.logits,
             teacher.logits,
-            flat_positions(batch, teacher_first, compared),
+            flat_positions(batch, teacher_first, left_out),
             self._row_loss(),
             per_row=ranges.flatten(0, 1),
             teacher_temperature=self.temperature,
         ).values.view(first.shape)
-        is_root = first == torch.arange(first.shape[1], device=first.device)
-        sums = {"root": values.masked_fill(~is_root, 0.0).sum(1)}
+        inside = values.masked_fill(is_root, 0.0)
+        sums = {"root": (values - inside).sum(1)}
         if self.conditional:
-            sums["inside"] = values.masked_fill(is_root, 0.0).sum(1)
+            sums["inside"] = inside.sum(1)
         return average(sums, is_root.sum())
 
     def _row_loss(self) -> RowLoss:
@@ -241,14 +243,20 @@ class BPM(Loss):
         places = ranges[:, :1] + torch.arange(self.teacher_size, device=ranges.device)
         outside = places >= ranges[:, 1:]
         places = places.clamp_max(self.teacher_ids.shape[0] - 1)
-        teacher = (teacher_logits / self.temperature).clamp_min(_LOWEST_LOGIT)
+        teacher = teacher_logits.clamp_min(_LOWEST_LOGIT) / self.temperature
         entries = teacher.gather(1, self.teacher_ids[places].to(torch.int64))
-        entries = entries.masked_fill(outside, _LOWEST_LOGIT)
+        entries = entries.masked_fill(outside, -torch.inf)
         # One class more, at the width, is the rest.
         classes = self.student_ids[places].to(torch.int64).masked_fill(outside, width)
         target = class_probs(entries.softmax(-1), classes, width + 1)
         is_root = ranges[:, :1] == 0
-        student = (student_logits / self.temperature).clamp_min(_LOWEST_LOGIT)
+        student = student_logits.clamp_min(_LOWEST_LOGIT) / self.temperature
+        if self.conditional:
+            mass = (entries.logsumexp(-1) - teacher.logsumexp(-1)).exp().unsqueeze(-1)
+            left_out = (mass <= LEAST_MASS) & ~is_root
+            # Of a row that is left out, nan has no gradient either.
+            student = student.masked_fill(left_out, 0.0)
+            target = target.masked_fill(left_out, 0.0)
         if not self._has_rest:
             student = student.masked_fill(is_root & ~self.in_image, -torch.inf)
         log_probs = student.log_softmax(-1)
@@ -259,10 +267,7 @@ class BPM(Loss):
             values = values + F.kl_div(
                 rest.clamp_min(LOG_FLOOR), target[:, width], reduction="none"
             )
-        if not self.conditional:
-            return values
-        mass = (entries.logsumexp(-1) - teacher.logsumexp(-1)).exp()
-        return values.masked_fill((mass <= LEAST_MASS) & ~is_root.squeeze(-1), 0.0)
+        return values
 
     def extra_repr(self) -> str:
         return (

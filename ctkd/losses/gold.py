@@ -214,7 +214,7 @@ class GOLD(Loss):
         values, parts = map_rows(
             batch.student.logits,
             batch.teacher.logits,
-            flat_positions(batch, teacher_positions, both, student_positions),
+            flat_positions(batch, teacher_positions, ~both, student_positions),
             RowLoss("gold", self._terms, parts=2, settings=settings),
             per_row=log_scales,
             teacher_temperature=self.teacher_temperature,

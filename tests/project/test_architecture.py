@@ -18,7 +18,7 @@ MOST_FILES_AT_THE_TOP = 12
 # A catalogue, one method in one file.
 CATALOGUES = {"ctkd/losses"}
 # From the bottom to the top; what is not named is below all of them, and testing knows no layer.
-LAYERS = ("distill", "compare", "cli")
+LAYERS = ("distill", "compare", "cli", "__main__")
 DEVICE_TYPES = {"cpu", "cuda", "mps"}
 
 

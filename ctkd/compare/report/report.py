@@ -258,8 +258,13 @@ def _how_to_read(comparison: Comparison, analysis: Analysis) -> Iterator[str]:
     yield (
         "All runs make as many steps; those of one seed see the same rows in one order. Another "
         "seed varies the order, which rows are seen where the steps do not reach all of them, and "
-        "dropout if the student has any. It is no other initialization: every run starts from the "
-        "same student."
+        "dropout if the student has any. "
+        + (
+            "It is another initialization as well: all runs of one seed start from the same random "
+            "weights."
+            if "initial weights" in comparison.settings
+            else "It is no other initialization: every run starts from the same student."
+        )
     )
     yield (
         "The interval beside a mean tells how far it might move had other texts been asked about: "

@@ -28,6 +28,7 @@ from ctkd.compare.run.preparation import Prepared, prepare
 from ctkd.distill.data.tasks import get_task
 from ctkd.distill.devices import give_back_freed_memory
 from ctkd.distill.evaluation.metrics import GIVEN_BITS
+from ctkd.distill.models.from_config import described
 from ctkd.distill.preparing import Forms
 from ctkd.distill.teachers.memory import KnownStates
 from ctkd.distill.training.checkpoints import Checkpoints
@@ -355,12 +356,19 @@ class _Comparing:
             **({"not held out": splits.shared} if splits.shared else {}),
             "curve rows": len(splits.curve.examples),
             "teacher logits": self.prepared.teacher_logits,
-            **({} if config.base.student_config is None else {"initial weights": _DRAWN}),
+            **self._initial_weights(),
             **({} if config.published_task is None else {"published task": config.published_task}),
             **({"diverged trials": ", ".join(diverged)} if diverged else {}),
             "ctkd": self.folder.record["ctkd"],
             **{name: ", ".join(values) for name, values in environment.items()},
         }
+
+    def _initial_weights(self) -> dict[str, str]:
+        """A line of the settings, where a comparison draws its students' weights."""
+        if self.config.base.student_config is None:
+            return {}
+        drawn = described(Path(next(iter(self.prepared.students.values()))))
+        return {"initial weights": f"{drawn}; {_DRAWN}"}
 
 
 def _history(logged: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:

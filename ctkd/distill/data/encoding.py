@@ -283,7 +283,8 @@ def encode_examples(
     if not rows:
         raise DataError(
             f"all {len(examples)} examples are longer than {max_length} tokens, the first is "
-            f"{too_long[0]}; raise max_length"
+            f"row {too_long[0]}; cut them with --on-long cut, shorten them, or raise --max-length "
+            "as far as both models read"
         )
     return EncodedExamples(
         rows=rows,

@@ -346,7 +346,12 @@ def _source(request: EvaluateRequest) -> Source:
 
 
 def _task(request: EvaluateRequest) -> Task:
-    return get_task(request.task or usual_task(_source(request)))
+    """The task that is named, or on data of one's own the one that the model was trained on."""
+    trained = None
+    if request.model is not None and request.data is not None:
+        record = OutputFolder.record_of(Path(request.model).expanduser())
+        trained = record["settings"].get("task")
+    return get_task(request.task or trained or usual_task(_source(request)))
 
 
 def _examples(request: EvaluateRequest, say: Callable[[str], None]) -> list[Example]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import safe_open
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ctkd.cache_folder import cache_dir
@@ -25,7 +27,7 @@ from ctkd.distill.models.untrained import (
 )
 from ctkd.errors import ModelError
 
-__all__ = ["prepare_student"]
+__all__ = ["described", "prepare_student"]
 
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
@@ -75,6 +77,15 @@ def prepare_student(source: str, texts: Sequence[str], seed: int) -> Path:
         tokenizer.save_pretrained(folder)
 
     return made_once(cache_dir() / "models" / f"random-{config.model_type}-{name}", write)
+
+
+def described(folder: Path) -> str:
+    """The size of a model that was made, for a person."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    return f"{count:,} weights, {len(load_tokenizer(str(folder))):,} tokens"
 
 
 def _read(source: str) -> tuple[dict[str, Any], Path | None]:

@@ -505,11 +505,11 @@ def bpm_rows(values, student, teacher, out, lists, settings, FORM: tl.constexpr)
         probs = tl.exp2((logits - top) * scale) / total
         shares = tl.exp2((logits - sums.rest_top) * scale) / sums.rest_total
         others = probs * kept - tl.where(is_root, shares * rest_prob, 0.0)
-        others = tl.where(has_others, others, 0.0)
         gradients = tl.where(is_image, probs * kept, others) / temperature
-        # No gradient passes where a logit was raised to the lowest.
-        gradients = tl.where(inside & (raw >= lowest) & counts, gradients, 0.0)
         gradients = tl.where(raw != raw, raw, gradients)
+        # No gradient passes where a logit was raised to the lowest, or is not compared.
+        is_compared = inside & (is_image | has_others) & counts
+        gradients = tl.where(is_compared & ((raw < lowest) == 0), gradients, 0.0)
         tl.store(
             gradient + columns,
             gradients.to(gradient.dtype.element_ty),
@@ -526,8 +526,8 @@ def bpm_rows(values, student, teacher, out, lists, settings, FORM: tl.constexpr)
         is_low = (logits - top) / temperature - log_total < settings.floor
         own_probs = tl.exp2((logits - top) * scale) / total
         gradients = (own_probs * kept - tl.where(is_low, 0.0, probs)) / temperature
-        gradients = tl.where((raw >= lowest) & counts, gradients, 0.0)
         gradients = tl.where(raw != raw, raw, gradients)
+        gradients = tl.where(counts & ((raw < lowest) == 0), gradients, 0.0)
         tl.store(
             gradient + classes,
             gradients.to(gradient.dtype.element_ty),

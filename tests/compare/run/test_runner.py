@@ -423,7 +423,7 @@ def test_each_seed_has_weights_of_its_own_that_all_methods_begin_from(place, mon
     assert losses["sft", 0] == pytest.approx(losses["uld", 0], rel=1e-5)
     assert losses["sft", 1] == pytest.approx(losses["uld", 1], rel=1e-5)
     assert abs(losses["sft", 0] - losses["sft", 1]) > 1e-3
-    assert found.settings["initial weights"].startswith("random, others for each seed, the same")
+    assert "tokens; random, others for each seed, the same" in found.settings["initial weights"]
     assert found.finals[0].settings["student_config"] == str(source)
     source.write_text(json.dumps({**settings, "num_hidden_layers": 2}))
     with pytest.raises(OutputError, match="was begun with other models"):

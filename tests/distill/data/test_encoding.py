@@ -275,7 +275,7 @@ def test_an_example_too_long_on_one_side_is_left_out_on_both():
     ):
         encode_examples(rows, student, teacher, max_length=longest, on_long="refuse")
     with pytest.raises(
-        DataError, match=r"all 4 examples are longer than 20 tokens.* raise max_len"
+        DataError, match=r"all 4 examples are longer than 20 tokens.* or raise --max-len"
     ):
         encode_examples(rows[1:], student, teacher, max_length=20)
 

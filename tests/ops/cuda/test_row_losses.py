@@ -118,6 +118,7 @@ def test_bpm(dtype, monkeypatch):
         with_masked_columns(student)
         with_masked_columns(teacher.flip(0))
         # Of the last inner row the teacher expects nearly nothing.
+        student[4, ::5] = torch.nan
         teacher[4, loss.settings["teacher_ids"][ranges[4, 0]]] = -20.0
         values = check(row_losses.bpm, loss, student, teacher, ranges)
         assert values[4] == 0 and (values[[0, 1, 2, 3, 5]] > 0).all()
