@@ -236,7 +236,7 @@ def test_observed_tokens_alone_are_all_that_alm_needs(place, tmp_path):
 @pytest.mark.parametrize(
     ("cache", "settings", "message"),
     [
-        ("part", {"loss": "gold"}, r"gold needs whole rows of the teacher's logits.*--k \d+"),
+        ("part", {"loss": "gold"}, "gold needs whole rows of the teacher's.*--states bfloat16"),
         ("observed", {"loss": "uld"}, "uld needs the teacher's largest logits, .*--k 256"),
         ("observed", {"loss": "multilevelot"}, "needs the teacher's largest logits"),
         (
