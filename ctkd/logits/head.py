@@ -14,7 +14,7 @@ __all__ = ["HeadLogits"]
 
 
 class HeadLogits(RowLogits):
-    r"""Logits as hidden states and the head that makes them, never whole in memory.
+    r"""Logits as hidden states and the head that makes them, not whole in memory.
 
     .. math:: x = c \tanh \frac{a (h W^\top + b)}{c}
 
@@ -28,7 +28,9 @@ class HeadLogits(RowLogits):
     calls the wrapper, and gives such an object wherever the model's head allows.
 
     The forward pass of a loss computes the logits once or twice and its backward pass once more, a
-    block of rows at a time; a loss that compares whole rows works through them in both.
+    block of rows at a time; a loss that compares whole rows works through them in both. Where no
+    gradient is wanted and B * L is at most H / 2, all rows are computed once and kept, which takes
+    up to half as much memory as the weight.
 
     Shape:
         ``hidden`` (B, L, H), ``weight`` (V', H), ``bias`` (V',).

@@ -241,8 +241,13 @@ class HeadRows(RowSource):
         inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
         super().__init__((hidden.shape[0], hidden.shape[1], weight.shape[0]), *inputs)
         self.bias, self.scale, self.softcap = bias, scale, softcap
+        # All rows and the version of what they were made of, see `_kept`.
+        self._all: tuple[Tensor, int] | None = None
 
     def chunks(self, index: Tensor, width: int) -> Iterator[tuple[Which, Rows]]:
+        if (kept := self._kept()) is not None:
+            yield slice(None), Rows(kept, index, width)
+            return
         for which, logits, _ in self._chunks(index):
             numbers = None
             if not ops.can_inspect(index):
@@ -310,6 +315,22 @@ class HeadRows(RowSource):
         if self.softcap is not None:
             gradient.mul_(1.0 - (logits.to(self.dtype) / self.softcap).square_())
         logits.copy_(gradient.mul_(self.scale))
+
+    def _kept(self) -> Tensor | None:
+        """All rows (B * L, V') of a frozen head, if they are few; None to compute them a few each.
+
+        They are read in the forward and in the backward pass, and few take little beside the head.
+        """
+        version = version_of(self.inputs)
+        trained = any(map(attrgetter("requires_grad"), self.inputs))
+        if trained or version is None or 2 * self.num_rows > self.inputs[0].shape[2]:
+            return None
+        if self._all is None or self._all[1] != version:
+            everything = torch.arange(self.num_rows, device=self.device)
+            with torch.no_grad(), ops.full_precision(self.device):
+                logits = self._hidden(everything) @ self._weight().t()
+                self._all = self._finished(logits, self.bias), version
+        return self._all[0]
 
     def _chunks(self, index: Tensor) -> Iterator[tuple[Which, Tensor, Tensor]]:
         """Selections of rows, their logits, which may be overwritten, and hidden states."""

@@ -5,21 +5,28 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
-from benchmarks import arena
-from benchmarks.arena import (
-    SFT,
+from benchmarks.arena import __main__ as command
+from benchmarks.arena import scratch
+from benchmarks.arena.report import Report, paired
+from benchmarks.arena.runs import (
     Method,
-    Report,
+    Plan,
     Run,
     best_weight,
+    bits_per_byte,
     next_weight,
-    paired,
     read_runs,
     wanted,
 )
+from benchmarks.arena.texts import cut, python_rows
+from benchmarks.arena.transfer import give_vocabulary
+from ctkd.distill.config import SFT
 from ctkd.errors import DataError
+from ctkd.tokenization.token_bytes import TokenBytes
+from tests.distill import tiny
 from tests.distill.tiny_runs import Workplace
 
 METHODS = [Method(SFT, SFT), *(Method(f"uld, {one}", "uld") for one in ("position", "chunk"))]
@@ -40,16 +47,16 @@ def finished(method: Method, weight: float, seed: int) -> Run:
 def test_weights_are_looked_for_and_then_seeds_are_trained():
     runs: list[Run] = []
     order = []
-    while left := list(wanted(METHODS, runs)):
+    while left := list(wanted(Plan(methods=METHODS), runs)):
         order.append(left[0])
         runs.append(finished(*left[0]))
     assert len({run.key for run in runs}) == len(runs)
     tried = {label: [w for m, w, s in order if (m.label, s) == (label, 0)] for label in BEST}
-    assert tried == {SFT: [0.0], "uld, position": [0.15, 0.45, 1.5, 0.045, 0.0135],
+    assert tried == {SFT: [], "uld, position": [0.15, 0.45, 1.5, 0.045, 0.0135],
                      "uld, chunk": [0.15, 0.45, 1.5]}  # fmt: skip
     for method in METHODS:
         seeds = [s for m, w, s in order if m is method and w == BEST[m.label]]
-        assert sorted(seeds) == list(range(arena.MORE_SEEDS + 1))
+        assert sorted(seeds) == list(range(0 if method.loss != SFT else 1, 13))
     # Nothing but chosen weights is trained with other seeds.
     assert all(w == BEST[m.label] for m, w, s in order if s)
 
@@ -73,19 +80,19 @@ def test_a_report_says_what_the_rows_say(tmp_path):
     ]
     # A weight that only seed 0 had counts for nothing else.
     runs += [finished(METHODS[1], weight, 0) for weight in (0.15, 0.45, 1.5, 0.0135)]
-    report = Report(METHODS, runs, {"0": (1000.0, 1000)})
+    report = Report(METHODS, runs, {"teacher": {"0": (1000.0, 1000)}})
     found = report.against_sft["uld, chunk"]
     assert found.mean == pytest.approx(-0.1) and report.p_values["uld, chunk"] < 1e-6
     assert report.against_sft["uld, position"].mean == 0.0
-    sft = np.mean([arena.bits_per_byte(run.test) for run in report.of(SFT) if run.seed])
+    sft = np.mean([bits_per_byte(run.test) for run in report.of(SFT) if run.seed])
     lines = report.table().splitlines()
     assert "uld, chunk" in lines[2] and f"{10 / (sft - 1):+.1f} %" in lines[2]
     assert paired(report.of(SFT), report.of(SFT)[:2])[0] is None
     others = replace(runs[1], test={"0": (1.0, 999)})
     with pytest.raises(DataError, match="on the same texts, got others with seed 1"):
         paired(report.of(SFT), [others, *report.of(SFT)[2:]])
-    assert "Not measured yet." in Report(METHODS[:1], runs, None).contrasts()
-    no_gap = Report(METHODS, runs, report.of(SFT)[0].test | {"0": (9000.0, 1000)})
+    assert "Not measured yet." in Report(METHODS[:1], runs, {}).contrasts()
+    no_gap = Report(METHODS, runs, {"teacher": report.of(SFT)[0].test | {"0": (9000.0, 1000)}})
     assert "%" not in no_gap.table().splitlines()[2]
 
 
@@ -96,38 +103,75 @@ def test_a_row_counts_for_the_method_that_it_names(tmp_path):
     rows = [{"method": one, "loss": "uld", "options": options, **row} for one, options in
             (("uld, chunk", {}), ("uld, chunk", {"pairing": "chunk"}), ("gone", {}))]  # fmt: skip
     path.write_text("".join(f"{json.dumps(one)}\n" for one in rows))
-    found, teacher = read_runs(path, "x", METHODS)
-    assert [run.method for run in found] == ["uld, chunk"] and teacher is None
-    assert next(wanted(METHODS, found))[0] is METHODS[0]
+    found, models = read_runs(path, "x", METHODS)
+    assert [run.method for run in found] == ["uld, chunk"] and not models
+    assert next(wanted(Plan(methods=METHODS), found))[0] is METHODS[1]
 
 
 def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
     place = Workplace(tmp_path)
-    monkeypatch.setenv("CTKD_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(arena, "TEACHER", str(place.teacher))
-    monkeypatch.setattr(arena, "SETTINGS", {"max_steps": 1, "batch_size": 2})
-    monkeypatch.setattr(arena, "all_methods", lambda: METHODS[:1])
-    monkeypatch.setattr(arena, "MORE_SEEDS", 2)
-    monkeypatch.setattr(arena, "SEEDS", 2)
-    short = {split: rows[:3] for split, rows in arena.python_rows().items()}
-    for rows in short.values():
-        rows[:] = [{**row, "text": row["text"][:300]} for row in rows]
-    monkeypatch.setattr(arena, "python_rows", lambda: short)
+    monkeypatch.setenv("CTKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(scratch, "TEACHER", str(place.teacher))
+    monkeypatch.setattr(scratch, "SETTINGS", {"epochs": 2, "batch_size": 2})
+    shared_kl = Method("shared_kl", "shared_kl", {"rest": "class"}, factors=(1.0,))
+    monkeypatch.setattr(scratch, "all_methods", lambda: [METHODS[0], shared_kl])
+    monkeypatch.setattr(
+        scratch, "Plan", lambda methods: Plan(methods=methods, seeds=2, best=0, more_seeds=2)
+    )
+    short = {
+        split: [{**row, "text": row["text"][:90]} for row in rows[:3]]
+        for split, rows in python_rows().items()
+    }
+    monkeypatch.setattr(scratch, "python_rows", lambda: short)
     words = ["scratch", "--results", str(tmp_path)]
-    result = CliRunner().invoke(arena.main, words)
-    assert result.exit_code == 1 and "no two seeds of a method and of sft yet" in result.output
+    result = CliRunner().invoke(command.main, words)
+    assert result.exit_code == 0, result.output
     path = tmp_path / "arena_scratch.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["method"] for row in rows] == ["teacher", SFT, SFT, SFT]
-    assert [row["seed"] for row in rows[1:]] == [0, 1, 2]
-    assert rows[1]["test"] != rows[2]["test"] and set(rows[1]["test"]) == set(rows[0]["test"])
-    assert CliRunner().invoke(arena.main, words).exit_code == 1
+    assert [row["method"] for row in rows] == ["teacher", SFT, "shared_kl", SFT, "shared_kl"]
+    assert [row["seed"] for row in rows[1:]] == [1, 1, 2, 2]
+    assert rows[1]["test"] != rows[3]["test"] and set(rows[1]["test"]) == set(rows[0]["test"])
+    report = (tmp_path / "arena_scratch.md").read_text()
+    assert "| shared_kl | 1        | 2       |" in report and "Not measured yet." in report
+    assert CliRunner().invoke(command.main, [*words, "--report"]).exit_code == 0
     assert len(path.read_text().splitlines()) == len(rows)
     # Killed while it wrote.
     path.write_text(path.read_text()[:-40])
-    result = CliRunner().invoke(arena.main, words)
+    result = CliRunner().invoke(command.main, words)
     assert f"line {len(rows)} was cut off; its run is done again" in result.stderr
     again = path.read_text().splitlines()
     assert len(again) == len(rows) + 1 and json.loads(again[-1])["test"] == rows[-1]["test"]
-    bad = CliRunner().invoke(arena.main, [*words, "--share", "3/2"])
+    bad = CliRunner().invoke(command.main, [*words, "--share", "3/2"])
     assert bad.exit_code == 2 and "'3/2' is no share of the work" in bad.output
+
+
+def test_a_model_is_given_another_vocabulary():
+    old, new = tiny.tokenizer(330), tiny.tokenizer(280)
+    given = tiny.model(len(old), seed=3)
+    given.tie_weights()
+    before = given.get_input_embeddings().weight.detach().clone()
+    give_vocabulary(given, old, new)
+    after = given.get_input_embeddings().weight
+    assert given.config.vocab_size == len(new) == after.shape[0]
+    table, of_old = TokenBytes.from_tokenizer(new), TokenBytes.from_tokenizer(old)
+    for index, piece in enumerate(table.bytes_of):
+        if piece.isascii() and table.roles[index] == "text":
+            ids = old(piece.decode(), add_special_tokens=False).input_ids
+            torch.testing.assert_close(after[index], before[ids].mean(0))
+    assert torch.equal(after[new.eos_token_id], before[old.eos_token_id])
+    # A token of bytes that are no text is the mean of their tokens.
+    lone = table.bytes_of.index(b"\xc3")
+    assert torch.equal(after[lone], before[of_old.bytes_of.index(b"\xc3")])
+
+
+def test_texts_are_cut_into_pieces():
+    rows = {"train": [{"story": "a", "text": "one two three four"}, {"story": "b", "text": "five"}]}
+    pieces = [{"story": "a", "text": "one two "}, {"story": "a", "text": "three "}]
+    assert cut(rows, 9, {"train": 2}) == {"train": pieces}
+    whole = cut(rows, 9, {"train": 9})["train"]
+    assert "".join(one["text"] for one in whole) == "one two three fourfive"
+
+
+def test_an_arena_without_rows_has_no_report(tmp_path):
+    result = CliRunner().invoke(command.main, ["transfer", "--report", "--results", str(tmp_path)])
+    assert result.exit_code == 1 and "no two seeds of a method and of sft yet" in result.output

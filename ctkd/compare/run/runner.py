@@ -96,7 +96,7 @@ class _Comparing:
         self.config, self.folder, self.prepared, self.say = config, folder, prepared, say
         self.records = read_records(folder.path)
         # A live teacher reads the rows that all runs share once.
-        self.teacher_states: KnownStates = {}
+        self.teacher_states = KnownStates()
         self.plan = Plan(
             config,
             prepared.splits,

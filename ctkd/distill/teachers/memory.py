@@ -1,28 +1,51 @@
 """A teacher that reads each row once and is remembered: its hidden states, in main memory.
 
 They are what its head makes whole rows of logits from, a block at a time, so that every loss is
-served exactly. Where rows are read in several epochs, a teacher costs a pass over them.
+served exactly. Where rows are read in several epochs, a teacher costs a pass over them. Many runs
+on the same rows can have the logits themselves kept, in a file, which spares them the head.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ctkd.cache_folder import building, locked
 from ctkd.distill.data.collator import padded_sides
 from ctkd.distill.data.encoding import EncodedSide
+from ctkd.distill.devices import is_cpu
 from ctkd.distill.models.model_logits import ModelLogits
-from ctkd.logits import Logits
+from ctkd.logits import DenseLogits, Logits
 
 __all__ = ["KnownStates", "TeacherMemory", "memory_bytes"]
 
-KnownStates: TypeAlias = dict[tuple[Any, ...], dict[tuple[int, ...], Tensor]]
-"""Hidden states by row, of the rows and batches that were read last."""
+_Row = tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class KnownStates:
+    """What memories of the same teacher pass on to each other.
+
+    Attributes:
+        rows_folder: Where whole rows of logits are kept, 4 bytes an entry in float32, for any
+            process that reads the same states; None to have the head make them at every step.
+        read: Which rows in which batches the states are of, the last ones that were read.
+        states: Hidden states by row.
+    """
+
+    rows_folder: Path | None = None
+    read: tuple[Any, ...] = ()
+    states: dict[_Row, Tensor] = field(default_factory=dict)
 
 
 def memory_bytes(model: PreTrainedModel, sides: Sequence[EncodedSide], *, score_eos: bool) -> int:
@@ -63,24 +86,33 @@ class TeacherMemory:
         self._logits = logits
         self._score_eos = score_eos
         self._vocab_size = vocab_size
-        self._states: dict[tuple[int, ...], Tensor] = {}
         model = logits.model.requires_grad_(False)
         # Read in other batches, states differ in their last digits.
         read = model.dtype, batch_size, score_eos, tuple(map(_key, sides))
-        if known is not None and read in known:
-            self._states = known[read]
-            return
+        known = known or KnownStates()
+        if known.read != read:
+            known.states = self._read(sides, pad_id, batch_size)
+            known.read = read
+        self._states, self._rows = known.states, None
+        if known.rows_folder is not None:
+            self._rows = _whole_rows(known.rows_folder, logits, self._states, vocab_size)
+            ends = itertools.accumulate(map(len, self._states.values()), initial=0)
+            self._starts = dict(zip(self._states, ends, strict=False))
+
+    def _read(
+        self, sides: Sequence[EncodedSide], pad_id: int, batch_size: int
+    ) -> dict[_Row, Tensor]:
+        """Hidden states by row."""
+        model, states = self._logits.model, {}
         batches = [sides[start : start + batch_size] for start in range(0, len(sides), batch_size)]
         for batch in tqdm(batches, desc="teacher: reading", leave=False, disable=None):
-            inputs, labels = padded_sides(batch, pad_id, with_eos=score_eos)
+            inputs, labels = padded_sides(batch, pad_id, with_eos=self._score_eos)
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
             with torch.no_grad():
-                hidden = logits.hidden(model, inputs, labels.shape[1])
-            for side, states in zip(batch, hidden.cpu(), strict=True):
-                self._states[_key(side)] = states[: _positions(side, score_eos)].clone()
-        if known is not None:
-            known.clear()
-            known[read] = self._states
+                hidden = self._logits.hidden(model, inputs, labels.shape[1])
+            for side, of_side in zip(batch, hidden.cpu(), strict=True):
+                states[_key(side)] = of_side[: _positions(side, self._score_eos)].clone()
+        return states
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +120,14 @@ class TeacherMemory:
         return device
 
     def batch(self, sides: Sequence[EncodedSide], positions: int) -> dict[str, Tensor]:
-        """The states of a batch of rows, padded with zeros to so many positions."""
+        """The states of a batch of rows, padded with zeros to so many positions.
+
+        Where whole rows of logits are kept, the places in their file.
+        """
+        if self._rows is not None:
+            first = torch.tensor([[self._starts[_key(side)]] for side in sides])
+            # What lies behind a row's own positions is not scored.
+            return {"rows": (first + torch.arange(positions)).clamp_max(len(self._rows) - 1)}
         found = [self._states[_key(side)] for side in sides]
         hidden = found[0].new_zeros((len(found), positions, found[0].shape[-1]))
         for row, states in zip(hidden, found, strict=True):
@@ -97,12 +136,52 @@ class TeacherMemory:
 
     def logits(self, kept: dict[str, Tensor], mask: Tensor) -> Logits:
         """The teacher's logits at the positions of `batch`."""
-        return self._logits.from_hidden(kept["hidden"], mask=mask, vocab_size=self._vocab_size)
+        if self._rows is None:
+            return self._logits.from_hidden(kept["hidden"], mask=mask, vocab_size=self._vocab_size)
+        if is_cpu(mask.device):
+            every_row = self._rows.expand(len(mask), -1, -1)
+            return DenseLogits(every_row, mask=mask, rows=kept["rows"])
+        return DenseLogits(self._rows[kept["rows"].cpu()].to(mask.device), mask=mask)
+
+
+def _whole_rows(
+    folder: Path, logits: ModelLogits, states: dict[_Row, Tensor], vocab_size: int | None
+) -> Tensor:
+    """Logits of all states (R, V), in a file that is made once for these states and this head."""
+    head, sizes = logits.head(), list(map(len, states.values()))
+    columns, some = vocab_size or head.weight.shape[0], next(iter(states.values()))
+    made_by = hashlib.sha256(repr((columns, head.scale, head.softcap, *states)).encode())
+    for tensor in (head.weight, head.bias, *states.values()):
+        if tensor is not None:
+            made_by.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    final = folder / f"rows-{made_by.hexdigest()[:16]}"
+    shape = sum(sizes), columns
+    with locked(final), torch.no_grad():
+        if not final.exists():
+            with building(final) as partial:
+                rows = _file(partial / "logits", shape, some.dtype, write=True)
+                each = tqdm(
+                    zip(states.values(), torch.split(rows, sizes), strict=True),
+                    desc="teacher: logits",
+                    total=len(sizes),
+                    leave=False,
+                    disable=None,
+                )
+                for hidden, out in each:
+                    one = logits.from_hidden(hidden.to(head.weight.device).unsqueeze(0))
+                    for which, block in one.blocks():
+                        out[which] = block[:, :columns].to(out)
+    return _file(final / "logits", shape, some.dtype, write=False)
+
+
+def _file(path: Path, shape: tuple[int, int], dtype: torch.dtype, *, write: bool) -> Tensor:
+    """A tensor that lies in a file."""
+    return torch.from_file(str(path), shared=write, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 def _positions(side: EncodedSide, score_eos: bool) -> int:
     return len(side.answer_ids) + (score_eos and side.eos_id is not None)
 
 
-def _key(side: EncodedSide) -> tuple[int, ...]:
+def _key(side: EncodedSide) -> _Row:
     return (*side.prompt_ids, -1, *side.answer_ids, -1, -1 if side.eos_id is None else side.eos_id)

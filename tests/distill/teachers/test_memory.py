@@ -53,7 +53,7 @@ def test_rows_are_read_once_by_memories_that_know_of_each_other(monkeypatch):
     logits = ModelLogits(setup.student)
     hidden = ModelLogits.hidden
     monkeypatch.setattr(ModelLogits, "hidden", lambda *a: read.append(len(a[2])) or hidden(*a))
-    known: KnownStates = {}
+    known = KnownStates()
     pad = padding_id(setup.student_tokenizer)
 
     def states(sides, batch_size):
@@ -66,9 +66,41 @@ def test_rows_are_read_once_by_memories_that_know_of_each_other(monkeypatch):
     for others, batch_size, passes in ((sides[:4], 2, 2), (sides, 2, 3), (sides, 5, 1)):
         read.clear()
         states(others, batch_size)
-        assert len(read) == passes and len(known) == 1
+        assert len(read) == passes and len(known.states) == len(others)
     # A reading that was stopped leaves nothing behind.
     monkeypatch.setattr(ModelLogits, "hidden", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         states(sides[1:], 2)
     assert states(sides, 5).shape == first.shape
+
+
+def test_whole_rows_are_made_once_for_states_and_a_head(tmp_path, monkeypatch):
+    setup = Setup(5)
+    sides, pad = [row.student for row in setup.rows], padding_id(setup.student_tokenizer)
+    logits, width = ModelLogits(setup.student), len(setup.student_tokenizer)
+
+    def rows(folder):
+        known = KnownStates(rows_folder=folder)
+        memory = TeacherMemory(logits, sides, pad_id=pad, vocab_size=width, known=known)
+        # A row twice, and places for more tokens than the last row has.
+        chosen = [sides[3], sides[4], sides[3]]
+        sizes = torch.tensor([len(side.answer_ids) for side in chosen])
+        mask = torch.arange(9) < sizes.unsqueeze(1)
+        every = torch.arange(width).expand(3, 9, width)
+        kept = memory.logits(memory.batch(chosen, 9), mask)
+        assert torch.equal(kept.mask, mask)
+        return kept.log_probs(every)[mask]
+
+    expected = rows(None)
+    torch.testing.assert_close(rows(tmp_path), expected, rtol=0, atol=1e-12)
+    made = {one for one in tmp_path.iterdir() if one.is_dir()}
+    assert len(made) == 1
+    # Another process, or a later run, finds them.
+    with monkeypatch.context() as patch:
+        patch.setattr("ctkd.distill.teachers.memory.building", lambda _: 1 / 0)
+        torch.testing.assert_close(rows(tmp_path), expected, rtol=0, atol=1e-12)
+    # Rows of another head are others.
+    with torch.no_grad():
+        setup.student.get_output_embeddings().weight.mul_(2.0)
+    torch.testing.assert_close(rows(tmp_path), rows(None), rtol=0, atol=1e-12)
+    assert len([one for one in tmp_path.iterdir() if one.is_dir()]) == 2

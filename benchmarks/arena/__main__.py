@@ -1,0 +1,125 @@
+"""Losses compared where they can be told apart: small students, many seeds, bits per byte.
+
+    python -m benchmarks.arena scratch [FOLDER]
+    python -m benchmarks.arena transfer [FOLDER]
+
+``scratch`` trains a Llama of 2 million random weights, with 4,096 byte-level tokens of its own,
+towards SmolLM2-135M-Instruct, and tries several weights of every loss on development texts.
+``transfer`` gives Gemma 3 270M the vocabulary of SmolLM2, and trains it towards Gemma as it was, so
+that what can be recovered is known. Texts are passages of FairytaleQA, whose two parquet files lie
+in the folder; without a folder, chapters of Python's reference.
+
+Every finished run is a row of a file. Stopped at any moment, the same command goes on; several
+processes share the work with ``--share 1/2`` and ``--share 2/2``. ``--report`` trains nothing, and
+writes what the rows say.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.arena.report import write_report
+from benchmarks.arena.runs import Arena, Method, read_runs, wanted
+from benchmarks.arena.scratch import Scratch
+from benchmarks.arena.transfer import Transfer
+from benchmarks.measuring import append_row, environment
+from benchmarks.options import results_option
+from ctkd.cache_folder import cache_dir
+from ctkd.cli.options import quieten
+from ctkd.errors import CtkdError
+
+
+class Share(click.ParamType[tuple[int, int]]):
+    """A part of the work, such as 1/2."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        number, _, count = str(value).partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            self.fail(f"{value!r} is no share of the work such as 1/2", param, ctx)
+        return int(number), int(count)
+
+
+ARENAS: dict[str, Callable[[Path | None, Path], Arena]] = {
+    one.name: one for one in (Scratch, Transfer)
+}
+
+
+@click.command()
+@click.argument("name", type=click.Choice(list(ARENAS)))
+@click.argument("folder", required=False, type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--share",
+    default="1/1",
+    type=Share(),
+    show_default=True,
+    help="The part of the runs that this process trains.",
+)
+@click.option("--minutes", type=float, help="Begin no run after so many. [until all is done]")
+@click.option("--report", "only_report", is_flag=True, help="Train nothing.")
+@results_option
+def main(
+    name: str,
+    folder: Path | None,
+    share: tuple[int, int],
+    minutes: float | None,
+    only_report: bool,
+    results: Path,
+) -> None:
+    """Compare losses where they can be told apart.
+
+    FOLDER holds fairytaleqa_train.parquet and fairytaleqa_validation.parquet; without one, texts
+    come from Python's reference.
+    """
+    quieten()
+    path = results / f"arena_{name}.jsonl"
+    try:
+        arena = ARENAS[name](folder, cache_dir() / "arena")
+        if not only_report:
+            work_off(arena, path, share, minutes)
+        write_report(results, arena, path)
+    except CtkdError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def work_off(arena: Arena, path: Path, share: tuple[int, int], minutes: float | None) -> None:
+    """Train what is wanted, each process its share, until nothing is left or the time is up."""
+    begun = time.monotonic()
+
+    def keep(row: dict[str, Any]) -> None:
+        about = environment("transformers", "tokenizers")
+        append_row(path, {**about, "data": arena.data, **row})
+
+    while minutes is None or time.monotonic() - begun < 60 * minutes:
+        runs, models = read_runs(path, arena.data, arena.plan.methods)
+        left = list(wanted(arena.plan, runs))
+        if not left:
+            return
+        unmeasured = [one for one in arena.models if one not in models]
+        if unmeasured and share[0] == 1:
+            keep(arena.of_model(unmeasured[0]))
+            continue
+        mine = [one for one in left if _place(one, share[1]) == share[0] - 1]
+        if not mine:
+            # What is left belongs to others, and what follows may be ours.
+            time.sleep(20)
+            continue
+        method, weight, seed = mine[0]
+        click.echo(f"{len(runs)} runs done; {method.label}, weight {weight:g}, seed {seed}")
+        keep(arena.run(method, weight, seed))
+
+
+def _place(run: tuple[Method, float, int], count: int) -> int:
+    """The process that a run belongs to."""
+    method, weight, seed = run
+    key = f"{method.label} {weight:g} {seed}".encode()
+    return hashlib.sha256(key).digest()[0] % count
+
+
+if __name__ == "__main__":
+    main()

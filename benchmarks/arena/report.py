@@ -1,0 +1,188 @@
+"""What the rows of an arena say: intervals over texts and seeds, in tables."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+from tabulate import tabulate
+
+from benchmarks.arena.runs import (
+    Arena,
+    Documents,
+    Method,
+    Run,
+    bits_per_byte,
+    chosen_weights,
+    read_runs,
+    tried_weights,
+)
+from ctkd.compare.analysis.statistics import (
+    CrossedMean,
+    crossed_mean,
+    holm,
+    smallest_detectable_difference,
+)
+from ctkd.distill.config import SFT
+from ctkd.errors import DataError
+
+
+def paired(
+    method: Iterable[Run], other: Iterable[Run]
+) -> tuple[CrossedMean | None, list[float], int]:
+    """Differences of bits per byte on test texts, of runs of equal seeds but 0.
+
+    Their mean, each seed's, and the number of texts; None with fewer than two seeds.
+
+    Raises:
+        DataError: If the runs were not measured on the same texts.
+    """
+    ours, theirs = ({run.seed: run.test for run in some if run.seed} for some in (method, other))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return None, [], 0
+    texts = {story: size for story, (_, size) in ours[seeds[0]].items()}
+    for some, seed in itertools.product((ours, theirs), seeds):
+        if {story: size for story, (_, size) in some[seed].items()} != texts:
+            raise DataError(
+                f"expected runs on the same texts, got others with seed {seed}; remove its rows"
+            )
+    sizes = np.array(list(texts.values()), float)
+    bits = np.array(
+        [[ours[seed][story][0] - theirs[seed][story][0] for story in texts] for seed in seeds]
+    )
+    values = bits / sizes
+    return crossed_mean(values, sizes), list(values @ (sizes / sizes.sum())), len(texts)
+
+
+class Report:
+    """What the rows of an arena say.
+
+    Args:
+        methods: Those compared.
+        runs: All of them.
+        models: Test texts of the teacher, and perhaps of the student as it starts.
+    """
+
+    def __init__(
+        self, methods: Sequence[Method], runs: Sequence[Run], models: Mapping[str, Documents]
+    ) -> None:
+        self.weights = chosen_weights(methods, runs)
+        self.runs = runs
+        self.models = {name: bits_per_byte(texts) for name, texts in models.items()}
+        self.methods = [one.label for one in methods if self.weights[one.label] is not None]
+        sft = self.of(SFT)
+        self.against_sft = {
+            label: found
+            for label in self.methods
+            if label != SFT and (found := paired(self.of(label), sft)[0]) is not None
+        }
+        adjusted = holm([found.p_value for found in self.against_sft.values()])
+        self.p_values = dict(zip(self.against_sft, adjusted, strict=True))
+
+    def of(self, label: str) -> list[Run]:
+        """Runs at the method's chosen weight."""
+        chosen = self.weights.get(label)
+        return [run for run in self.runs if (run.method, run.weight) == (label, chosen)]
+
+    def mean(self, label: str) -> float:
+        """Bits per byte of test texts over seeds but 0."""
+        return statistics.fmean(bits_per_byte(run.test) for run in self.of(label) if run.seed)
+
+    def table(self) -> str:
+        """A row for each method, those that help most first."""
+        heads = ["method", "weight", "seeds", "bits per byte", "to sft", "95 %", "p (Holm)"]
+        heads += ["of the gap", "detectable"]
+        if "start" in self.models:
+            heads.append("recovered")
+        rows = []
+        for label, found in sorted(self.against_sft.items(), key=lambda one: one[1].mean):
+            low, high = found.interval()
+            detectable = smallest_detectable_difference(
+                found.standard_error, comparisons=len(self.against_sft), degrees=found.degrees
+            )
+            row = [
+                *self._levels(label),
+                f"{found.mean:+.4f}",
+                f"[{low:+.4f}, {high:+.4f}]",
+                f"{self.p_values[label]:.2g}",
+                self._share(self.mean(SFT), label),
+                f"{detectable:.4f}",
+                self._share(self.models.get("start"), label),
+            ]
+            rows.append(row[: len(heads)])
+        last = [*self._levels(SFT), *[""] * 5, self._share(self.models.get("start"), SFT)]
+        return tabulate(
+            [*rows, last[: len(heads)]], heads, tablefmt="github", disable_numparse=True
+        )
+
+    def _levels(self, label: str) -> list[str]:
+        seeds = sum(1 for run in self.of(label) if run.seed)
+        return [label, f"{self.weights[label]:g}", str(seeds), f"{self.mean(label):.4f}"]
+
+    def _share(self, worst: float | None, label: str) -> str:
+        """Of the gap between something and the teacher, what a method closes."""
+        teacher = self.models.get("teacher")
+        # A teacher that is no better leaves no gap to close.
+        if worst is None or teacher is None or worst <= teacher:
+            return ""
+        return f"{100 * (worst - self.mean(label)) / (worst - teacher):+.1f} %"
+
+    def contrasts(self) -> str:
+        """MultiLevelOT against ULD, in each pairing and form."""
+        rows = []
+        for ours in ("multilevelot", "multilevelot_released"):
+            for pairing in ("position", "chunk"):
+                label = ours if ours in self.weights else f"{ours}, {pairing}"
+                found, each, _ = paired(self.of(label), self.of(f"uld, {pairing}"))
+                if found is not None:
+                    low, high = found.interval()
+                    rows.append(
+                        [
+                            label,
+                            f"uld, {pairing}",
+                            len(each),
+                            f"{found.mean:+.4f}",
+                            f"[{low:+.4f}, {high:+.4f}]",
+                        ]
+                    )
+        if not rows:
+            return "Not measured yet."
+        heads = ["method", "other", "seeds", "difference", "95 %"]
+        return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+
+    def trials(self) -> str:
+        """Development bits per byte of every weight that was tried with seed 0."""
+        rows = [
+            [label, "; ".join(f"{one:g}: {tried[one]:.4f}" for one in sorted(tried))]
+            for label, tried in tried_weights(self.runs).items()
+        ]
+        return tabulate(rows, ["method", "weight: bits per byte"], tablefmt="github")
+
+
+def write_report(folder: Path, arena: Arena, rows: Path) -> None:
+    """Write the tables."""
+    methods = arena.plan.methods
+    runs, models = read_runs(rows, arena.data, methods)
+    report = Report(methods, runs, models)
+    if not report.against_sft:
+        raise DataError(f"{rows} has no two seeds of a method and of sft yet; train more")
+    levels = {"sft": report.mean(SFT), **report.models}
+    words = [
+        f"# The arena {arena.name}\n",
+        f"{len(runs)} runs, the last of {time.strftime('%Y-%m-%d')}; texts {arena.data}. Bits per "
+        f"byte of test texts: {', '.join(f'{name} {one:.4f}' for name, one in levels.items())}. "
+        f"Repeat with `python -m benchmarks.arena {arena.name}`.\n",
+        f"{report.table()}\n",
+        "## MultiLevelOT against ULD\n",
+        f"{report.contrasts()}\n",
+    ]
+    if tried_weights(runs):
+        words += ["## Weights that were tried, on development texts\n", f"{report.trials()}\n"]
+    words.append(f"## What this does not show\n\n{arena.limits}")
+    path = folder / f"arena_{arena.name}.md"
+    path.write_text("\n".join(words), "utf-8")
+    click.echo(f"wrote {path}")
