@@ -378,12 +378,17 @@ class EvaluateRequest:
     output: str | None = option(None, "Write MODEL's answers to this file.", metavar="FILE")
     loss: str | None = option(None, "Also measure this loss against a teacher.")
     loss_options: dict[str, Any] = same_as(TrainConfig, "loss_options")
-    teacher: str | None = same_as(TrainConfig, "teacher", default=None, help="For --loss.")
+    next_bytes: bool = option(
+        False, "Also measure how far the next bytes it expects are from a teacher's."
+    )
+    teacher: str | None = same_as(
+        TrainConfig, "teacher", default=None, help="For --loss and --next-bytes."
+    )
     template: Template | None = option(
         None, "plain, or chat.", unset="as the run in MODEL was trained, else plain"
     )
     teacher_template: Template | None = same_as(
-        TrainConfig, "teacher_template", default=None, help="plain, or chat, for --loss."
+        TrainConfig, "teacher_template", default=None, help="plain, or chat, of that teacher."
     )
     batch_size: int = option(16, "Prompts answered together.")
     max_new_tokens: int = same_as(TrainConfig, "max_new_tokens")
@@ -398,11 +403,14 @@ class EvaluateRequest:
                 raise SettingError(f"{name} must be at least 1, got {value}")
         task = self.task or usual_task(self.data or default_of(TrainConfig, "data"))
         _check_templates(task, self.template, self.teacher_template)
-        of_loss = (self.teacher, self.teacher_template, self.loss_options or None)
-        if self.loss is None and any(given is not None for given in of_loss):
+        of_teacher = (self.teacher, self.teacher_template)
+        if self.loss is None and self.loss_options:
+            raise SettingError("--loss-option belongs to a loss; name it with --loss")
+        asks = self.loss is not None or self.next_bytes
+        if not asks and any(given is not None for given in of_teacher):
             raise SettingError(
-                "--teacher, --teacher-template and --loss-option belong to a loss; name it with "
-                "--loss"
+                "--teacher and --teacher-template are for what is measured against a teacher; "
+                "add --loss or --next-bytes"
             )
 
 

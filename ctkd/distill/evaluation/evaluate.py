@@ -28,6 +28,7 @@ from ctkd.distill.evaluation.metrics import (
     score,
     write_predictions,
 )
+from ctkd.distill.evaluation.next_bytes import next_byte_divergence
 from ctkd.distill.models.generation import BATCH_SIZE, generate
 from ctkd.distill.models.loading import (
     check_token_ids,
@@ -172,7 +173,7 @@ def run_evaluation(
     Returns:
         ``exact_match``, ``f1``, ``rouge_lsum`` in percent, ``n``, and of a model
         ``given_bits_per_byte``; or for task lm ``bits_per_byte``, ``n`` and ``bytes``; with a loss
-        also ``ce``, ``kd`` and its parts.
+        also ``ce``, ``kd`` and its parts; and what `NextBytes` says, if it was to be measured.
 
     Raises:
         CtkdError: If what was given cannot be used.
@@ -199,8 +200,8 @@ def run_evaluation(
     model = load_model(request.model, device=device)
     check_token_ids(model, tokenizer)
     losses: dict[str, float] = {}
-    if request.loss is not None:
-        losses = _losses(request, request.loss, chosen, model, tokenizer, form, say)
+    if request.loss is not None or request.next_bytes:
+        losses = _against_teacher(request, chosen, model, tokenizer, form, say)
     bits = _bits(request, chosen, model, tokenizer, form, say)
     if not task.answered:
         if request.output is not None:
@@ -255,9 +256,8 @@ def _longest(request: EvaluateRequest, *models: str | None) -> int:
     return min([request.max_length, *(one for one in positions if one is not None)])
 
 
-def _losses(
+def _against_teacher(
     request: EvaluateRequest,
-    loss: str,
     chosen: Sequence[Example],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -282,18 +282,31 @@ def _losses(
     say(encoded.coverage.report())
     if encoded.report():
         say(encoded.report())
-    pair = pair.narrowed(head_width(model), head_width(teacher))
-    return held_out_losses(
-        model,
-        tokenizer,
-        encoded.rows,
-        loss=get_loss(loss, pair=pair, **request.loss_options),
-        teacher=teacher,
-        teacher_tokenizer=teacher_tokenizer,
-        pair=pair,
-        batch_size=min(request.batch_size, 4),
-        use_cpu=is_cpu(model.device),
-    )
+    found: dict[str, float] = {}
+    if request.loss is not None:
+        pair = pair.narrowed(head_width(model), head_width(teacher))
+        found = held_out_losses(
+            model,
+            tokenizer,
+            encoded.rows,
+            loss=get_loss(request.loss, pair=pair, **request.loss_options),
+            teacher=teacher,
+            teacher_tokenizer=teacher_tokenizer,
+            pair=pair,
+            batch_size=min(request.batch_size, 4),
+            use_cpu=is_cpu(model.device),
+        )
+    if request.next_bytes:
+        found |= next_byte_divergence(
+            ModelLogits(teacher),
+            teacher_tokenizer,
+            ModelLogits(model),
+            tokenizer,
+            encoded.rows,
+            batch_size=min(request.batch_size, 4),
+            progress="next bytes",
+        ).summary()
+    return found
 
 
 def _form(model: str, template: Literal["plain", "chat"] | None) -> PromptForm:
@@ -327,9 +340,9 @@ def _check_can_be_written(path: Path, request: EvaluateRequest, overwrite: bool)
 def _score_file(request: EvaluateRequest, say: Callable[[str], None]) -> dict[str, float]:
     if request.predictions is None:
         raise SettingError("name a MODEL to evaluate, or a file of answers with --predictions")
-    for name in ("loss", "output"):
-        if getattr(request, name) is not None:
-            raise SettingError(f"--{name} belongs to a model; name a MODEL")
+    for name in ("loss", "output", "next_bytes"):
+        if getattr(request, name) not in (None, False):
+            raise SettingError(f"--{name.replace('_', '-')} belongs to a model; name a MODEL")
     predictions = read_predictions(request.predictions)
     if request.data is not None or any(not one.references for one in predictions):
         chosen = _examples(request, say)

@@ -1,0 +1,258 @@
+"""How far the next bytes that a student expects are from those that its teacher expects.
+
+Bytes are what two tokenizers have in common, so that this measure belongs to no loss.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ctkd.distill.data.collator import padded_sides, padding_id
+from ctkd.distill.data.encoding import EncodedExample, EncodedSide
+from ctkd.distill.models.loading import evaluating, head_width
+from ctkd.distill.models.model_logits import ModelLogits
+from ctkd.errors import DataError
+from ctkd.tokenization.token_bytes import TokenBytes
+
+__all__ = ["Branches", "ByteMasses", "NextBytes", "next_byte_divergence"]
+
+
+class _Branch(NamedTuple):
+    """The tokens that go on after some bytes, in the order of their bytes.
+
+    Attributes:
+        start, stop: Where they lie.
+        offsets: From there, where those begin that go on with each byte.
+        bytes: These bytes.
+    """
+
+    start: int
+    stop: int
+    offsets: NDArray[np.int64]
+    bytes: NDArray[np.int64]
+
+
+class Branches:
+    """What the tokens of a vocabulary go on with, byte by byte.
+
+    Args:
+        bytes_of: Of each id, as `TokenBytes` has them.
+
+    Attributes:
+        order: Ids of tokens that have bytes, ordered by them.
+    """
+
+    def __init__(self, bytes_of: Sequence[bytes]) -> None:
+        spelled = sorted((piece, index) for index, piece in enumerate(bytes_of) if piece)
+        self._pieces = [piece for piece, _ in spelled]
+        self.order = torch.tensor([index for _, index in spelled])
+        self._known: dict[bytes, _Branch] = {}
+
+    def after(self, prefix: bytes) -> _Branch:
+        """Where tokens lie that begin with some bytes and are longer."""
+        if prefix not in self._known:
+            starts = [bisect_left(self._pieces, prefix + bytes([one])) for one in range(256)]
+            # The first that begins otherwise; a byte that cannot be raised has none behind it.
+            raised = prefix.rstrip(b"\xff")
+            ends = raised[:-1] + bytes([raised[-1] + 1]) if raised else None
+            starts.append(len(self._pieces) if ends is None else bisect_left(self._pieces, ends))
+            bounds = np.array(starts)
+            found = np.nonzero(np.diff(bounds))[0]
+            begin = int(bounds[0])
+            self._known[prefix] = _Branch(begin, int(bounds[-1]), bounds[found] - begin, found)
+        return self._known[prefix]
+
+
+class ByteMasses(NamedTuple):
+    """What a model expects at each byte of a text.
+
+    Attributes:
+        masses: (N, 256) probability of tokens that agree with the bytes of the text's own token so
+            far, and go on with each byte; nan where no token does.
+        starts: (N,) whether a token begins there.
+    """
+
+    masses: NDArray[np.float64]
+    starts: NDArray[np.bool_]
+
+
+def byte_masses(
+    rows: Tensor, ids: Sequence[int], table: TokenBytes, branches: Branches
+) -> ByteMasses:
+    r"""What a model expects at each byte of a text.
+
+    .. math:: m_k(b) = \sum_{v:\, u_k b \preceq \mathrm{bytes}(v)} p_i(v)
+
+    where the k-th byte lies in token i, of which :math:`u_k` are the bytes before it, and
+    :math:`\preceq` means begins.
+
+    Args:
+        rows: (n, V) logits, of which row i predicts token i.
+        ids: The tokens of the text, n.
+        table: Of the tokenizer, the first V ids.
+        branches: Of the same.
+
+    Example:
+        >>> table = TokenBytes((b"a", b"ab", b"b"), ("text",) * 3)
+        >>> rows = torch.tensor([[0.5, 0.25, 0.25]]).log()
+        >>> found = byte_masses(rows, [1], table, Branches(table.bytes_of))
+        >>> found.masses[:, [97, 98]]  # "a" or "b"; then, of "ab", "b" alone
+        array([[0.75, 0.25],
+               [ nan, 0.25]])
+        >>> found.starts
+        array([ True, False])
+    """
+    pieces = [table.bytes_of[index] for index in ids]
+    first = np.cumsum([0, *map(len, pieces)])
+    masses = np.full((int(first[-1]), 256), np.nan)
+    starts = np.zeros(len(masses), dtype=bool)
+    starts[first[:-1][np.diff(first) > 0]] = True
+    probs = rows.double().softmax(-1)[:, branches.order.to(rows.device)].cpu().numpy()
+    # Rows of equal bytes so far are added up together, and each is a sum of its own: a difference
+    # of cumulative sums would lose small ones.
+    places: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
+    for row, piece in enumerate(pieces):
+        for depth in range(len(piece)):
+            places[piece[:depth]].append((row, int(first[row]) + depth))
+    for prefix, both in places.items():
+        branch = branches.after(prefix)
+        which, where = map(list, zip(*both, strict=True))
+        some = probs[which, branch.start : branch.stop]
+        masses[np.ix_(where, branch.bytes)] = np.add.reduceat(some, branch.offsets, axis=1)
+    return ByteMasses(masses, starts)
+
+
+@dataclass(frozen=True, slots=True)
+class NextBytes:
+    r"""Divergence of the next bytes of two models over texts.
+
+    .. math:: D = \frac{1}{N} \sum_k \sum_{b \in C_k} \bar t_k(b) \log_2 \frac{\bar t_k(b)}
+        {\bar s_k(b)}, \quad \bar m_k(b) = \frac{m_k(b)}{\sum_{c \in C_k} m_k(c)}
+
+    over the N bytes of the texts, with the masses t of the teacher and s of the student that
+    `byte_masses` defines and the bytes C that both can go on with. Each model stands in a
+    tokenization of its own. Within a token its expectation is that of tokens which are longer than
+    the bytes so far: that the token might have ended there, and another begun, is left out, and so
+    is a token without bytes, such as the end of sequence.
+
+    Attributes:
+        total: Bits over all bytes.
+        starts: Bits over the bytes at which both models begin a token, where nothing is left out.
+        bytes: N.
+        start_bytes: Those at which both begin a token.
+    """
+
+    total: float
+    starts: float
+    bytes: int
+    start_bytes: int
+
+    def summary(self) -> dict[str, float]:
+        """Means in bits a byte, and the share of bytes at which both models begin a token."""
+        share = self.start_bytes / self.bytes if self.bytes else math.nan
+        return {
+            "next_byte_divergence": self.total / self.bytes if self.bytes else math.nan,
+            "next_byte_divergence/starts": (
+                self.starts / self.start_bytes if self.start_bytes else math.nan
+            ),
+            "next_byte_starts": share,
+        }
+
+
+def divergence(teacher: ByteMasses, student: ByteMasses) -> NextBytes:
+    """The divergence at the bytes of one text."""
+    common = ~np.isnan(teacher.masses) & ~np.isnan(student.masses)
+    ours, theirs = (np.where(common, one.masses, 0.0) for one in (student, teacher))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ours, theirs = (one / one.sum(1, keepdims=True) for one in (ours, theirs))
+        bits = np.where(theirs > 0.0, theirs * np.log2(theirs / ours), 0.0).sum(1)
+    both = teacher.starts & student.starts
+    return NextBytes(float(bits.sum()), float(bits[both].sum()), len(bits), int(both.sum()))
+
+
+class _Reader:
+    """A model that says what it expects at the bytes of rows."""
+
+    def __init__(self, logits: ModelLogits, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._logits, self._pad_id = logits, padding_id(tokenizer)
+        self._width = min(len(tokenizer), head_width(logits.model))
+        self._table = TokenBytes.from_tokenizer(tokenizer).first(self._width)
+        self._branches = Branches(self._table.bytes_of)
+
+    @torch.no_grad()
+    def read(self, sides: Sequence[EncodedSide]) -> list[ByteMasses]:
+        model = self._logits.model
+        inputs, labels = padded_sides(sides, self._pad_id, with_eos=False)
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        with evaluating(model):
+            logits = self._logits.read(model, inputs, labels.shape[1])
+        found = []
+        for number, side in enumerate(sides):
+            count = len(side.answer_ids)
+            index = number * labels.shape[1] + torch.arange(count, device=model.device)
+            rows = torch.cat([one.read() for _, one in logits.chunks(index)])[:, : self._width]
+            found.append(byte_masses(rows, side.answer_ids, self._table, self._branches))
+        return found
+
+
+def next_byte_divergence(
+    teacher: ModelLogits,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student: ModelLogits,
+    student_tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[EncodedExample],
+    *,
+    batch_size: int = 8,
+    progress: str | None = None,
+) -> NextBytes:
+    """Measure the divergence of next bytes over the answers of rows.
+
+    Args:
+        teacher: The model whose expectations count.
+        teacher_tokenizer: Its tokenizer.
+        student: The model that is measured.
+        student_tokenizer: Its tokenizer.
+        rows: Encoded for both.
+        batch_size: Rows read together.
+        progress: The text of a bar, if one is to be shown.
+
+    Raises:
+        DataError: If no row has the same bytes in both tokenizations.
+    """
+    readers = _Reader(teacher, teacher_tokenizer), _Reader(student, student_tokenizer)
+    parts = []
+    starts = range(0, len(rows), batch_size)
+    for start in tqdm(
+        starts, desc=progress, leave=False, disable=True if progress is None else None
+    ):
+        some = [row for row in rows[start : start + batch_size] if row.teacher is not None]
+        theirs, ours = (
+            reader.read([side for row in some if (side := getattr(row, name))])
+            for reader, name in zip(readers, ("teacher", "student"), strict=True)
+        )
+        # A tokenizer that writes a text otherwise stands at other bytes.
+        parts += [
+            divergence(one, other)
+            for one, other in zip(theirs, ours, strict=True)
+            if len(one.masses) == len(other.masses)
+        ]
+    if not parts:
+        raise DataError("no row has the same bytes in both tokenizations; look with ctkd doctor")
+    return NextBytes(
+        math.fsum(one.total for one in parts),
+        math.fsum(one.starts for one in parts),
+        sum(one.bytes for one in parts),
+        sum(one.start_bytes for one in parts),
+    )
