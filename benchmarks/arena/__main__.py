@@ -2,12 +2,14 @@
 
     python -m benchmarks.arena scratch [FOLDER]
     python -m benchmarks.arena transfer [FOLDER]
+    python -m benchmarks.arena few_labels_128 FOLDER
 
 ``scratch`` trains a Llama of 2 million random weights, with 4,096 byte-level tokens of its own,
 towards SmolLM2-135M-Instruct, and tries several weights of every loss on development texts.
 ``transfer`` gives Gemma 3 270M the vocabulary of SmolLM2, and trains it towards Gemma as it was, so
 that what can be recovered is known. Texts are passages of FairytaleQA, whose two parquet files lie
-in the folder; without a folder, chapters of Python's reference.
+in the folder; without a folder, chapters of Python's reference. ``few_labels_128`` has 128 labelled
+questions of FairytaleQA, and the answers of a teacher to others.
 
 Every finished run is a row of a file. Stopped at any moment, the same command goes on; several
 processes share the work with ``--share 1/2`` and ``--share 2/2``. ``--report`` trains nothing, and
@@ -17,11 +19,13 @@ writes what the rows say.
 import hashlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from benchmarks.arena.few_labels import FewLabels
 from benchmarks.arena.report import write_report
 from benchmarks.arena.runs import Arena, Method, read_runs, wanted
 from benchmarks.arena.scratch import Scratch
@@ -46,7 +50,9 @@ class Share(click.ParamType[tuple[int, int]]):
 
 
 ARENAS: dict[str, Callable[[Path | None, Path], Arena]] = {
-    one.name: one for one in (Scratch, Transfer)
+    "scratch": Scratch,
+    "transfer": Transfer,
+    **{f"few_labels_{count}": partial(FewLabels, labels=count) for count in (32, 128, 512)},
 }
 
 

@@ -89,39 +89,50 @@ class Report:
         return [run for run in self.runs if (run.method, run.weight) == (label, chosen)]
 
     def mean(self, label: str) -> float:
-        """Bits per byte of test texts over seeds but 0."""
-        return statistics.fmean(bits_per_byte(run.test) for run in self.of(label) if run.seed)
+        """Bits per byte of test texts over seeds."""
+        return statistics.fmean(bits_per_byte(run.test) for run in self._compared(label))
+
+    def _compared(self, label: str) -> list[Run]:
+        """Those that chose no weight."""
+        return [run for run in self.of(label) if run.seed]
 
     def table(self) -> str:
-        """A row for each method, those that help most first."""
+        """A row for each method, those that help most first, and sft."""
+        has_start = "start" in self.models
+        has_f1 = any(run.f1 is not None for run in self.runs)
         heads = ["method", "weight", "seeds", "bits per byte", "to sft", "95 %", "p (Holm)"]
-        heads += ["of the gap", "detectable"]
-        if "start" in self.models:
-            heads.append("recovered")
+        heads += ["of the gap", "detectable", *["recovered"] * has_start, *["F1"] * has_f1]
         rows = []
         for label, found in sorted(self.against_sft.items(), key=lambda one: one[1].mean):
             low, high = found.interval()
             detectable = smallest_detectable_difference(
                 found.standard_error, comparisons=len(self.against_sft), degrees=found.degrees
             )
-            row = [
-                *self._levels(label),
+            contrast = [
                 f"{found.mean:+.4f}",
                 f"[{low:+.4f}, {high:+.4f}]",
                 f"{self.p_values[label]:.2g}",
                 self._share(self.mean(SFT), label),
                 f"{detectable:.4f}",
-                self._share(self.models.get("start"), label),
             ]
-            rows.append(row[: len(heads)])
-        last = [*self._levels(SFT), *[""] * 5, self._share(self.models.get("start"), SFT)]
-        return tabulate(
-            [*rows, last[: len(heads)]], heads, tablefmt="github", disable_numparse=True
-        )
+            rows.append((label, contrast))
+        rows.append((SFT, [""] * 5))
+        table = []
+        for label, contrast in rows:
+            row = [label, f"{self.weights[label]:g}", str(len(self._compared(label)))]
+            row += [f"{self.mean(label):.4f}", *contrast]
+            if has_start:
+                row.append(self._share(self.models["start"], label))
+            if has_f1:
+                row.append(self._f1(label))
+            table.append(row)
+        return tabulate(table, heads, tablefmt="github", disable_numparse=True)
 
-    def _levels(self, label: str) -> list[str]:
-        seeds = sum(1 for run in self.of(label) if run.seed)
-        return [label, f"{self.weights[label]:g}", str(seeds), f"{self.mean(label):.4f}"]
+    def _f1(self, label: str) -> str:
+        """Mean and standard deviation over seeds."""
+        values = [run.f1 for run in self._compared(label) if run.f1 is not None]
+        spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.1f}{spread}" if values else ""
 
     def _share(self, worst: float | None, label: str) -> str:
         """Of the gap between something and the teacher, what a method closes."""

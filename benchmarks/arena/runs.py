@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
 
@@ -83,6 +83,7 @@ class Run:
         seconds: Of training.
         dev: Of the development texts.
         test: Of the test texts.
+        f1: Of answers to the test rows' prompts, in percent, where there are prompts.
     """
 
     method: str
@@ -91,6 +92,7 @@ class Run:
     seconds: float
     dev: Documents
     test: Documents
+    f1: float | None = None
 
     @property
     def key(self) -> tuple[str, float, int]:
@@ -99,8 +101,8 @@ class Run:
 
 def bits_per_byte(documents: Documents) -> float:
     """All bits over all bytes."""
-    bits, sizes = zip(*documents.values(), strict=True)
-    return math.fsum(bits) / sum(sizes)
+    found = documents.values()
+    return math.fsum(bits for bits, _ in found) / sum(size for _, size in found)
 
 
 def read_runs(
@@ -127,7 +129,15 @@ def read_runs(
                 continue
             # Rows of a method that is no longer compared, or was defined otherwise, stay behind.
             if Method(row["method"], row["loss"], row["options"]) in methods:
-                run = Run(row["method"], row["weight"], row["seed"], row["seconds"], **split)
+                run = Run(
+                    method=row["method"],
+                    weight=row["weight"],
+                    seed=row["seed"],
+                    seconds=row["seconds"],
+                    dev=split["dev"],
+                    test=split["test"],
+                    f1=row.get("f1"),
+                )
                 runs[run.key] = run
     return list(runs.values()), models
 
@@ -157,7 +167,7 @@ def tried_weights(runs: Iterable[Run]) -> Mapping[str, Mapping[float, float]]:
 
 def best_weight(tried: Mapping[float, float]) -> float:
     """The weight of the least bits per byte, the smaller one of two that are equal."""
-    return min(sorted(tried), key=tried.__getitem__)
+    return min(sorted(tried), key=lambda weight: tried[weight])
 
 
 def next_weight(method: Method, tried: Mapping[float, float]) -> float | None:
@@ -217,8 +227,8 @@ class Arena(ABC):
         data: Of the texts and settings, which runs have in common.
     """
 
-    name: ClassVar[str]
-    limits: ClassVar[str]
+    name: str
+    limits: str
     plan: Plan
     data: str
 

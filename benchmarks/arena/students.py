@@ -23,7 +23,7 @@ from ctkd.distill.training.run import train
 
 
 class TextArena(Arena):
-    """An arena of texts without prompts.
+    """An arena whose students are trained by ``ctkd train``, on documents unless it says otherwise.
 
     Args:
         rows: Texts and their stories by split: train, dev, test.
@@ -34,9 +34,11 @@ class TextArena(Arena):
         keep_rows: Keep the teacher's logits in a file, 4 bytes for each of a position.
     """
 
+    task = "lm"
+
     def __init__(
         self,
-        rows: Mapping[str, Sequence[Mapping[str, str]]],
+        rows: Mapping[str, Sequence[Mapping[str, Any]]],
         teacher: str,
         settings: dict[str, Any],
         plan: Plan,
@@ -50,8 +52,7 @@ class TextArena(Arena):
         self.work = work / self.data
         self.work.mkdir(parents=True, exist_ok=True)
         for split, some in rows.items():
-            lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in some)
-            (self.work / f"{split}.jsonl").write_text(lines, "utf-8")
+            write_rows(self.work / f"{split}.jsonl", some)
         self._known = KnownStates(rows_folder=self.work if keep_rows else None)
 
     @property
@@ -65,7 +66,7 @@ class TextArena(Arena):
 
     def of_model(self, name: str) -> dict[str, Any]:
         model = self.teacher if name == "teacher" else self.student
-        return {"method": name, **{split: self.measure(model, split) for split in ("dev", "test")}}
+        return {"method": name, **self.scores(model)}
 
     def run(self, method: Method, weight: float, seed: int) -> dict[str, Any]:
         label = "".join(one if one.isalnum() else "-" for one in method.label)
@@ -76,7 +77,7 @@ class TextArena(Arena):
             teacher=self.teacher,
             data=str(self.work / "train.jsonl"),
             eval_data=str(self.work / "dev.jsonl"),
-            task="lm",
+            task=self.task,
             columns={"group": "story"},
             kd_weight=None if method.loss == SFT else weight,
             seed=seed,
@@ -89,7 +90,7 @@ class TextArena(Arena):
         before = time.monotonic()
         trained = train(config, overwrite=output.exists(), say=_silent, teacher_states=self._known)
         seconds = trained.results["training seconds"]
-        measured = {split: self.measure(str(output), split) for split in ("dev", "test")}
+        scores = self.scores(str(output))
         shutil.rmtree(output)
         return {
             "method": method.label,
@@ -99,16 +100,20 @@ class TextArena(Arena):
             "seed": seed,
             "seconds": round(seconds, 1),
             "all_seconds": round(time.monotonic() - before, 1),
-            **measured,
+            **scores,
         }
+
+    def scores(self, model: str) -> dict[str, Any]:
+        """What a row says of a model."""
+        return {split: self.measure(model, split) for split in ("dev", "test")}
 
     def student_settings(self) -> dict[str, Any]:
         """What names the student."""
         return {"student": self.student}
 
     def examples(self, split: str) -> list[Example]:
-        """The windows of a split."""
-        return examples(load_rows(str(self.work / f"{split}.jsonl")), "lm", {"group": "story"})
+        """The windows or rows of a split."""
+        return examples(load_rows(str(self.work / f"{split}.jsonl")), self.task, {"group": "story"})
 
     def measure(self, model: str, split: str) -> dict[str, tuple[float, int]]:
         """Bits and bytes of each story."""
@@ -123,6 +128,12 @@ class TextArena(Arena):
             bits[one.group] += of_window
             sizes[one.group] += size
         return {story: (round(bits[story], 2), sizes[story]) for story in bits}
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as JSON Lines."""
+    lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    path.write_text(lines, "utf-8")
 
 
 def _silent(_: str) -> None:

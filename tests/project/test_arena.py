@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from datasets import Dataset
 
 from benchmarks.arena import __main__ as command
-from benchmarks.arena import scratch
+from benchmarks.arena import few_labels, scratch
+from benchmarks.arena.few_labels import FewLabels
 from benchmarks.arena.report import Report, paired
 from benchmarks.arena.runs import (
     Method,
@@ -143,6 +146,44 @@ def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
     assert len(again) == len(rows) + 1 and json.loads(again[-1])["test"] == rows[-1]["test"]
     bad = CliRunner().invoke(command.main, [*words, "--share", "3/2"])
     assert bad.exit_code == 2 and "'3/2' is no share of the work" in bad.output
+
+
+def test_few_labels_are_mixed_with_the_teachers_answers(tmp_path, monkeypatch):
+    place = Workplace(tmp_path)
+    monkeypatch.setenv("CTKD_CACHE", str(tmp_path / "cache"))
+    for name, value in {
+        "TEACHER": str(place.teacher),
+        "STUDENT": str(place.student),
+        "SETTINGS": {"max_steps": 1, "batch_size": 2},
+        "ROWS": {"train": 6, "dev": 2, "test": 3},
+        "MAX_NEW_TOKENS": 2,
+        "METHODS": [METHODS[0], Method("shared_kl", "shared_kl", factors=(1.0,))],
+    }.items():
+        monkeypatch.setattr(few_labels, name, value)
+    for split, count in (("train", 20), ("validation", 4)):
+        rows = [
+            {"story": f"{split} {one % 10}", "context": "x", "question": "w?", "answers": ["a b"]}
+            for one in range(count)
+        ]
+        Dataset.from_list(rows).to_parquet(tmp_path / f"fairytaleqa_{split}.parquet")
+    words = ["few_labels_32", str(tmp_path), "--results", str(tmp_path)]
+    monkeypatch.setitem(command.ARENAS, "few_labels_32", partial(FewLabels, labels=2))
+    result = CliRunner().invoke(command.main, words)
+    assert result.exit_code == 0, result.output
+    (mixed,) = (tmp_path / "cache").glob("arena/*/train.jsonl")
+    answers = [json.loads(line)["answers"] for line in mixed.read_text().splitlines()]
+    (said,) = (tmp_path / "cache").glob("arena/few_labels-*/answers.json")
+    spoken = [[one] for one in json.loads(said.read_text())[2:] if one.strip()]
+    assert answers == [["a b"]] * 2 + spoken
+    stories = [json.loads(line)["story"] for line in mixed.read_text().splitlines()]
+    assert "train 0" not in stories and len(set(stories[:6])) == len(stories[:6])
+    report = (tmp_path / "arena_few_labels_2.md").read_text()
+    assert report.splitlines()[4].endswith("recovered   | F1        |")
+    assert (
+        CliRunner()
+        .invoke(command.main, [*words[:1], *words[2:]])
+        .output.endswith("few_labels needs FairytaleQA; name the folder of its two files\n")
+    )
 
 
 def test_a_model_is_given_another_vocabulary():
