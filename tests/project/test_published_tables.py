@@ -186,17 +186,13 @@ def test_methods_have_our_names_where_there_are_any():
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_values_and_models_make_sense(name):
+def test_values_models_and_seeds_make_sense(name):
     for cell in TABLES[name].cells:
         assert 0 < cell.value < 100
         assert (cell.student is None) == (cell.method in (TEACHER, "original"))
         assert name.startswith("multilevelot") == (cell.task in TASKS)
         if cell.task in TASKS:
             assert cell.metric == TASKS[cell.task] and cell.metric in METRICS
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_a_table_says_what_is_known_of_its_seeds(name):
     table = TABLES[name]
     assert table.seeds == (5 if name == "dwa_kd" else None)
     assert table.seeds or re.search("[Ss]eeds|One run", table.note)
