@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +115,22 @@ def default_sweeps(methods: list[str]) -> list[str]:
     return [f"{method}.{SWEEP[method]}" for method in methods]
 
 
-def fine_tuned(base: str, paths: dict[str, str], output: Path) -> str:
+def fine_tuned(
+    base: str,
+    paths: dict[str, str],
+    output: Path,
+    *,
+    task: str = "qa",
+    columns: Mapping[str, str] = COLUMNS,
+) -> str:
     """Train the teacher on the task, on the rows that the students are trained on."""
     config = TrainConfig(
         loss="sft",
         student=base,
         data=paths["train"],
         eval_data=paths["dev"],
-        columns=COLUMNS,
+        task=task,
+        columns=dict(columns),
         batch_size=8,
         save_steps=30,
         eval_limit=64,

@@ -2,30 +2,35 @@
 
     python -m benchmarks.arena scratch [FOLDER]
     python -m benchmarks.arena transfer [FOLDER]
-    python -m benchmarks.arena few_labels_128 FOLDER
+    python -m benchmarks.arena few_labels FOLDER
+    python -m benchmarks.arena paper FOLDER
 
 ``scratch`` trains a Llama of 2 million random weights, with 4,096 byte-level tokens of its own,
 towards SmolLM2-135M-Instruct, and tries several weights of every loss on development texts.
 ``transfer`` gives Gemma 3 270M the vocabulary of SmolLM2, and trains it towards Gemma as it was, so
 that what can be recovered is known. Texts are passages of FairytaleQA, whose two parquet files lie
-in the folder; without a folder, chapters of Python's reference. ``few_labels_128`` has 128 labelled
-questions of FairytaleQA, and the answers of a teacher to others.
+in the folder; without a folder, chapters of Python's reference. ``few_labels`` has 128, 32 and 512
+labelled questions of FairytaleQA, and the answers of a teacher to others. ``paper`` has the three
+data sets of the MultiLevelOT paper, whole, with labels and without, and needs a GPU.
 
-Every finished run is a row of a file. Stopped at any moment, the same command goes on; several
-processes share the work with ``--share 1/2`` and ``--share 2/2``. ``--report`` trains nothing, and
-writes what the rows say.
+Every finished run is a row of a file. Stopped at any moment, as by ``--minutes``, the same command
+goes on; several processes share the work with ``--share 1/2`` and ``--share 2/2``. ``--report``
+trains nothing, and writes what the rows say.
 """
 
 import hashlib
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.arena.few_labels import FewLabels
+from benchmarks.arena.few_labels import LABELS, FewLabels
+from benchmarks.arena.paper import TASKS, Paper
 from benchmarks.arena.report import write_report
 from benchmarks.arena.runs import Arena, Method, read_runs, wanted
 from benchmarks.arena.scratch import Scratch
@@ -34,6 +39,7 @@ from benchmarks.measuring import append_row, environment
 from benchmarks.options import results_option
 from ctkd.cache_folder import cache_dir
 from ctkd.cli.options import quieten
+from ctkd.distill.training.run import Interrupted
 from ctkd.errors import CtkdError
 
 
@@ -49,10 +55,16 @@ class Share(click.ParamType[tuple[int, int]]):
         return int(number), int(count)
 
 
-ARENAS: dict[str, Callable[[Path | None, Path], Arena]] = {
-    "scratch": Scratch,
-    "transfer": Transfer,
-    **{f"few_labels_{count}": partial(FewLabels, labels=count) for count in (32, 128, 512)},
+Makers = Sequence[Callable[[Path | None, Path], Arena]]
+ARENAS: dict[str, Makers] = {
+    "scratch": [Scratch],
+    "transfer": [Transfer],
+    "few_labels": [partial(FewLabels, labels=count) for count in LABELS],
+    "paper": [
+        partial(Paper, data_set=data_set, labelled=labelled)
+        for data_set in TASKS
+        for labelled in (True, False)
+    ],
 }
 
 
@@ -66,7 +78,7 @@ ARENAS: dict[str, Callable[[Path | None, Path], Arena]] = {
     show_default=True,
     help="The part of the runs that this process trains.",
 )
-@click.option("--minutes", type=float, help="Begin no run after so many. [until all is done]")
+@click.option("--minutes", type=float, help="Stop after so many. [when all is done]")
 @click.option("--report", "only_report", is_flag=True, help="Train nothing.")
 @results_option
 def main(
@@ -79,29 +91,48 @@ def main(
 ) -> None:
     """Compare losses where they can be told apart.
 
-    FOLDER holds fairytaleqa_train.parquet and fairytaleqa_validation.parquet; without one, texts
-    come from Python's reference.
+    FOLDER holds fairytaleqa_train.parquet and fairytaleqa_validation.parquet, and for the arena
+    paper the same of qed and dialogsum. Without one, scratch and transfer take Python's reference.
     """
     quieten()
     path = results / f"arena_{name}.jsonl"
     try:
-        arena = ARENAS[name](folder, cache_dir() / "arena")
-        if not only_report:
-            work_off(arena, path, share, minutes)
-        write_report(results, arena, path)
+        begun = time.monotonic()
+        for make in ARENAS[name]:
+            arena = make(folder, cache_dir() / "arena")
+            if not only_report:
+                with stopped_after(minutes, begun):
+                    work_off(arena, path, share)
+            write_report(results, arena, path)
+    except (Interrupted, KeyboardInterrupt):
+        click.echo("stopped; the same command goes on")
     except CtkdError as error:
         raise click.ClickException(str(error)) from error
 
 
-def work_off(arena: Arena, path: Path, share: tuple[int, int], minutes: float | None) -> None:
-    """Train what is wanted, each process its share, until nothing is left or the time is up."""
-    begun = time.monotonic()
+@contextmanager
+def stopped_after(minutes: float | None, begun: float) -> Iterator[None]:
+    """Stop as Ctrl-C does when the time since the beginning is up: a run keeps what it has done."""
+    if minutes is None:
+        yield
+        return
+    # As early as that would stop nothing, so that 0 minutes train nothing.
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, max(60 * minutes - (time.monotonic() - begun), 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def work_off(arena: Arena, path: Path, share: tuple[int, int]) -> None:
+    """Train what is wanted, each process its share, until nothing is left."""
 
     def keep(row: dict[str, Any]) -> None:
         about = environment("transformers", "tokenizers")
         append_row(path, {**about, "data": arena.data, **row})
 
-    while minutes is None or time.monotonic() - begun < 60 * minutes:
+    while True:
         runs, models = read_runs(path, arena.data, arena.plan.methods)
         left = list(wanted(arena.plan, runs))
         if not left:

@@ -65,11 +65,17 @@ class Report:
         methods: Those compared.
         runs: All of them.
         models: Test texts of the teacher, and perhaps of the student as it starts.
+        metric: Of the score of answers.
     """
 
     def __init__(
-        self, methods: Sequence[Method], runs: Sequence[Run], models: Mapping[str, Documents]
+        self,
+        methods: Sequence[Method],
+        runs: Sequence[Run],
+        models: Mapping[str, Documents],
+        metric: str | None = None,
     ) -> None:
+        self.metric = metric
         self.weights = chosen_weights(methods, runs)
         self.runs = runs
         self.models = {name: bits_per_byte(texts) for name, texts in models.items()}
@@ -99,9 +105,9 @@ class Report:
     def table(self) -> str:
         """A row for each method, those that help most first, and sft."""
         has_start = "start" in self.models
-        has_f1 = any(run.f1 is not None for run in self.runs)
         heads = ["method", "weight", "seeds", "bits per byte", "to sft", "95 %", "p (Holm)"]
-        heads += ["of the gap", "detectable", *["recovered"] * has_start, *["F1"] * has_f1]
+        heads += ["of the gap", "detectable", *["recovered"] * has_start]
+        heads += [] if self.metric is None else [self.metric]
         rows = []
         for label, found in sorted(self.against_sft.items(), key=lambda one: one[1].mean):
             low, high = found.interval()
@@ -123,14 +129,14 @@ class Report:
             row += [f"{self.mean(label):.4f}", *contrast]
             if has_start:
                 row.append(self._share(self.models["start"], label))
-            if has_f1:
-                row.append(self._f1(label))
+            if self.metric is not None:
+                row.append(self._score(label))
             table.append(row)
         return tabulate(table, heads, tablefmt="github", disable_numparse=True)
 
-    def _f1(self, label: str) -> str:
+    def _score(self, label: str) -> str:
         """Mean and standard deviation over seeds."""
-        values = [run.f1 for run in self._compared(label) if run.f1 is not None]
+        values = [run.score for run in self._compared(label) if run.score is not None]
         spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.1f}{spread}" if values else ""
 
@@ -178,7 +184,7 @@ def write_report(folder: Path, arena: Arena, rows: Path) -> None:
     """Write the tables."""
     methods = arena.plan.methods
     runs, models = read_runs(rows, arena.data, methods)
-    report = Report(methods, runs, models)
+    report = Report(methods, runs, models, arena.metric)
     if not report.against_sft:
         raise DataError(f"{rows} has no two seeds of a method and of sft yet; train more")
     levels = {"sft": report.mean(SFT), **report.models}

@@ -83,7 +83,7 @@ class Run:
         seconds: Of training.
         dev: Of the development texts.
         test: Of the test texts.
-        f1: Of answers to the test rows' prompts, in percent, where there are prompts.
+        score: Of answers to the test rows' prompts, in percent, where there are prompts.
     """
 
     method: str
@@ -92,7 +92,7 @@ class Run:
     seconds: float
     dev: Documents
     test: Documents
-    f1: float | None = None
+    score: float | None = None
 
     @property
     def key(self) -> tuple[str, float, int]:
@@ -136,7 +136,7 @@ def read_runs(
                     seconds=row["seconds"],
                     dev=split["dev"],
                     test=split["test"],
-                    f1=row.get("f1"),
+                    score=row.get("score"),
                 )
                 runs[run.key] = run
     return list(runs.values()), models
@@ -225,10 +225,12 @@ class Arena(ABC):
         limits: What its report does not show.
         plan: What it trains.
         data: Of the texts and settings, which runs have in common.
+        metric: Of the score of answers.
     """
 
     name: str
     limits: str
+    metric: str | None
     plan: Plan
     data: str
 

@@ -15,11 +15,13 @@ from ctkd.distill.config import SFT, TrainConfig
 from ctkd.distill.data.encoding import encode_examples
 from ctkd.distill.data.rows import load_rows
 from ctkd.distill.data.tasks import Example, examples
+from ctkd.distill.devices import choose_device
 from ctkd.distill.evaluation.bits import text_bits
 from ctkd.distill.models.loading import load_model, load_tokenizer
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.teachers.memory import KnownStates
 from ctkd.distill.training.run import train
+from ctkd.errors import OutputError
 
 
 class TextArena(Arena):
@@ -35,6 +37,8 @@ class TextArena(Arena):
     """
 
     task = "lm"
+    metric: str | None = None
+    columns: Mapping[str, str] = {"group": "story"}
 
     def __init__(
         self,
@@ -78,7 +82,7 @@ class TextArena(Arena):
             data=str(self.work / "train.jsonl"),
             eval_data=str(self.work / "dev.jsonl"),
             task=self.task,
-            columns={"group": "story"},
+            columns=dict(self.columns),
             kd_weight=None if method.loss == SFT else weight,
             seed=seed,
             output=str(output),
@@ -88,7 +92,13 @@ class TextArena(Arena):
             **self.settings,
         )
         before = time.monotonic()
-        trained = train(config, overwrite=output.exists(), say=_silent, teacher_states=self._known)
+        known = self._known
+        try:
+            # What a stop has left of this run goes on.
+            trained = train(config, resume=True, say=_silent, teacher_states=known)
+        except OutputError:
+            # Left by other settings.
+            trained = train(config, overwrite=True, say=_silent, teacher_states=known)
         seconds = trained.results["training seconds"]
         scores = self.scores(str(output))
         shutil.rmtree(output)
@@ -113,15 +123,16 @@ class TextArena(Arena):
 
     def examples(self, split: str) -> list[Example]:
         """The windows or rows of a split."""
-        return examples(load_rows(str(self.work / f"{split}.jsonl")), self.task, {"group": "story"})
+        return examples(load_rows(str(self.work / f"{split}.jsonl")), self.task, dict(self.columns))
 
     def measure(self, model: str, split: str) -> dict[str, tuple[float, int]]:
         """Bits and bytes of each story."""
         tokenizer, chosen = load_tokenizer(model), self.examples(split)
         rows = encode_examples(chosen, tokenizer, None, max_length=1024).rows
-        found = text_bits(
-            ModelLogits(load_model(model)), tokenizer, chosen, [row.student for row in rows]
-        )
+        read = {row.id for row in rows}
+        chosen = [one for one in chosen if one.id in read]
+        logits = ModelLogits(load_model(model, device=choose_device("auto")))
+        found = text_bits(logits, tokenizer, chosen, [row.student for row in rows])
         bits: dict[str, float] = defaultdict(float)
         sizes: dict[str, int] = defaultdict(int)
         for one, of_window, size in zip(chosen, found.bits, found.bytes, strict=True):

@@ -1,6 +1,7 @@
 """The arena looks for weights, trains what is left, and says what the rows say."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -11,8 +12,9 @@ from click.testing import CliRunner
 from datasets import Dataset
 
 from benchmarks.arena import __main__ as command
-from benchmarks.arena import few_labels, scratch
+from benchmarks.arena import answers, few_labels, paper, scratch
 from benchmarks.arena.few_labels import FewLabels
+from benchmarks.arena.paper import Paper
 from benchmarks.arena.report import Report, paired
 from benchmarks.arena.runs import (
     Method,
@@ -127,6 +129,8 @@ def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(scratch, "python_rows", lambda: short)
     words = ["scratch", "--results", str(tmp_path)]
+    result = CliRunner().invoke(command.main, [*words, "--minutes", "0"])
+    assert result.exit_code == 0 and result.output == "stopped; the same command goes on\n"
     result = CliRunner().invoke(command.main, words)
     assert result.exit_code == 0, result.output
     path = tmp_path / "arena_scratch.jsonl"
@@ -151,9 +155,9 @@ def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
 def test_few_labels_are_mixed_with_the_teachers_answers(tmp_path, monkeypatch):
     place = Workplace(tmp_path)
     monkeypatch.setenv("CTKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(answers, "TEACHER", str(place.teacher))
+    monkeypatch.setattr(answers, "STUDENT", str(place.student))
     for name, value in {
-        "TEACHER": str(place.teacher),
-        "STUDENT": str(place.student),
         "SETTINGS": {"max_steps": 1, "batch_size": 2},
         "ROWS": {"train": 6, "dev": 2, "test": 3},
         "MAX_NEW_TOKENS": 2,
@@ -166,24 +170,43 @@ def test_few_labels_are_mixed_with_the_teachers_answers(tmp_path, monkeypatch):
             for one in range(count)
         ]
         Dataset.from_list(rows).to_parquet(tmp_path / f"fairytaleqa_{split}.parquet")
-    words = ["few_labels_32", str(tmp_path), "--results", str(tmp_path)]
-    monkeypatch.setitem(command.ARENAS, "few_labels_32", partial(FewLabels, labels=2))
+    words = ["few_labels", str(tmp_path), "--results", str(tmp_path)]
+    monkeypatch.setitem(command.ARENAS, "few_labels", [partial(FewLabels, labels=2)])
     result = CliRunner().invoke(command.main, words)
     assert result.exit_code == 0, result.output
     (mixed,) = (tmp_path / "cache").glob("arena/*/train.jsonl")
-    answers = [json.loads(line)["answers"] for line in mixed.read_text().splitlines()]
-    (said,) = (tmp_path / "cache").glob("arena/few_labels-*/answers.json")
+    labels = [json.loads(line)["answers"] for line in mixed.read_text().splitlines()]
+    (said,) = (tmp_path / "cache").glob("arena/answers-*/answers.json")
     spoken = [[one] for one in json.loads(said.read_text())[2:] if one.strip()]
-    assert answers == [["a b"]] * 2 + spoken
+    assert labels == [["a b"]] * 2 + spoken
     stories = [json.loads(line)["story"] for line in mixed.read_text().splitlines()]
     assert "train 0" not in stories and len(set(stories[:6])) == len(stories[:6])
     report = (tmp_path / "arena_few_labels_2.md").read_text()
-    assert report.splitlines()[4].endswith("recovered   | F1        |")
+    assert report.splitlines()[4].endswith("recovered   | f1        |")
     assert (
         CliRunner()
         .invoke(command.main, [*words[:1], *words[2:]])
         .output.endswith("few_labels needs FairytaleQA; name the folder of its two files\n")
     )
+
+
+def test_the_paper_s_tasks_need_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTKD_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "validation"):
+        rows = [{"story": f"{one}", "context": "x y", "question": "w?", "answers": ["a b"]}
+                for one in range(40)]  # fmt: skip
+        Dataset.from_list(rows).to_parquet(tmp_path / f"fairytaleqa_{split}.parquet")
+    words = ["paper", str(tmp_path), "--results", str(tmp_path)]
+    result = CliRunner().invoke(command.main, words)
+    assert result.exit_code == 1
+    assert re.search(
+        r"paper_fairytaleqa needs a GPU: its 24 runs would take some \d", result.output
+    )
+    monkeypatch.setattr(paper, "is_cpu", lambda _: False)
+    found = Paper(tmp_path, tmp_path / "work", "fairytaleqa", labelled=False)
+    sizes = [len(found.examples(split)) for split in ("train", "dev", "test")]
+    assert sizes == [38, 2, 40] and found.metric == "f1"
+    assert found.data != Paper(tmp_path, tmp_path / "work", "fairytaleqa", labelled=True).data
 
 
 def test_a_model_is_given_another_vocabulary():
