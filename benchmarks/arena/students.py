@@ -84,6 +84,8 @@ class TextArena(Arena):
             task=self.task,
             columns=dict(self.columns),
             kd_weight=None if method.loss == SFT else weight,
+            # Some losses come without cross-entropy, or with less of it.
+            ce_weight=None if method.loss == SFT else 1.0,
             seed=seed,
             output=str(output),
             measure="nothing",

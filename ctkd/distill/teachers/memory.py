@@ -37,15 +37,17 @@ class KnownStates:
     """What memories of the same teacher pass on to each other.
 
     Attributes:
-        rows_folder: Where whole rows of logits are kept, 4 bytes an entry in float32, for any
-            process that reads the same states; None to have the head make them at every step.
-        read: Which rows in which batches the states are of, the last ones that were read.
+        rows_folder: Where the logits of all rows are kept in a file, 4 bytes an entry in float32,
+            for later processes as well; None to have the head make them at every step.
+        read: Which rows in which batches the states or logits are of, the last ones that were read.
         states: Hidden states by row.
+        rows: Logits of all rows (R, V), one row behind the other.
     """
 
     rows_folder: Path | None = None
     read: tuple[Any, ...] = ()
     states: dict[_Row, Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
 
 
 def memory_bytes(model: PreTrainedModel, sides: Sequence[EncodedSide], *, score_eos: bool) -> int:
@@ -90,14 +92,46 @@ class TeacherMemory:
         # Read in other batches, states differ in their last digits.
         read = model.dtype, batch_size, score_eos, tuple(map(_key, sides))
         known = known or KnownStates()
+        # What lies where in the file of logits.
+        sizes = {_key(side): _positions(side, score_eos) for side in sides}
+        starts = itertools.accumulate(sizes.values(), initial=0)
+        self._starts = dict(zip(sizes, starts, strict=False))
         if known.read != read:
-            known.states = self._read(sides, pad_id, batch_size)
+            if known.rows_folder is None:
+                known.states = self._read(sides, pad_id, batch_size)
+            else:
+                known.rows = self._read_rows(known.rows_folder, sizes, sides, pad_id, batch_size)
             known.read = read
-        self._states, self._rows = known.states, None
-        if known.rows_folder is not None:
-            self._rows = _whole_rows(known.rows_folder, logits, self._states, vocab_size)
-            ends = itertools.accumulate(map(len, self._states.values()), initial=0)
-            self._starts = dict(zip(self._states, ends, strict=False))
+        self._states, self._rows = known.states, known.rows
+
+    def _read_rows(
+        self,
+        folder: Path,
+        sizes: dict[_Row, int],
+        sides: Sequence[EncodedSide],
+        pad_id: int,
+        batch_size: int,
+    ) -> Tensor:
+        """Logits of all rows, in a file that is made once for this model and these rows."""
+        model, head = self._logits.model, self._logits.head()
+        shape = sum(sizes.values()), self._vocab_size or head.weight.shape[0]
+        made_by = hashlib.sha256(repr((shape, head.scale, head.softcap, batch_size)).encode())
+        made_by.update(repr(list(sizes)).encode())
+        for value in model.state_dict().values():
+            made_by.update(value.cpu().flatten().contiguous().view(torch.uint8).numpy().data)
+        final = folder / f"rows-{made_by.hexdigest()[:16]}"
+        with locked(final), torch.no_grad():
+            if not final.exists():
+                states = self._read(sides, pad_id, batch_size)
+                with building(final) as partial:
+                    rows = _file(partial / "logits", shape, model.dtype, write=True)
+                    parts = torch.split(rows, list(sizes.values()))
+                    bar = tqdm(parts, desc="teacher: logits", leave=False, disable=None)
+                    for key, out in zip(sizes, bar, strict=True):
+                        hidden = states[key].to(head.weight.device).unsqueeze(0)
+                        for which, block in self._logits.from_hidden(hidden).blocks():
+                            out[which] = block[:, : shape[1]].to(out)
+        return _file(final / "logits", shape, model.dtype, write=False)
 
     def _read(
         self, sides: Sequence[EncodedSide], pad_id: int, batch_size: int
@@ -142,36 +176,6 @@ class TeacherMemory:
             every_row = self._rows.expand(len(mask), -1, -1)
             return DenseLogits(every_row, mask=mask, rows=kept["rows"])
         return DenseLogits(self._rows[kept["rows"].cpu()].to(mask.device), mask=mask)
-
-
-def _whole_rows(
-    folder: Path, logits: ModelLogits, states: dict[_Row, Tensor], vocab_size: int | None
-) -> Tensor:
-    """Logits of all states (R, V), in a file that is made once for these states and this head."""
-    head, sizes = logits.head(), list(map(len, states.values()))
-    columns, some = vocab_size or head.weight.shape[0], next(iter(states.values()))
-    made_by = hashlib.sha256(repr((columns, head.scale, head.softcap, *states)).encode())
-    for tensor in (head.weight, head.bias, *states.values()):
-        if tensor is not None:
-            made_by.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    final = folder / f"rows-{made_by.hexdigest()[:16]}"
-    shape = sum(sizes), columns
-    with locked(final), torch.no_grad():
-        if not final.exists():
-            with building(final) as partial:
-                rows = _file(partial / "logits", shape, some.dtype, write=True)
-                each = tqdm(
-                    zip(states.values(), torch.split(rows, sizes), strict=True),
-                    desc="teacher: logits",
-                    total=len(sizes),
-                    leave=False,
-                    disable=None,
-                )
-                for hidden, out in each:
-                    one = logits.from_hidden(hidden.to(head.weight.device).unsqueeze(0))
-                    for which, block in one.blocks():
-                        out[which] = block[:, :columns].to(out)
-    return _file(final / "logits", shape, some.dtype, write=False)
 
 
 def _file(path: Path, shape: tuple[int, int], dtype: torch.dtype, *, write: bool) -> Tensor:
