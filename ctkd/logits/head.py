@@ -14,7 +14,7 @@ __all__ = ["HeadLogits"]
 
 
 class HeadLogits(RowLogits):
-    r"""Logits as hidden states and the head that makes them, not whole in memory.
+    r"""Logits as hidden states and the head that makes them, a few rows at a time.
 
     .. math:: x = c \tanh \frac{a (h W^\top + b)}{c}
 
@@ -28,9 +28,8 @@ class HeadLogits(RowLogits):
     calls the wrapper, and gives such an object wherever the model's head allows.
 
     The forward pass of a loss computes the logits once or twice and its backward pass once more, a
-    block of rows at a time; a loss that compares whole rows works through them in both. Where no
-    gradient is wanted and B * L is at most H / 2, all rows are computed once and kept, which takes
-    up to half as much memory as the weight.
+    block of rows at a time; a loss that compares whole rows works through them in both. Where B * L
+    * V' is at most 2^24, such a loss keeps its gradient, of 64 MiB at most, for the backward pass.
 
     Shape:
         ``hidden`` (B, L, H), ``weight`` (V', H), ``bias`` (V',).

@@ -166,7 +166,7 @@ class RowSource(ABC):
         """See `ctkd.ops.chosen_log_probs`."""
 
     def gradient_buffer(self, index: Tensor) -> Tensor | None:
-        """Memory for a gradient of all rows, see `ctkd.ops.gradient_rows`; None for a head."""
+        """Memory for a gradient of all rows, see `ctkd.ops.gradient_rows`; None if that is much."""
         return None
 
     @abstractmethod
@@ -241,20 +241,17 @@ class HeadRows(RowSource):
         inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
         super().__init__((hidden.shape[0], hidden.shape[1], weight.shape[0]), *inputs)
         self.bias, self.scale, self.softcap = bias, scale, softcap
-        # All rows and the version of what they were made of, see `_kept`.
-        self._all: tuple[Tensor, int] | None = None
 
     def chunks(self, index: Tensor, width: int) -> Iterator[tuple[Which, Rows]]:
-        if (kept := self._kept()) is not None:
-            yield slice(None), Rows(kept, index, width)
-            return
         for which, logits, _ in self._chunks(index):
-            numbers = None
-            if not ops.can_inspect(index):
-                # What was computed where there is no row must not be taken for one.
-                numbers = torch.arange(logits.shape[0], device=self.device)
-                numbers.masked_fill_(index[which] < 0, -1)
-            yield which, Rows(logits, numbers, width)
+            yield which, Rows(logits, self._numbers(index[which]), width)
+
+    def _numbers(self, index: Tensor) -> Tensor | None:
+        """Rows of a chunk; None where all of them are rows."""
+        if ops.can_inspect(index):
+            return None
+        # What was computed where there is no row must not be taken for one.
+        return torch.arange(index.shape[0], device=self.device).masked_fill_(index < 0, -1)
 
     def chosen_log_probs(
         self,
@@ -283,6 +280,14 @@ class HeadRows(RowSource):
             answers.append(self._finished(logits, bias).to(self.dtype))
         return torch.cat(answers).view(shape)
 
+    def gradient_buffer(self, index: Tensor) -> Tensor | None:
+        # Not more than the logits of a few rows, which the forward pass holds anyway. Without it
+        # the backward pass would work through both sides' rows again.
+        width = self.shape[2]
+        if self.num_rows > ops.head_rows(width, self.device, 1):
+            return None
+        return torch.empty((self.num_rows + 1, width), dtype=self.dtype, device=self.device)
+
     def backward(
         self, index: Tensor, write: _WriteGradient, buffer: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -293,7 +298,10 @@ class HeadRows(RowSource):
         if self.bias is not None and self.bias.requires_grad:
             bias_gradient = torch.zeros_like(self.bias, dtype=self.dtype)
         for which, logits, rows in self._chunks(index):
-            self._replace(which, logits, write)
+            if buffer is None:
+                self._replace(which, logits, write)
+            else:
+                self._replace(which, logits, write, Rows(buffer, index[which], self.shape[2]))
             with ops.full_precision(self.device):
                 hidden_gradient[index[which]] = logits @ self._weight()
                 if weight_gradient is not None:
@@ -303,34 +311,31 @@ class HeadRows(RowSource):
         of_hidden = hidden_gradient[:-1].view(hidden.shape)
         return (of_hidden, weight_gradient, bias_gradient)[: len(self.inputs)]
 
-    def _replace(self, which: Which, logits: Tensor, write: _WriteGradient) -> None:
-        """Overwrite logits by the gradient of what the head computes before scale and softcap."""
+    def _replace(
+        self, which: Which, logits: Tensor, write: _WriteGradient, known: Rows | None = None
+    ) -> None:
+        """Overwrite logits by the gradient of what the head computes before scale and softcap.
+
+        Args:
+            which: Of an index.
+            logits: Theirs.
+            write: See `RowSource.backward`.
+            known: A gradient to which it adds.
+        """
         width = self.shape[2]
-        if self.softcap is None and self.scale == 1.0:
+        if known is None and self.softcap is None and self.scale == 1.0:
             write(which, Rows(logits, None, width), Rows(logits, None, width))
             return
         # Scaled before it is rounded to a narrow dtype.
-        gradient = torch.empty_like(logits, dtype=self.dtype)
-        write(which, Rows(logits, None, width), Rows(gradient, None, width))
+        numbers = None if known is None or known.index is None else self._numbers(known.index)
+        out = known or Rows(torch.empty_like(logits, dtype=self.dtype), None, width)
+        write(which, Rows(logits, numbers, width), out)
+        gradient = out.read()
         if self.softcap is not None:
-            gradient.mul_(1.0 - (logits.to(self.dtype) / self.softcap).square_())
-        logits.copy_(gradient.mul_(self.scale))
-
-    def _kept(self) -> Tensor | None:
-        """All rows (B * L, V') of a frozen head, if they are few; None to compute them a few each.
-
-        They are read in the forward and in the backward pass, and few take little beside the head.
-        """
-        version = version_of(self.inputs)
-        trained = any(map(attrgetter("requires_grad"), self.inputs))
-        if trained or version is None or 2 * self.num_rows > self.inputs[0].shape[2]:
-            return None
-        if self._all is None or self._all[1] != version:
-            everything = torch.arange(self.num_rows, device=self.device)
-            with torch.no_grad(), ops.full_precision(self.device):
-                logits = self._hidden(everything) @ self._weight().t()
-                self._all = self._finished(logits, self.bias), version
-        return self._all[0]
+            gradient = gradient * (1.0 - (logits.to(self.dtype) / self.softcap).square_())
+        logits.copy_(gradient * self.scale)
+        if numbers is not None:
+            logits.masked_fill_((numbers < 0).unsqueeze(-1), 0.0)
 
     def _chunks(self, index: Tensor) -> Iterator[tuple[Which, Tensor, Tensor]]:
         """Selections of rows, their logits, which may be overwritten, and hidden states."""

@@ -383,18 +383,19 @@ def test_ids_and_columns_overwritten_before_the_backward_pass_are_noticed(kind):
 
 
 @pytest.mark.parametrize("teacher_kind", ["tensor", "top_k"])
-def test_a_teacher_overwritten_before_it_is_read_again_is_noticed(teacher_kind):
+def test_a_teacher_overwritten_before_it_is_read_again_is_noticed(teacher_kind, monkeypatch):
     rows = randn(B, T, W).float()
     labels = torch.zeros(B, T, dtype=torch.int64)
     kept = TopK.of(DenseLogits(rows), labels, 3, [ULD.settings["teacher_temperature"]])
-    for kind in KINDS:
+    for kind, elements in (("tensor", "100"), ("head", "100000"), ("head", "1")):
+        monkeypatch.setenv("CTKD_BLOCK_ELEMENTS", elements)
         teacher = DenseLogits(rows) if teacher_kind == "tensor" else TopKLogits(kept)
         logits = logits_of(leaves_of(kind, torch.float32))
         temperature = ULD.settings["teacher_temperature"]
         options = {"teacher_temperature": temperature, "spread_tail": teacher_kind == "top_k"}
         values = map_rows(logits, teacher, POSITIONS, ULD, **options).values.sum()
-        if kind == "tensor":
-            # Its gradient was computed with the values; the next pass needs another one.
+        if (kind, elements) != ("head", "1"):
+            # The gradient was computed with the values; the next pass needs another one.
             values.backward(retain_graph=True)
         (rows if teacher_kind == "tensor" else kept.values).add_(1.0)
         with pytest.raises(BatchError, match="teacher's logits were overwritten"):
@@ -571,3 +572,24 @@ def test_nothing_as_large_as_the_logits_is_made_but_the_gradient(query, monkeypa
             (gradient,) = torch.autograd.grad(answer.sum(), leaf)
         large = [place for place, size in largest.sizes.items() if size >= leaf.numel() // 4]
         assert large == [gradient.untyped_storage().data_ptr()]
+
+
+def test_few_rows_of_a_head_are_worked_through_once(monkeypatch):
+    row_loss, worked = ops.row_loss, []
+
+    def counted(loss, student, *others):
+        worked.append(len(student))
+        return row_loss(loss, student, *others)
+
+    monkeypatch.setattr(ops, "row_loss", counted)
+    gradients = []
+    for elements, passes in (("100000", 1), ("1", 2)):
+        monkeypatch.setenv("CTKD_BLOCK_ELEMENTS", elements)
+        worked.clear()
+        leaves = leaves_of("head", torch.float32)
+        teacher = DenseLogits(randn(B, T, W).float())
+        map_rows(logits_of(leaves), teacher, POSITIONS, ULD).values.sum().backward()
+        assert sum(worked) == passes * int((POSITIONS >= 0).all(-1).sum())
+        gradients.append([leaf.grad for leaf in leaves])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)

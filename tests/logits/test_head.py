@@ -9,7 +9,6 @@ from torch import Tensor
 from ctkd.batch import Side
 from ctkd.errors import BatchError, SettingError
 from ctkd.logits import DenseLogits, HeadLogits, RowLogits
-from ctkd.logits.sources import HeadRows
 from tests.logits.cases import (
     COLUMNS,
     DIFFERENTIABLE,
@@ -283,36 +282,3 @@ def test_packed_logits_are_not_packed_again():
     side = Side.from_causal_lm(HeadLogits(**FITTING), labels)
     with pytest.raises(BatchError, match="packed already"):
         Side.from_causal_lm(side.logits, labels[:, :1])
-
-
-def test_few_rows_of_a_frozen_head_are_computed_once(monkeypatch):
-    computed, finished = [], HeadRows._finished
-    monkeypatch.setattr(
-        HeadRows, "_finished", lambda *a: computed.append(len(a[1])) or finished(*a)
-    )
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(30, 16, generator=generator)
-    numbers = torch.arange(8).flip(0)
-
-    def read(logits):
-        return torch.cat([rows.read() for _, rows in logits.chunks(numbers)])
-
-    def expected(hidden):
-        return 3.0 * torch.tanh(hidden @ weight.t() / 3.0).flatten(0, 1)[numbers]
-
-    # Up to half as many rows as a hidden state has numbers.
-    for length, times in ((4, 1), (5, 2)):
-        computed.clear()
-        hidden = torch.randn(2, length, 16, generator=generator)
-        logits = HeadLogits(hidden, weight, softcap=3.0)
-        for _ in range(2):
-            torch.testing.assert_close(read(logits), expected(hidden))
-        assert len(computed) == times
-        # Overwritten hidden states make other rows.
-        hidden.mul_(0.5)
-        torch.testing.assert_close(read(logits), expected(hidden))
-        assert len(computed) == times + 1
-    # A head that is trained is computed anew.
-    computed.clear()
-    trained = HeadLogits(hidden[:, :4], weight.clone().requires_grad_())
-    assert torch.equal(read(trained), read(trained)) and len(computed) == 2
