@@ -19,6 +19,7 @@ trains nothing, and writes what the rows say.
 """
 
 import hashlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +95,8 @@ def main(
     FOLDER holds fairytaleqa_train.parquet and fairytaleqa_validation.parquet, and for the arena
     paper the same of qed and dialogsum. Without one, scratch and transfer take Python's reference.
     """
+    if minutes is not None and not 0 <= minutes < math.inf:
+        raise click.BadParameter(f"{minutes} is no time to train for", param_hint="--minutes")
     quieten()
     path = results / f"arena_{name}.jsonl"
     try:

@@ -115,7 +115,8 @@ def read_runs(
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             try:
                 row = json.loads(line)
-            except ValueError:
+                _ = row["method"]
+            except (ValueError, TypeError, KeyError):
                 click.echo(f"{path}: line {number} was cut off; its run is done again", err=True)
                 continue
             if row.get("data") != data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import click
@@ -42,7 +43,9 @@ def evaluate(model: str | None, form: str, overwrite: bool, **options: Any) -> N
     request = EvaluateRequest(model=model, **given(options, EvaluateRequest))
     result = run_evaluation(request, overwrite=overwrite, say=say)
     if form == "json":
-        show(json.dumps(result, indent=2))
+        # JSON has no word for what is no number.
+        finite = {name: one if math.isfinite(one) else None for name, one in result.items()}
+        show(json.dumps(finite, indent=2))
         return
     rows = [
         [name, str(value) if isinstance(value, int) else f"{value:.4g}"]

@@ -142,12 +142,12 @@ def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
     assert "| shared_kl | 1        | 2       |" in report and "Not measured yet." in report
     assert CliRunner().invoke(command.main, [*words, "--report"]).exit_code == 0
     assert len(path.read_text().splitlines()) == len(rows)
-    # Killed while it wrote.
-    path.write_text(path.read_text()[:-40])
+    # Killed while it wrote, and something else.
+    path.write_text(f"5\n{path.read_text()[:-40]}")
     result = CliRunner().invoke(command.main, words)
-    assert f"line {len(rows)} was cut off; its run is done again" in result.stderr
+    assert f"line {len(rows) + 1} was cut off; its run is done again" in result.stderr
     again = path.read_text().splitlines()
-    assert len(again) == len(rows) + 1 and json.loads(again[-1])["test"] == rows[-1]["test"]
+    assert len(again) == len(rows) + 2 and json.loads(again[-1])["test"] == rows[-1]["test"]
     bad = CliRunner().invoke(command.main, [*words, "--share", "3/2"])
     assert bad.exit_code == 2 and "'3/2' is no share of the work" in bad.output
 

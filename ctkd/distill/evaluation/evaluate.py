@@ -297,7 +297,7 @@ def _against_teacher(
             use_cpu=is_cpu(model.device),
         )
     if request.next_bytes:
-        found |= next_byte_divergence(
+        divergence = next_byte_divergence(
             ModelLogits(teacher),
             teacher_tokenizer,
             ModelLogits(model),
@@ -305,7 +305,13 @@ def _against_teacher(
             encoded.rows,
             batch_size=min(request.batch_size, 4),
             progress="next bytes",
-        ).summary()
+        )
+        if left_out := len(encoded.rows) - divergence.rows:
+            say(
+                f"next bytes: {left_out} of {len(encoded.rows)} answers are left out, of which the "
+                "tokenizers do not have the same bytes"
+            )
+        found |= divergence.summary()
     return found
 
 

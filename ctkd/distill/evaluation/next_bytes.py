@@ -23,7 +23,7 @@ from ctkd.distill.data.collator import padded_sides, padding_id
 from ctkd.distill.data.encoding import EncodedExample, EncodedSide
 from ctkd.distill.models.loading import evaluating, head_width
 from ctkd.distill.models.model_logits import ModelLogits
-from ctkd.errors import DataError
+from ctkd.errors import DataError, ModelError
 from ctkd.tokenization.token_bytes import TokenBytes
 
 __all__ = ["Branches", "ByteMasses", "NextBytes", "next_byte_divergence"]
@@ -79,12 +79,14 @@ class ByteMasses(NamedTuple):
     """What a model expects at each byte of a text.
 
     Attributes:
-        masses: (N, 256) probability of tokens that agree with the bytes of the text's own token so
-            far, and go on with each byte; nan where no token does.
+        text: Its N bytes.
+        log_masses: (N, 256) log-probability of the tokens that agree with the bytes of the text's
+            own token so far, and go on with each byte; nan where there is none.
         starts: (N,) whether a token begins there.
     """
 
-    masses: NDArray[np.float64]
+    text: bytes
+    log_masses: NDArray[np.float64]
     starts: NDArray[np.bool_]
 
 
@@ -104,11 +106,14 @@ def byte_masses(
         table: Of the tokenizer, the first V ids.
         branches: Of the same.
 
+    Raises:
+        ModelError: If a logit is nan.
+
     Example:
         >>> table = TokenBytes((b"a", b"ab", b"b"), ("text",) * 3)
         >>> rows = torch.tensor([[0.5, 0.25, 0.25]]).log()
         >>> found = byte_masses(rows, [1], table, Branches(table.bytes_of))
-        >>> found.masses[:, [97, 98]]  # "a" or "b"; then, of "ab", "b" alone
+        >>> np.exp(found.log_masses[:, [97, 98]]).round(6)  # "a" or "b"; then, of "ab", "b" alone
         array([[0.75, 0.25],
                [ nan, 0.25]])
         >>> found.starts
@@ -116,12 +121,15 @@ def byte_masses(
     """
     pieces = [table.bytes_of[index] for index in ids]
     first = np.cumsum([0, *map(len, pieces)])
-    masses = np.full((int(first[-1]), 256), np.nan)
-    starts = np.zeros(len(masses), dtype=bool)
+    log_masses = np.full((int(first[-1]), 256), np.nan)
+    starts = np.zeros(len(log_masses), dtype=bool)
     starts[first[:-1][np.diff(first) > 0]] = True
-    probs = rows.double().softmax(-1)[:, branches.order.to(rows.device)].cpu().numpy()
-    # Rows of equal bytes so far are added up together, and each is a sum of its own: a difference
-    # of cumulative sums would lose small ones.
+    log_probs = rows.double().log_softmax(-1)[:, branches.order.to(rows.device)].cpu().numpy()
+    if np.isnan(log_probs).any():
+        raise ModelError(
+            "the model's logits are no numbers; look for nan or infinite values in its weights"
+        )
+    # Rows of equal bytes so far are added up together.
     places: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
     for row, piece in enumerate(pieces):
         for depth in range(len(piece)):
@@ -129,9 +137,20 @@ def byte_masses(
     for prefix, both in places.items():
         branch = branches.after(prefix)
         which, where = map(list, zip(*both, strict=True))
-        some = probs[which, branch.start : branch.stop]
-        masses[np.ix_(where, branch.bytes)] = np.add.reduceat(some, branch.offsets, axis=1)
-    return ByteMasses(masses, starts)
+        some = log_probs[which, branch.start : branch.stop]
+        log_masses[np.ix_(where, branch.bytes)] = _log_sums(some, branch.offsets)
+    return ByteMasses(b"".join(pieces), log_masses, starts)
+
+
+def _log_sums(values: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Logs of sums of exponentials over runs of columns that begin at offsets."""
+    largest = np.maximum.reduceat(values, offsets, axis=1)
+    # A run of nothing but minus infinity stays that.
+    largest = np.where(np.isneginf(largest), 0.0, largest)
+    counts = np.diff(offsets, append=values.shape[1])
+    terms = np.exp(values - np.repeat(largest, counts, axis=1))
+    with np.errstate(divide="ignore"):
+        return np.log(np.add.reduceat(terms, offsets, axis=1)) + largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +171,14 @@ class NextBytes:
         starts: Bits over the bytes at which both models begin a token, where nothing is left out.
         bytes: N.
         start_bytes: Those at which both begin a token.
+        rows: Texts.
     """
 
     total: float
     starts: float
     bytes: int
     start_bytes: int
+    rows: int = 1
 
     def summary(self) -> dict[str, float]:
         """Means in bits a byte, and the share of bytes at which both models begin a token."""
@@ -173,11 +194,13 @@ class NextBytes:
 
 def divergence(teacher: ByteMasses, student: ByteMasses) -> NextBytes:
     """The divergence at the bytes of one text."""
-    common = ~np.isnan(teacher.masses) & ~np.isnan(student.masses)
-    ours, theirs = (np.where(common, one.masses, 0.0) for one in (student, teacher))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ours, theirs = (one / one.sum(1, keepdims=True) for one in (ours, theirs))
-        bits = np.where(theirs > 0.0, theirs * np.log2(theirs / ours), 0.0).sum(1)
+    common = ~np.isnan(teacher.log_masses) & ~np.isnan(student.log_masses)
+    theirs, ours = (np.where(common, one.log_masses, -np.inf) for one in (teacher, student))
+    one_run = np.zeros(1, np.int64)
+    theirs, ours = (one - _log_sums(one, one_run) for one in (theirs, ours))
+    expected = np.exp(theirs)
+    with np.errstate(invalid="ignore"):
+        bits = np.where(expected > 0.0, expected * (theirs - ours), 0.0).sum(1) / math.log(2)
     both = teacher.starts & student.starts
     return NextBytes(float(bits.sum()), float(bits[both].sum()), len(bits), int(both.sum()))
 
@@ -187,8 +210,9 @@ class _Reader:
 
     def __init__(self, logits: ModelLogits, tokenizer: PreTrainedTokenizerBase) -> None:
         self._logits, self._pad_id = logits, padding_id(tokenizer)
-        self._width = min(len(tokenizer), head_width(logits.model))
-        self._table = TokenBytes.from_tokenizer(tokenizer).first(self._width)
+        table = TokenBytes.from_tokenizer(tokenizer)
+        self._width = min(len(table), head_width(logits.model))
+        self._table = table.first(self._width)
         self._branches = Branches(self._table.bytes_of)
 
     @torch.no_grad()
@@ -246,7 +270,7 @@ def next_byte_divergence(
         parts += [
             divergence(one, other)
             for one, other in zip(theirs, ours, strict=True)
-            if len(one.masses) == len(other.masses)
+            if one.text == other.text
         ]
     if not parts:
         raise DataError("no row has the same bytes in both tokenizations; look with ctkd doctor")
@@ -255,4 +279,5 @@ def next_byte_divergence(
         math.fsum(one.starts for one in parts),
         sum(one.bytes for one in parts),
         sum(one.start_bytes for one in parts),
+        len(parts),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,8 +121,12 @@ class TeacherMemory:
         for value in model.state_dict().values():
             made_by.update(value.cpu().flatten().contiguous().view(torch.uint8).numpy().data)
         final = folder / f"rows-{made_by.hexdigest()[:16]}"
+        size = math.prod(shape) * model.dtype.itemsize
         with locked(final), torch.no_grad():
-            if not final.exists():
+            # A file that was cut is made again.
+            file = final / "logits"
+            if not (file.is_file() and file.stat().st_size == size):
+                shutil.rmtree(final, ignore_errors=True)
                 states = self._read(sides, pad_id, batch_size)
                 with building(final) as partial:
                     rows = _file(partial / "logits", shape, model.dtype, write=True)
@@ -131,7 +136,7 @@ class TeacherMemory:
                         hidden = states[key].to(head.weight.device).unsqueeze(0)
                         for which, block in self._logits.from_hidden(hidden).blocks():
                             out[which] = block[:, : shape[1]].to(out)
-        return _file(final / "logits", shape, model.dtype, write=False)
+        return _file(file, shape, model.dtype, write=False)
 
     def _read(
         self, sides: Sequence[EncodedSide], pad_id: int, batch_size: int

@@ -16,7 +16,7 @@ from ctkd.distill.evaluation.next_bytes import (
     next_byte_divergence,
 )
 from ctkd.distill.models.model_logits import ModelLogits
-from ctkd.errors import DataError
+from ctkd.errors import DataError, ModelError
 from ctkd.tokenization.token_bytes import TokenBytes
 from tests.distill.tiny import Setup
 from tests.distill.tiny_runs import Workplace, invoke
@@ -67,10 +67,10 @@ def check_against_loops(generator):
     for table, ids, rows in sides:
         masses = byte_masses(rows, ids, table, Branches(table.bytes_of))
         loops, starts = looped(table, ids, rows)
-        for got, wanted in zip(masses.masses, loops, strict=True):
+        for got, wanted in zip(masses.log_masses, loops, strict=True):
             assert {int(one) for one in np.nonzero(~np.isnan(got))[0]} == set(wanted)
             for byte, mass in wanted.items():
-                assert got[byte] == pytest.approx(mass, rel=1e-12)
+                assert math.exp(got[byte]) == pytest.approx(mass, rel=1e-12)
         assert masses.starts.tolist() == starts
         found.append(masses)
         expected.append((loops, starts))
@@ -89,13 +89,27 @@ def check_against_loops(generator):
     assert divergence(found[0], found[0]).total == 0.0
 
 
-def test_small_masses_are_not_lost():
-    table = TokenBytes((b"a", b"b"), ("text",) * 2)
-    rows = torch.tensor([[0.0, -300.0]], dtype=torch.float64)
-    masses = byte_masses(rows, [0], table, Branches(table.bytes_of))
-    assert masses.masses[0, ord("b")] == pytest.approx(math.exp(-300), rel=1e-9)
-    flat = byte_masses(torch.zeros(1, 2), [0], table, Branches(table.bytes_of))
-    assert divergence(flat, masses).total == pytest.approx(0.5 * 300 / math.log(2) - 1, rel=1e-9)
+def test_small_masses_are_not_lost_and_nan_is_no_match():
+    table = TokenBytes((b"a", b"b", b"ba", b"bb"), ("text",) * 4)
+    branches = Branches(table.bytes_of)
+
+    def masses(*logits, text=2):
+        rows = torch.tensor([logits], dtype=torch.float64)
+        return byte_masses(rows, [text], table, branches)
+
+    flat = masses(0.0, 0.0, 0.0, 0.0)
+    sharp = masses(0.0, -5000.0, -3000.0, -2000.0)
+    assert sharp.log_masses[0, ord("b")] == pytest.approx(-2000.0)
+    # 1/4 and 3/4 against 1 and e^-2000; then 1/2 each against e^-1000 and 1.
+    first = 0.25 * math.log2(0.25) + 0.75 * (math.log2(0.75) + 2000 / math.log(2))
+    second = -1.0 + 0.5 * 1000 / math.log(2)
+    assert divergence(flat, sharp).total == pytest.approx(first + second, rel=1e-12)
+    assert divergence(sharp, flat).total == pytest.approx(math.log2(4) + 1.0, rel=1e-12)
+    ruled_out = masses(0.0, 0.0, -math.inf, 0.0)
+    assert divergence(flat, ruled_out).total == math.inf
+    assert divergence(ruled_out, flat).total < math.inf
+    with pytest.raises(ModelError, match="logits are no numbers"):
+        masses(0.0, math.nan, 0.0, 0.0)
 
 
 def test_a_model_expects_what_its_own_teacher_expects():
@@ -114,8 +128,13 @@ def test_a_model_expects_what_its_own_teacher_expects():
     same = [replace(row, teacher=row.student) for row in setup.rows]
     itself = next_byte_divergence(student, tokenizers[0], student, tokenizers[0], same).summary()
     assert itself["next_byte_divergence"] == pytest.approx(0.0, abs=1e-12)
+    # Answers of as many bytes that are others.
+    ids = setup.rows[1].teacher.answer_ids
+    assert len(set(ids)) > 1
+    other = replace(setup.rows[1], teacher=replace(setup.rows[1].teacher, answer_ids=ids[::-1]))
+    assert measure([setup.rows[0], other], 2) == pytest.approx(measure(setup.rows[:1], 2))
     with pytest.raises(DataError, match="no row has the same bytes"):
-        measure(setup.rows[:0], 1)
+        measure([other], 1)
 
 
 def test_the_command_measures_it(tmp_path):
