@@ -332,8 +332,8 @@ class HeadRows(RowSource):
         write(which, Rows(logits, numbers, width), out)
         gradient = out.read()
         if self.softcap is not None:
-            gradient = gradient * (1.0 - (logits.to(self.dtype) / self.softcap).square_())
-        logits.copy_(gradient * self.scale)
+            gradient.mul_(1.0 - (logits.to(self.dtype) / self.softcap).square_())
+        logits.copy_(gradient.mul_(self.scale))
         if numbers is not None:
             logits.masked_fill_((numbers < 0).unsqueeze(-1), 0.0)
 
