@@ -103,10 +103,12 @@ def main(
         begun = time.monotonic()
         for make in ARENAS[name]:
             arena = make(folder, cache_dir() / "arena")
-            if not only_report:
-                with stopped_after(minutes, begun):
-                    work_off(arena, path, share)
-            write_report(results, arena, path)
+            try:
+                if not only_report:
+                    with stopped_after(minutes, begun):
+                        work_off(arena, path, share)
+            finally:
+                write_report(results, arena, path)
     except (Interrupted, KeyboardInterrupt):
         click.echo("stopped; the same command goes on")
     except CtkdError as error:
@@ -120,12 +122,13 @@ def stopped_after(minutes: float | None, begun: float) -> Iterator[None]:
         yield
         return
     # As early as that would stop nothing, so that 0 minutes train nothing.
-    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, max(60 * minutes - (time.monotonic() - begun), 1e-3))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def work_off(arena: Arena, path: Path, share: tuple[int, int]) -> None:
@@ -135,11 +138,15 @@ def work_off(arena: Arena, path: Path, share: tuple[int, int]) -> None:
         about = environment("transformers", "tokenizers")
         append_row(path, {**about, "data": arena.data, **row})
 
+    prepared = False
     while True:
         runs, models = read_runs(path, arena.data, arena.plan.methods)
         left = list(wanted(arena.plan, runs))
         if not left:
             return
+        if not prepared:
+            arena.prepare()
+            prepared = True
         unmeasured = [one for one in arena.models if one not in models]
         if unmeasured and share[0] == 1:
             keep(arena.of_model(unmeasured[0]))

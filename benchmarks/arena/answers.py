@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arena.runs import Method, Plan
+from benchmarks.arena.runs import Plan
 from benchmarks.arena.students import TextArena, write_rows
 from benchmarks.quality import fine_tuned
 from ctkd.cache_folder import locked
@@ -61,24 +61,7 @@ class AnswerArena(TextArena):
     def student(self) -> str:
         return STUDENT
 
-    @property
-    def models(self) -> Sequence[str]:
-        return ["teacher", "start"]
-
-    def of_model(self, name: str) -> dict[str, Any]:
-        self._prepare()
-        return super().of_model(name)
-
-    def run(self, method: Method, weight: float, seed: int) -> dict[str, Any]:
-        self._prepare()
-        return super().run(method, weight, seed)
-
-    def scores(self, model: str) -> dict[str, Any]:
-        predictions = self._answer(model, self.examples("test"))
-        score = score_predictions(predictions).summary()[get_task(self.task).metrics[0]]
-        return {**super().scores(model), "score": round(score, 2)}
-
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Train the teacher, and write its answers in the place of labels, once."""
         self._shared.mkdir(parents=True, exist_ok=True)
         # Several processes share the runs, and the first makes what all need.
@@ -99,6 +82,11 @@ class AnswerArena(TextArena):
         ]
         # A teacher that is silent has nothing to teach.
         write_rows(self.work / "train.jsonl", [row for row in mixed if row[target][0].strip()])
+
+    def scores(self, model: str) -> dict[str, Any]:
+        predictions = self._answer(model, self.examples("test"))
+        score = score_predictions(predictions).summary()[get_task(self.task).metrics[0]]
+        return {**super().scores(model), "score": round(score, 2)}
 
     def _answers(self, asked: Sequence[Example]) -> list[str]:
         path = self._shared / "answers.json"

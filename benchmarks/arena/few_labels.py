@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arena.answers import AnswerArena
-from benchmarks.arena.runs import Plan
-from benchmarks.arena.transfer import METHODS
+from benchmarks.arena.runs import DEFAULT_WEIGHTS
 from benchmarks.quality import read
 from ctkd.errors import DataError
 
@@ -48,7 +47,7 @@ stories; they hold one by one, the p values together.
             {"group": "story"},
             labels,
             SETTINGS,
-            Plan(methods=METHODS, seeds=3, more_seeds=3),
+            DEFAULT_WEIGHTS,
             work,
             MAX_NEW_TOKENS,
         )

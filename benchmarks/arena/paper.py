@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.arena.answers import AnswerArena
-from benchmarks.arena.runs import Plan
-from benchmarks.arena.transfer import METHODS
+from benchmarks.arena.runs import DEFAULT_WEIGHTS
 from ctkd.distill.data.rows import load_rows
 from ctkd.distill.data.tasks import examples, split_off
 from ctkd.distill.devices import choose_device, is_cpu
@@ -42,7 +41,7 @@ class Paper(AnswerArena):
         labelled: Whether students see labels.
 
     Raises:
-        DataError: If there are no such files, or no GPU; then with an estimate of the time.
+        DataError: If there are no such files.
     """
 
     limits = """\
@@ -59,7 +58,6 @@ for other seeds on other rows of these data sets.
         table = load_rows(str(source / f"{data_set}_train.parquet"))
         _, held = split_off(examples(table, task, columns), DEV_FRACTION, 0)
         numbers = {int(one.id) for one in held}
-        plan = Plan(methods=METHODS, seeds=3, more_seeds=3)
         super().__init__(
             f"paper_{data_set}" + ("" if labelled else "_unlabelled"),
             {
@@ -71,17 +69,20 @@ for other seeds on other rows of these data sets.
             columns,
             None if labelled else 0,
             SETTINGS,
-            plan,
+            DEFAULT_WEIGHTS,
             work,
             64,
         )
+
+    def prepare(self) -> None:
+        """Refuse a CPU, with an estimate of the time."""
         if is_cpu(choose_device("auto")):
-            hours = self.seconds() / 3600
+            runs, hours = self.plan.seeds * len(self.plan.methods), self.seconds() / 3600
             raise DataError(
-                f"{self.name} needs a GPU: its {plan.seeds * len(plan.methods)} runs would take "
-                f"some {hours:,.0f} hours on this CPU; the arenas scratch, transfer and few_labels "
-                "are made for one"
+                f"{self.name} needs a GPU: its {runs} runs would take some {hours:,.0f} hours on "
+                "this CPU; the arenas scratch, transfer and few_labels are made for one"
             )
+        super().prepare()
 
     def seconds(self) -> float:
         """Estimate what all runs take on a CPU, from a product of matrices."""

@@ -63,6 +63,28 @@ class Plan:
     best: int = 5
 
 
+DEFAULT_WEIGHTS = Plan(
+    methods=[
+        Method(SFT, SFT),
+        *(
+            Method(label, loss, options, factors=(1.0,))
+            for label, loss, options in (
+                ("shared_kl", "shared_kl", {}),
+                ("uld, chunk", "uld", {"pairing": "chunk"}),
+                ("multilevelot, chunk", "multilevelot", {"pairing": "chunk"}),
+                ("bpm", "bpm", {}),
+                ("multilevelot_released", "multilevelot_released", {}),
+                ("uld, position", "uld", {"pairing": "position"}),
+                ("multilevelot, position", "multilevelot", {"pairing": "position"}),
+            )
+        ),
+    ],
+    seeds=3,
+    more_seeds=3,
+)
+"""For long runs: some losses, each at its default weight, with few seeds."""
+
+
 def _rounded(weight: float) -> float:
     """Weights are compared as they are written."""
     return float(f"{weight:.3g}")
@@ -227,6 +249,7 @@ class Arena(ABC):
         plan: What it trains.
         data: Of the texts and settings, which runs have in common.
         metric: Of the score of answers.
+        models: Those that are measured as they are: the teacher, and a student that can be.
     """
 
     name: str
@@ -234,11 +257,14 @@ class Arena(ABC):
     metric: str | None
     plan: Plan
     data: str
+    models: Sequence[str] = ("teacher", "start")
 
-    @property
-    @abstractmethod
-    def models(self) -> Sequence[str]:
-        """Models that are measured as they are."""
+    def prepare(self) -> None:  # noqa: B027
+        """Make what the runs have in common, if there is any; called before they begin.
+
+        Raises:
+            CtkdError: If they cannot be trained here.
+        """
 
     @abstractmethod
     def of_model(self, name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Scratch(TextArena):
     """
 
     name = "scratch"
+    models = ("teacher",)
     limits = """\
 It is one pair of models, of which the student knows nothing at first, one kind of text, one length
 of training and one learning rate. Weights were chosen with one seed. Intervals are Student's, for

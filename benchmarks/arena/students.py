@@ -64,10 +64,6 @@ class TextArena(Arena):
     def student(self) -> str:
         """What every run starts from."""
 
-    @property
-    def models(self) -> Sequence[str]:
-        return ["teacher"]
-
     def of_model(self, name: str) -> dict[str, Any]:
         model = self.teacher if name == "teacher" else self.student
         return {"method": name, **self.scores(model)}

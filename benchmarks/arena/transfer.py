@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.arena.runs import Method, Plan
+from benchmarks.arena.runs import DEFAULT_WEIGHTS
 from benchmarks.arena.students import TextArena
 from benchmarks.arena.texts import cut, fairytale_rows, python_rows
 from ctkd.cache_folder import cache_dir
-from ctkd.distill.config import SFT
 from ctkd.distill.models.fingerprint import model_fingerprint
 from ctkd.distill.models.loading import load_model, load_tokenizer
 from ctkd.distill.models.untrained import made_once
@@ -21,22 +20,6 @@ TEACHER, VOCABULARY = "gemma-3-270m", "smollm2-135m-instruct"
 SETTINGS: dict[str, Any] = {"max_steps": 100, "batch_size": 4, "learning_rate": 1e-4}
 # Texts of some 64 tokens, each of which is read once.
 BYTES, TEXTS = 260, {"train": 400, "dev": 20, "test": 100}
-# Each loss at its default weight: 3 seeds of a dozen minutes leave no time to look for others.
-METHODS = [
-    Method(SFT, SFT),
-    *(
-        Method(label, loss, options, factors=(1.0,))
-        for label, loss, options in (
-            ("shared_kl", "shared_kl", {}),
-            ("uld, chunk", "uld", {"pairing": "chunk"}),
-            ("multilevelot, chunk", "multilevelot", {"pairing": "chunk"}),
-            ("bpm", "bpm", {}),
-            ("multilevelot_released", "multilevelot_released", {}),
-            ("uld, position", "uld", {"pairing": "position"}),
-            ("multilevelot, position", "multilevelot", {"pairing": "position"}),
-        )
-    ),
-]
 
 
 class Transfer(TextArena):
@@ -56,12 +39,7 @@ of the texts, as all students start from the same weights.
 
     def __init__(self, source: Path | None, work: Path) -> None:
         rows = cut(python_rows() if source is None else fairytale_rows(source), BYTES, TEXTS)
-        plan = Plan(methods=METHODS, seeds=3, more_seeds=3)
-        super().__init__(rows, TEACHER, SETTINGS, plan, work, keep_rows=False)
-
-    @property
-    def models(self) -> list[str]:
-        return ["teacher", "start"]
+        super().__init__(rows, TEACHER, SETTINGS, DEFAULT_WEIGHTS, work, keep_rows=False)
 
     @property
     def student(self) -> str:

@@ -29,7 +29,7 @@ class HeadLogits(RowLogits):
 
     The forward pass of a loss computes the logits once or twice and its backward pass once more, a
     block of rows at a time; a loss that compares whole rows works through them in both. Where B * L
-    * V' is at most 2^24, such a loss keeps its gradient, of 64 MiB at most, for the backward pass.
+    * V' is at most 2^24, such a loss keeps its gradient, of the hidden states' dtype, instead.
 
     Shape:
         ``hidden`` (B, L, H), ``weight`` (V', H), ``bias`` (V',).

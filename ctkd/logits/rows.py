@@ -336,7 +336,8 @@ def map_rows(
     """Apply a function to whole rows of both sides, a chunk at a time.
 
     The gradient into a tensor of student logits is computed with the values, so that each row is
-    worked through once; that into a head is computed in the backward pass. The teacher gets none.
+    worked through once; that into a head is computed in the backward pass, unless its logits are
+    few enough to keep it (`HeadLogits`). The teacher gets none.
 
     Shape:
         ``positions`` (N, 2) int64: flattened positions, b * S + i on the student's side and
