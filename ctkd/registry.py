@@ -1,7 +1,8 @@
 """Losses by name: built in, registered at run time, or installed as a plugin.
 
-A plugin is any installed package with an entry point in the group ``ctkd.losses``, for
-example ``my_loss = "my_package:MyLoss"``. Plugins are listed without being imported.
+Those built in are imported when a name is first filed or looked up. A plugin is any installed
+package with an entry point in the group ``ctkd.losses``, for example
+``my_loss = "my_package:MyLoss"``. Plugins are listed without being imported.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 ENTRY_POINT_GROUP = "ctkd.losses"
+_BUILT_IN = "ctkd.losses"
 
 # Names people ask for that are ways to train, not losses between two models.
 _TRAINER_MODES = {
@@ -79,7 +82,7 @@ def register(name: str) -> Callable[[L], L]:
     def add(cls: L) -> L:
         if not (isinstance(cls, type) and issubclass(cls, Loss)):
             raise SettingError(f"{name!r} must be a subclass of ctkd.Loss, got {cls!r}")
-        taken_by = _losses.get(name)
+        taken_by = _registered().get(name)
         if taken_by is not None and taken_by is not cls:
             raise DuplicateLossError(f"{name!r} is claimed by {_path(taken_by)} and {_path(cls)}")
         _losses[name] = cls
@@ -96,7 +99,7 @@ def list_losses(pattern: str = "*") -> list[str]:
         ['multilevelot_released', 'multilevelot_sequence', 'multilevelot_token']
     """
     _plugins.cache_clear()
-    names = _losses.keys() | {plugin.name for plugin in _plugins()}
+    names = _registered().keys() | {plugin.name for plugin in _plugins()}
     return sorted(name for name in names if fnmatch(name, pattern))
 
 
@@ -108,7 +111,7 @@ def get_loss_class(name: str) -> type[Loss]:
         DuplicateLossError: If two claim it.
         PluginError: If the plugin that has it cannot be loaded.
     """
-    builtin = _losses.get(name)
+    builtin = _registered().get(name)
     if builtin is None:
         # It may have been installed a moment ago.
         _plugins.cache_clear()
@@ -208,6 +211,11 @@ def describe(name: str) -> LossFacts:
         settings=_settings(cls),
         doc=inspect.getdoc(cls) or "",
     )
+
+
+def _registered() -> dict[str, type[Loss]]:
+    import_module(_BUILT_IN)
+    return _losses
 
 
 def _settings(cls: type[Loss]) -> dict[str, Any]:

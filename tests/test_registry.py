@@ -44,7 +44,7 @@ class Demanding(ULD):
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_losses", dict(registry._losses))
+    monkeypatch.setattr(registry, "_losses", dict(registry._registered()))
     yield
     registry._plugins.cache_clear()
 

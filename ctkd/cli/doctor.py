@@ -9,7 +9,7 @@ import click
 
 from ctkd.cli.options import given, options_of, quieten, say, show
 from ctkd.distill.config import DoctorRequest
-from ctkd.tokenization.doctor import Thresholds
+from ctkd.tokenization.thresholds import Thresholds
 
 __all__ = ["doctor"]
 

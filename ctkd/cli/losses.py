@@ -7,7 +7,6 @@ import click
 from ctkd.cli.options import show
 from ctkd.cli.plain_text import plain_text
 from ctkd.errors import CtkdError
-from ctkd.registry import describe, list_losses
 
 __all__ = ["losses"]
 
@@ -26,6 +25,8 @@ _TEACHER_NEEDS = {"rows": "whole rows", "top_k": "top k", "observed": "observed 
 def losses(name: str | None) -> None:
     """List the losses, or show all that is known of one."""
     from tabulate import tabulate
+
+    from ctkd.registry import describe, list_losses
 
     if name is None:
         rows = []

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ctkd.distill.devices import Device
 from ctkd.distill.options import (
@@ -21,11 +21,13 @@ from ctkd.distill.options import (
     same_as,
 )
 from ctkd.errors import SettingError
-from ctkd.loss import Loss, Weights
-from ctkd.registry import get_loss
 from ctkd.settings import check_choice, check_count, check_positive
-from ctkd.tokenization.doctor import Thresholds
-from ctkd.tokenizers import Pair, PlaceholderPair
+from ctkd.tokenization.thresholds import Thresholds
+
+# Options are made, and shown in help, without torch.
+if TYPE_CHECKING:
+    from ctkd.loss import Loss, Weights
+    from ctkd.tokenizers import Pair
 
 __all__ = [
     "DTYPES",
@@ -291,6 +293,9 @@ class TrainConfig:
         Args:
             pair: The tokenizers. Without them the loss only tells its settings and weights.
         """
+        from ctkd.registry import get_loss
+        from ctkd.tokenizers import PlaceholderPair
+
         if self.distils:
             return get_loss(self.loss, pair=pair or PlaceholderPair(), **self.loss_options)
         if self.loss_options:
@@ -299,6 +304,8 @@ class TrainConfig:
 
     def weights(self) -> Weights:
         """Weights of cross-entropy and distillation, given or the loss's own."""
+        from ctkd.loss import Weights
+
         loss = self.make_loss()
         default = Weights(1.0, 0.0) if loss is None else loss.default_weights
         return Weights(

@@ -1,6 +1,7 @@
 """Devices: which one to work on, when it is done, and the most memory that work on it held.
 
-No other module of `ctkd.distill` and `ctkd.compare` names a type of device.
+No other module of `ctkd.distill` and `ctkd.compare` names a type of device. Settings name one
+without torch, which takes seconds to load.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import ctypes
 import gc
 import time
 from pathlib import Path
-from typing import Literal, get_args
-
-import torch
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ctkd.errors import ModelError, SettingError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "DEVICES",
@@ -40,6 +42,8 @@ def choose_device(name: str) -> torch.device:
         SettingError: If it is none of `DEVICES`.
         ModelError: If it is not there.
     """
+    import torch
+
     if name not in DEVICES:
         raise SettingError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
     if name == "auto":
@@ -56,6 +60,8 @@ def is_cpu(device: torch.device) -> bool:
 
 def now() -> float:
     """Seconds of a clock, read when all work that was started on an accelerator is done."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -71,6 +77,8 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
+        import torch
+
         self._device = device
         self._measured = True
         if device.type == "cuda":
@@ -84,6 +92,8 @@ class PeakMemory:
     def read(self) -> int | None:
         """Bytes; None where they cannot be measured."""
         if self._device.type == "cuda":
+            import torch
+
             return int(torch.cuda.max_memory_allocated(self._device))
         if not self._measured:
             return None

@@ -1,7 +1,6 @@
 """Two tokenizers: the bytes of their tokens, aligned texts, and maps between vocabularies."""
 
-from ctkd.tokenization.alignment import Aligner, Alignment
-from ctkd.tokenization.pair import TokenizerPair
-from ctkd.tokenization.token_bytes import TokenBytes
+import lazy_loader
 
-__all__ = ["Aligner", "Alignment", "TokenBytes", "TokenizerPair"]
+# Its names stand in __init__.pyi.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ctkd.errors import SettingError
 from ctkd.tokenization.answer_facts import AnswerFacts, AnswerIds, measure_answers
 from ctkd.tokenization.kind_audit import KindAudit, audit_kinds
 from ctkd.tokenization.pair import TokenizerPair
+from ctkd.tokenization.thresholds import Thresholds
 from ctkd.tokenization.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ __all__ = [
     "NamedToken",
     "Overlap",
     "SideFacts",
-    "Thresholds",
     "Verdict",
     "examine",
     "judge",
@@ -134,34 +133,6 @@ class Examination:
         for kind, audit in zip(figures["kinds"], self.kinds, strict=True):
             kind["split_on_one_side"] = audit.split_on_one_side
         return figures
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Thresholds:
-    """Below which a pair is unsound.
-
-    Args:
-        min_coverage: Of the share of the answers' bytes in chunks, from 0 to 1.
-        min_one_to_one: Of the share of the chunks with one token on both sides, from 0 to 1.
-
-    Raises:
-        SettingError: If one lies outside its range.
-    """
-
-    min_coverage: float = field(
-        default=0.95,
-        metadata={"help": "Unsound if less of the answers' bytes is spelled alike on both sides."},
-    )
-    min_one_to_one: float = field(
-        default=0.05,
-        metadata={"help": "Unsound if fewer of the chunks are one token on both sides."},
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("min_coverage", "min_one_to_one"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise SettingError(f"{name} must be from 0 to 1, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -145,7 +145,7 @@ def test_a_loss_on_hidden_states_is_refused_before_anything_is_loaded(place, mon
     class OnHiddenStates(Good):
         needs = frozenset({"hidden"})
 
-    monkeypatch.setattr(registry, "_losses", {**registry._losses, "states": OnHiddenStates})
+    monkeypatch.setattr(registry, "_losses", {**registry._registered(), "states": OnHiddenStates})
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
     before = contents(place.folder)
     for words in (
@@ -238,7 +238,7 @@ def test_a_reader_that_leaves_is_no_error_of_ours(monkeypatch):
     def closed(*arguments, **settings):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("ctkd.cli.losses.list_losses", closed)
+    monkeypatch.setattr("ctkd.registry.list_losses", closed)
     result = invoke("losses")
     assert result.exit_code == 1
     assert "unexpected" not in result.output

@@ -12,12 +12,15 @@ def check(*names):
     loaded = sorted(set(names) & set(sys.modules))
     assert not loaded, loaded
 
-import ctkd.tokenization.alignment, ctkd.tokenization.token_bytes
-check("transformers", "datasets", "tokenizers", "scipy")
-
 from click.testing import CliRunner
 from ctkd.cli import main
-for words in (["--help"], ["train", "--help"], ["losses"], ["losses", "uld"], ["--version"]):
+for words in ([], ["--help"], ["--version"], *([name, "--help"] for name in main.commands)):
+    assert CliRunner().invoke(main, words).exit_code in (0, 2), words
+check("torch", "numpy", "transformers", "datasets", "matplotlib")
+
+import ctkd.tokenization.alignment, ctkd.tokenization.token_bytes
+check("transformers", "datasets", "tokenizers", "scipy")
+for words in (["losses"], ["losses", "uld"]):
     assert CliRunner().invoke(main, words).exit_code == 0, words
 check("transformers", "datasets", "matplotlib")
 

@@ -30,7 +30,7 @@ def load_shallow(name):
 def test_the_python_code_runs(monkeypatch):
     monkeypatch.setattr("ctkd.distill.models.load_tokenizer", real_tokenizers.packaged)
     monkeypatch.setattr("ctkd.distill.models.load_model", load_shallow)
-    monkeypatch.setattr(registry, "_losses", dict(registry._losses))
+    monkeypatch.setattr(registry, "_losses", dict(registry._registered()))
     names: dict = {}
     for block in PYTHON:
         exec(compile(block, "README.md", "exec"), names)
@@ -45,7 +45,7 @@ def test_the_python_code_runs(monkeypatch):
 
 
 def test_the_loss_that_is_written_there_is_trained_with_by_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(registry, "_losses", dict(registry._losses))
+    monkeypatch.setattr(registry, "_losses", dict(registry._registered()))
     (block,) = [block for block in PYTHON if "@ctkd.register" in block]
     exec(compile(block, "README.md", "exec"), {"ctkd": ctkd})
     words = ["--loss", "mean_entropy_gap", "--measure", "nothing"]

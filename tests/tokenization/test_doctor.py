@@ -12,8 +12,9 @@ from ctkd.distill.models.loading import check_token_ids
 from ctkd.errors import DataError, ModelError, SettingError
 from ctkd.tokenization import doctor, kind_audit
 from ctkd.tokenization.answer_facts import AnswerIds, measure_answers
-from ctkd.tokenization.doctor import NamedToken, Thresholds, examine, judge
+from ctkd.tokenization.doctor import NamedToken, examine, judge
 from ctkd.tokenization.pair import TokenizerPair
+from ctkd.tokenization.thresholds import Thresholds
 from ctkd.tokenization.token_bytes import TokenBytes
 from tests.distill import tiny
 from tests.tokenization import real_tokenizers, trained_tokenizers

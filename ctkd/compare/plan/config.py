@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctkd.compare.plan.methods import (
     SEQKD,
@@ -20,9 +20,12 @@ from ctkd.distill.config import SFT, TrainConfig, simplify_sources
 from ctkd.distill.data.tasks import get_task
 from ctkd.distill.options import option
 from ctkd.errors import CtkdError, SettingError
-from ctkd.loss import Loss
 from ctkd.settings import check_count
-from ctkd.tokenizers import Pair
+
+# As for `TrainConfig`.
+if TYPE_CHECKING:
+    from ctkd.loss import Loss
+    from ctkd.tokenizers import Pair
 
 __all__ = [
     "DEFAULT_LOSSES",

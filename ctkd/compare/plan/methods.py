@@ -12,7 +12,6 @@ from typing import Any
 from ctkd.distill.config import SFT, TrainConfig
 from ctkd.distill.options import closest, parse_loss_option
 from ctkd.errors import SettingError, UnknownLossError
-from ctkd.registry import describe, get_loss_class, list_losses
 
 __all__ = [
     "SEQKD",
@@ -216,6 +215,8 @@ def check_equal_trials(methods: Sequence[Method], learning_rate: float) -> None:
 def _check_loss(loss: str) -> None:
     if loss in (SFT, SEQKD):
         return
+    from ctkd.registry import get_loss_class, list_losses
+
     try:
         get_loss_class(loss)
     except UnknownLossError:
@@ -230,6 +231,8 @@ def _settings(loss: str) -> list[str]:
     """Names of the settings that a method with this loss may have for itself."""
     if loss in (SFT, SEQKD):
         return [name for name in _OF_TRAINING if name not in _OF_DISTILLATION]
+    from ctkd.registry import describe
+
     return [*_OF_TRAINING, *describe(loss).settings]
 
 

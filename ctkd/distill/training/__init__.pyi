@@ -1,0 +1,3 @@
+"""The names of the package, each imported when it is first asked for."""
+
+from .trainer import CrossTokenizerTrainer as CrossTokenizerTrainer
