@@ -123,7 +123,7 @@ class TrainConfig:
     learning_rate: float = option(
         None,
         "Peak of a linear schedule; the paper's is 1e-6, for longer runs.",
-        unset="5e-5, or 2e-3 from random weights",
+        unset="5e-5, 2e-4 with --lora-rank, or 2e-3 from random weights",
     )
     warmup: float = option(0.1, "Share of the steps with a rising rate.")
     weight_decay: float = option(0.0, "Of AdamW.")
@@ -148,6 +148,25 @@ class TrainConfig:
     score_eos: bool = option(False, "Let distillation score the end of sequence, on both sides.")
     dtype: Literal["float32", "bfloat16", "bfloat16-pure"] = option(
         "float32", "float32, bfloat16 (autocast over float32 weights), bfloat16-pure."
+    )
+    lora_rank: int | None = option(
+        None, "Train low-rank adapters of this rank (LoRA) in place of the student's weights."
+    )
+    lora_alpha: int | None = option(
+        None, "Their scale, divided by the rank.", unset="twice the rank"
+    )
+    lora_dropout: float | None = option(None, "Of what they read.", unset="0")
+    lora_target: str | list[str] | None = option(
+        None,
+        "A linear layer to adapt, such as q_proj. Repeatable.",
+        unset="all but the head",
+        repeated=True,
+    )
+    lora_merge: bool = option(
+        False, "Save the student with its adapters merged into it, not the adapters alone."
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute the student's activations twice, to keep fewer of them in memory."
     )
     device: Device = option("auto", "auto, cpu or cuda.")
     seed: int = option(0, "Seed of all random choices.")
@@ -175,7 +194,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        simplify_sources(self, "data", "eval_data")
+        simplify_sources(self, "data", "eval_data", "lora_target")
         # Defaults that follow from other settings; nothing is None any more afterwards.
         if self.student_config is not None and self.student not in (None, self.student_config):
             raise SettingError(
@@ -187,7 +206,7 @@ class TrainConfig:
             ("student", self.student_config or UNTRAINED),
             ("task", usual_task(self.data)),
             ("epochs", 4.0 if from_nothing else 1.0),
-            ("learning_rate", 2e-3 if from_nothing else 5e-5),
+            ("learning_rate", 2e-3 if from_nothing else 5e-5 if self.lora_rank is None else 2e-4),
             ("control", from_nothing and self.loss != SFT and self.measure != "nothing"),
         ):
             if getattr(self, name) is None:
@@ -199,6 +218,8 @@ class TrainConfig:
             "batch_size",
             "grad_accumulation",
             "max_length",
+            "lora_rank",
+            "lora_alpha",
             "eval_limit",
             "eval_steps",
             "max_new_tokens",
@@ -222,6 +243,7 @@ class TrainConfig:
             raise SettingError(
                 f"min_coverage is a share of the bytes, from 0 to 1, got {self.min_coverage}"
             )
+        self._check_lora(from_nothing)
         if self.date is not None:
             _check_day(self.date)
         if self.teacher_shots < 0:
@@ -255,6 +277,20 @@ class TrainConfig:
                 + (", and so is kd_weight" if self.distils else " and loss 'sft' has no other part")
                 + "; give one of them a weight above 0"
             )
+
+    def _check_lora(self, from_nothing: bool) -> None:
+        """Refuse what belongs to adapters where there are none, and adapters of nothing."""
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_dropout", "lora_target"):
+                if getattr(self, name) is not None:
+                    raise SettingError(f"{name} belongs to adapters; give a lora_rank, such as 16")
+        elif from_nothing:
+            raise SettingError(
+                f"{self.student} begins from random weights, which adapters would leave as they "
+                "are; leave lora_rank out, or name a trained student"
+            )
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise SettingError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, source: str = "settings") -> TrainConfig:

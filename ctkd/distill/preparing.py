@@ -14,6 +14,7 @@ from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PromptForm, choose_shots
 from ctkd.distill.data.rows import Source, is_embedded
 from ctkd.distill.data.tasks import Example, examples, get_task, split_off
+from ctkd.distill.models.adapters import adapted_part, add_lora, is_adapted
 from ctkd.distill.models.from_config import described, prepare_student
 from ctkd.distill.models.loading import (
     check_token_ids,
@@ -153,8 +154,12 @@ def load_models(
     student_tokenizer = load_tokenizer(config.student)
     student_model = None
     if student:
-        student_model = load_model(config.student, dtype=torch.bfloat16 if pure else torch.float32)
+        dtype = torch.bfloat16 if pure else torch.float32
+        student_model = load_model(config.student, dtype=dtype, trainable_adapter=True)
         check_token_ids(student_model, student_tokenizer)
+        student_model = _with_lora(student_model, config)
+        if is_adapted(student_model):
+            say(f"student: {adapted_part(student_model)}")
     if not (config.needs_teacher if teacher is None else teacher):
         return Models(student_model, student_tokenizer)
     teacher_tokenizer = load_tokenizer(config.teacher)
@@ -172,6 +177,30 @@ def load_models(
     check_token_ids(model, teacher_tokenizer)
     width = head_width(model)
     return Models(student_model, student_tokenizer, model, teacher_tokenizer, pair, width)
+
+
+def _with_lora(student: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+    """The student with new adapters, if there are to be some."""
+    if config.lora_rank is None:
+        if config.lora_merge and not is_adapted(student):
+            raise SettingError(
+                f"lora_merge has no adapters to merge: {config.student} has none; give a lora_rank"
+            )
+        return student
+    if is_adapted(student):
+        raise SettingError(
+            f"{config.student} is an adapter already; leave lora_rank out to go on with it, or "
+            "merge it first (--lora-merge)"
+        )
+    targets = config.lora_target or []
+    return add_lora(
+        student,
+        rank=config.lora_rank,
+        alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+        dropout=config.lora_dropout or 0.0,
+        targets=[targets] if isinstance(targets, str) else targets,
+        seed=config.seed,
+    )
 
 
 def check_student(config: TrainConfig) -> None:

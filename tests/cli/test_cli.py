@@ -273,7 +273,7 @@ def test_help_names_the_defaults():
         "teacher_memory": "1",
         "task": "lm for pydocs, else qa",
         "epochs": "1, or 4 from random weights",
-        "learning_rate": "5e-5, or 2e-3 from random weights",
+        "learning_rate": "5e-5, 2e-4 with --lora-rank, or 2e-3 from random weights",
         "control": "from random weights yes, else no",
     }
     options = {option.name: option.help for option in main.commands["train"].params}

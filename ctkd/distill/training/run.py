@@ -33,6 +33,8 @@ from ctkd.distill.data.encoding import EncodedExamples
 from ctkd.distill.data.rows import Source, paths_of
 from ctkd.distill.data.tasks import Example, get_task
 from ctkd.distill.devices import PeakMemory, choose_device, is_cpu
+from ctkd.distill.models.adapters import is_adapted
+from ctkd.distill.models.checks import one_line
 from ctkd.distill.models.fingerprint import model_fingerprint
 from ctkd.distill.models.loading import head_width, make_savable
 from ctkd.distill.models.model_logits import ModelLogits
@@ -206,6 +208,8 @@ def _run(
 ) -> None:
     """Measure, train, save and measure again, as far as that was not done before."""
     student = inputs.student
+    if config.gradient_checkpointing:
+        _keep_few_activations(student, config)
     stop = StopOnSignal(say)
     memory = _remembered(config, inputs, device, say, teacher_states)
     trainer = _make_trainer(config, inputs, memory, folder, device)
@@ -213,7 +217,8 @@ def _run(
     report = StepReport(say, trainer.clock)
     for callback in (StepsAsAsked(), report, stop):
         trainer.add_callback(callback)
-    _check_can_be_saved(trainer, student, folder)
+    whole = config.lora_merge or not is_adapted(student)
+    _check_can_be_saved(trainer, student, folder, whole=whole)
     checkpoint = trainer.checkpoints.last() if resume else None
 
     measure = Measure(config, folder, inputs.held_out, say)
@@ -246,12 +251,27 @@ def _run(
 
     student.config.use_cache = True
     trainer.check_weights()
+    if config.lora_merge:
+        student = trainer.merge_adapters()
+        inputs = replace(inputs, student=student)
     with trainer.checkpoints.writing_result() as partial:
         trainer.save_model(str(partial))
     if config.measure == "all":
         measure.losses("losses after", trainer)
         keep_history(folder, trainer)
         _measure_student("student after", measure, inputs, trainer)
+
+
+def _keep_few_activations(student: PreTrainedModel, config: TrainConfig) -> None:
+    # The name that transformers gave it later, where there is one.
+    enable = getattr(student, "activation_checkpointing_enable", None)
+    try:
+        (enable or student.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(
+            f"{config.student} cannot compute its activations twice: {one_line(error)}; leave "
+            "gradient_checkpointing out"
+        ) from error
 
 
 def _finish(config: TrainConfig, folder: OutputFolder, say: Callable[[str], None]) -> None:
@@ -262,10 +282,11 @@ def _finish(config: TrainConfig, folder: OutputFolder, say: Callable[[str], None
 
 
 def _check_can_be_saved(
-    trainer: RunTrainer, student: PreTrainedModel, folder: OutputFolder
+    trainer: RunTrainer, student: PreTrainedModel, folder: OutputFolder, *, whole: bool
 ) -> None:
     """Find out before the first step what would fail after the last one."""
-    needed = sum(weight.nbytes for weight in student.parameters())
+    weights = [one for one in student.parameters() if one.requires_grad or whole]
+    needed = sum(one.nbytes for one in weights)
     free = shutil.disk_usage(folder.path).free
     if free < needed:
         raise OutputError(

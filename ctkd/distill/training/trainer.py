@@ -7,10 +7,11 @@ the student's labels plus a weighted `ctkd.Loss` between both models' answers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,12 +30,16 @@ from transformers.training_args import ParallelMode
 from ctkd.batch import IGNORE_INDEX, Batch, Side
 from ctkd.distill.config import check_needs
 from ctkd.distill.data.collator import KEPT, StoredTeacher, stored_side
-from ctkd.distill.models.loading import below_wrappers, reads_padding
+from ctkd.distill.models.adapters import is_adapted, merged, with_adapters
+from ctkd.distill.models.loading import below_wrappers, evaluating, reads_padding
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.training.progress import StepClock
 from ctkd.errors import BatchError, ModelError, SettingError, TrainingError
 from ctkd.logits import RowLogits
 from ctkd.loss import Loss, Weights
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 __all__ = ["CrossTokenizerTrainer"]
 
@@ -84,7 +89,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         args: As in `Trainer`. ``remove_unused_columns`` must be False.
         loss: What to distil with; None trains on cross-entropy alone, without a teacher.
         teacher: The teacher; needed with a loss, or a cache. It is moved to the training device and
-            frozen.
+            frozen. It may be the model below the student's adapters: it is read without them, and
+            neither it nor they are frozen or put in evaluation mode.
         teacher_cache: What the teacher said, in its place; the collator's as well.
         weights: Of cross-entropy and distillation; default the loss's own.
         student_vocab_size: Length of the student's tokenizer. Wider heads are cut for the loss.
@@ -97,6 +103,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         callbacks: As in `Trainer`.
         whole_logits: Compute all logits of a batch at once, also where a model's head allows to
             compute them a block at a time.
+        peft_config: Adapters of peft for the student, which alone are trained then.
 
     Attributes:
         student_logits: How the student's logits are read; its ``why_whole`` says why all at once.
@@ -109,6 +116,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
 
     # The loss is divided by the counts of the whole step; Trainer must not divide it again.
     loss_is_scaled_for_ga = True
+    model: Any
 
     def __init__(
         self,
@@ -127,6 +135,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         whole_logits: bool = False,
+        peft_config: PeftConfig | None = None,
     ) -> None:
         if (loss is None) != (teacher is None and teacher_cache is None):
             raise SettingError("a loss needs a teacher and a teacher a loss; give both or neither")
@@ -141,6 +150,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         if loss is not None:
             check_needs(loss, type(loss).__name__)
         _check_arguments(args)
+        if peft_config is not None:
+            model = with_adapters(model, peft_config)
         super().__init__(
             model=model,
             args=args,
@@ -154,7 +165,14 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         self._trained_loss = None
         if loss is not None and any(parameter.requires_grad for parameter in loss.parameters()):
             self._trained_loss = loss
-        self.teacher = None if teacher is None else _frozen(teacher, args.device)
+        self._is_own_teacher = any(teacher is one for one in self.model.modules())
+        if self._is_own_teacher and not is_adapted(self.model):
+            raise SettingError(
+                "the student cannot teach itself; load the teacher as a second model"
+            )
+        if teacher is not None and not self._is_own_teacher:
+            teacher = _frozen(teacher, args.device)
+        self.teacher = teacher
         self.teacher_cache = teacher_cache
         self.whole_logits = whole_logits
         for callback in self.callback_handler.callbacks:
@@ -188,6 +206,13 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             return super().train(*arguments, **settings)
         finally:
             delattr(self.model, _LOSS_MODULE)
+
+    def merge_adapters(self) -> PreTrainedModel:
+        """Make the student's adapters part of its weights, for good; it is returned."""
+        self.model = self.model_wrapped = merged(self.model)
+        self.student_logits = ModelLogits(self.model, refuse=self._why_whole_logits())
+        student: PreTrainedModel = self.model
+        return student
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -403,11 +428,21 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         }
         if self.teacher is None or self.teacher_logits is None:
             raise SettingError("a loss needs a teacher, or a cache in its place")
-        with torch.no_grad():
+        with self._asking_teacher():
             logits = self.teacher_logits.read(self.teacher, teacher_inputs, labels.shape[1])
         return Side.from_causal_lm(
             logits, labels, chunk_ids=chunk_ids, vocab_size=self.teacher_vocab_size
         )
+
+    @contextmanager
+    def _asking_teacher(self) -> Iterator[None]:
+        with torch.no_grad():
+            if self._is_own_teacher:
+                # Each module goes back to training if it was, and keeps its dropout.
+                with evaluating(self.model), self.model.disable_adapter():
+                    yield
+            else:
+                yield
 
     def _remember(self, sums: _Sums) -> None:
         self._part_names = list(sums.parts)

@@ -1,0 +1,238 @@
+"""Low-rank adapters: trained alone, saved apart or merged, read again, and gone on with."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import ctkd
+from ctkd.distill.models.adapters import add_lora
+from ctkd.distill.models.fingerprint import model_fingerprint
+from ctkd.distill.models.loading import load_model, load_tokenizer, most_positions
+from ctkd.distill.training import measuring
+from ctkd.distill.training.trainer import CrossTokenizerTrainer
+from ctkd.errors import ModelError, SettingError
+from tests.distill import tiny
+from tests.distill.tiny_runs import Workplace, error_of, finish, invoke, record
+from tests.distill.training.test_trainer import arguments
+
+# What peft says of its own use of transformers, and of a setting that it mends by itself.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+LORA = ("--lora-rank", "2", "--lora-dropout", "0.1", "--max-steps", "4", "--save-steps", "2")
+IDS = torch.tensor([[5, 9, 30, 41]])
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Workplace(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def student(request, place):
+    if request.param == "llama":
+        return place.student
+    folder, tokenizer = place.folder / "gpt2", tiny.tokenizer(280)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_head=2, n_layer=2, n_positions=128,
+        bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(place, student):
+    """The folder of a finished run."""
+    folder = place.folder / f"lora-{student.name}"
+    if not folder.exists():
+        result = finish(*place.train(folder.name, "--student", str(student), *LORA))
+        assert " parameters are trained" in result.stderr
+        assert "logits of the student: a block at a time" in result.stderr
+    return folder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def close(first, second):
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_is_read_where_its_users_read_it(place, student, adapter):
+    assert not (adapter / "config.json").exists() and not (adapter / "model.safetensors").exists()
+    theirs = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
+    ours = load_model(str(adapter))
+    assert type(ours) is type(theirs.get_base_model())
+    close(logits(ours), logits(theirs))
+    assert (logits(ours) - logits(load_model(str(student)))).abs().max() > 1e-4
+    assert AutoTokenizer.from_pretrained(adapter).get_vocab() == tiny.tokenizer(280).get_vocab()
+    assert most_positions(str(adapter)) == 128
+    shown = finish(*place.evaluate(str(adapter), "--data", str(place.rows))).stdout
+    assert "given_bits_per_byte" in shown
+    # Without a tokenizer of its own it has that of its model.
+    alone = place.folder / f"alone-{adapter.name}"
+    alone.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, alone)
+    assert load_tokenizer(str(alone)).get_vocab() == tiny.tokenizer(280).get_vocab()
+
+
+def test_merged_it_is_the_same_model(place, student, adapter):
+    folder = place.folder / f"merged-{student.name}"
+    words = place.train(folder.name, "--student", str(student), *LORA, "--lora-merge")
+    finish(*words)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    close(logits(whole), logits(load_model(str(adapter))))
+    both = [record(one)["results"] for one in (folder, adapter)]
+    for name in ("student after", "losses after"):
+        first, second = (results[name] for results in both)
+        assert first.keys() == second.keys()
+        numbers = [one for one in first if isinstance(first[one], float)]
+        assert numbers and all(
+            first[one] == pytest.approx(second[one], rel=1e-4) for one in numbers
+        )
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(place, student, adapter):
+    folder = place.folder / f"stopped-{student.name}"
+    shutil.copytree(adapter, folder)
+    words = place.train(folder.name, "--student", str(student), *LORA, "--keep-checkpoints")
+    finish(*words, "--overwrite")
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "adapter_model.safetensors").unlink()
+    kept = record(folder)
+    for name in ("finished", "losses after", "student after"):
+        del kept["results"][name]
+    (folder / "ctkd.json").write_text(json.dumps(kept))
+    assert "going on from checkpoint-2" in finish(*words, "--resume").stderr
+    ours, theirs = (load_file(one / "adapter_model.safetensors") for one in (folder, adapter))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert all("lora_" in name for name in ours)
+
+
+def test_an_adapter_goes_on_and_teaches(place, adapter):
+    """As a student it is trained itself; as a teacher it is its model with it."""
+    further, taught = place.folder / f"more-{adapter.name}", f"taught-{adapter.name}"
+    finish(*place.train(further.name, "--student", str(adapter), "--loss", "sft"))
+    before, after = (load_file(one / "adapter_model.safetensors") for one in (adapter, further))
+    assert before.keys() == after.keys() and not all(
+        torch.equal(before[n], after[n]) for n in after
+    )
+    finish(*place.train(taught, "--teacher", str(adapter), "--control", "--lora-rank", "1",
+                        "--lora-target", "q_proj", "--gradient-checkpointing"))  # fmt: skip
+    names = load_file(place.folder / taught / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in names} == {"q_proj"}
+    assert "control" in record(place.folder / taught)["results"]
+    words = place.train("again", "--student", str(adapter), "--lora-rank", "2")
+    assert "is an adapter already" in error_of(invoke(*words))
+
+
+def test_fingerprints_tell_adapters_and_their_models_apart(place, adapter):
+    copy = place.folder / f"copy-{adapter.name}"
+    shutil.copytree(adapter, copy)
+    assert model_fingerprint(str(copy)) == model_fingerprint(str(adapter))
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    base = settings["base_model_name_or_path"]
+    assert model_fingerprint(str(copy)) != model_fingerprint(base)
+    settings["lora_alpha"] = 9
+    (copy / "adapter_config.json").write_text(json.dumps(settings))
+    assert model_fingerprint(str(copy)) != model_fingerprint(str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lora-alpha", "4"), "lora_alpha belongs to adapters; give a lora_rank, such as 16"),
+        (("--lora-merge",), "lora_merge has no adapters to merge"),
+        (("--lora-rank", "0"), "lora_rank must be a finite number above 0, got 0"),
+        (("--lora-rank", "2", "--lora-dropout", "1"), "lora_dropout must be from 0 to below 1"),
+        (("--lora-rank", "2", "--lora-target", "nix"), "its linear layers are called down_proj, "),
+        (("--lora-rank", "2", "--student", "pocket-llama"), "adapters would leave as they are"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(place, options, message):
+    assert message in error_of(invoke(*place.train("refused", *options)))
+    assert not (place.folder / "refused").exists()
+
+
+def test_an_adapter_that_cannot_be_read_says_why(place, tmp_path):
+    folder = tmp_path / "adapter"
+    add_lora(
+        load_model(str(place.student)), rank=1, alpha=2, dropout=0.0, targets=[], seed=0
+    ).save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(place.student)
+
+    def written(**changes):
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, **changes}))
+        return str(folder)
+
+    with pytest.raises(ModelError, match=r"is an adapter, whose model cannot be loaded: there is"):
+        load_model(written(base_model_name_or_path="./gone"))
+    with pytest.raises(ModelError, match=r"does not say of which model; write its folder"):
+        load_model(written(base_model_name_or_path=None))
+    with pytest.raises(ModelError, match=r"cannot load the adapter .*; its files may be damaged"):
+        load_model(written(r=3))
+
+
+def test_learned_prompts_stay_apart(place, tmp_path):
+    """They are no part of any weight."""
+    model = load_model(str(place.student))
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(model, settings).save_pretrained(tmp_path)
+    close(
+        logits(load_model(str(tmp_path))),
+        logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)),
+    )
+
+
+def test_a_model_may_teach_its_own_adapters(tmp_path):
+    """It is read without them, and neither they nor their dropout are touched."""
+    setup = tiny.Setup()
+    lora = LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)
+    base = setup.student
+    expected = tiny.model(base.config.vocab_size, seed=1)
+    pair = dict.fromkeys(("student_vocab_size", "teacher_vocab_size"), len(setup.student_tokenizer))
+    trainer = CrossTokenizerTrainer(
+        base, arguments(tmp_path), peft_config=lora, loss=ctkd.get_loss("uld"), teacher=base,
+        data_collator=setup.collator, train_dataset=setup.rows, **pair,
+    )  # fmt: skip
+    batch = setup.collator(setup.rows)
+    own = {f"teacher_{name}": batch[name] for name in batch if not name.startswith("teacher_")}
+    trainer.model.train()
+    side = trainer._teacher_side(own)
+    count = batch["distill_labels"].shape[1]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    raw = expected(**inputs).logits[:, -count:]
+    wanted = ctkd.Side.from_causal_lm(
+        raw, batch["distill_labels"], vocab_size=len(setup.student_tokenizer)
+    )
+    ids = wanted.token_ids.unsqueeze(-1)
+    close(side.logits.log_probs(ids)[wanted.mask], wanted.logits.log_probs(ids)[wanted.mask])
+    # With its adapters it is another model.
+    assert (trainer.model.eval()(**inputs).logits[:, -count:] - raw).abs().max() > 1e-4
+    trainer.model.train()
+    trainer._teacher_side(own)
+    assert all(module.training for module in trainer.model.modules())
+    trained = {name for name, one in trainer.model.named_parameters() if one.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    with pytest.raises(SettingError, match="cannot teach itself"):
+        CrossTokenizerTrainer(
+            setup.teacher, arguments(tmp_path), loss=ctkd.get_loss("uld"), teacher=setup.teacher
+        )
