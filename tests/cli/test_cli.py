@@ -268,8 +268,9 @@ def test_help_has_examples(words, lines):
 def test_help_names_the_defaults():
     words = {
         "weight_decay": "0",
-        "score_eos": "no",
-        "keep_checkpoints": "no",
+        **dict.fromkeys(
+            off := ("score_eos", "keep_checkpoints", "lora_merge", "gradient_checkpointing"), "no"
+        ),
         "teacher_memory": "1",
         "task": "lm for pydocs, else qa",
         "epochs": "1, or 4 from random weights",
@@ -280,7 +281,7 @@ def test_help_names_the_defaults():
     for name, value in TrainConfig().as_dict().items():
         if value is not None and value != {}:
             assert f"[{words.get(name, value)}]" in options[name], name
-    assert not (TrainConfig().score_eos or TrainConfig().keep_checkpoints)
+    assert not any(getattr(TrainConfig(), name) for name in off)
 
 
 def test_a_student_from_random_weights_is_trained_longer_and_beside_a_control():
