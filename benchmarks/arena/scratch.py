@@ -48,10 +48,9 @@ def all_methods() -> list[Method]:
     found = [Method(SFT, SFT)]
     for name in ctkd.list_losses():
         if "pairing" in ctkd.describe(name).settings:
-            found += [
-                Method(f"{name}, {pairing}", name, {"pairing": pairing})
-                for pairing in ("position", "chunk")
-            ]
+            # The sequence level, with its usual matching, is the same in both.
+            pairings = ("position", "chunk")[: 1 if name == "multilevelot_sequence" else 2]
+            found += [Method(f"{name}, {one}", name, {"pairing": one}) for one in pairings]
         else:
             found.append(Method(name, name))
     # What has no column of its own on the other side is left free, or put into one class.
