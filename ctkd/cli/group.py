@@ -21,7 +21,7 @@ from ctkd.cli.evaluate import evaluate
 from ctkd.cli.losses import losses
 from ctkd.cli.options import writable
 from ctkd.cli.train import train
-from ctkd.distill.options import closest
+from ctkd.distill.options import closest, own_name
 from ctkd.errors import CtkdError
 
 __all__ = ["main"]
@@ -113,7 +113,15 @@ def _one_line(error: BaseException) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-@click.group(cls=_Group, epilog=_START, context_settings={"help_option_names": ["-h", "--help"]})
+def _own_flag(word: str) -> str:
+    """A flag of ours for one with underscores, or as other tools call it."""
+    return own_name(word).replace("_", "-")
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": _own_flag}
+
+
+@click.group(cls=_Group, epilog=_START, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="ctkd")
 def main() -> None:
     """Distill a language model into a smaller one with another tokenizer."""

@@ -29,13 +29,19 @@ Examples:
 @config_option
 @click.option("--resume", is_flag=True, help="Go on with the run in the output folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
-def train(config_file: str | None, resume: bool, overwrite: bool, **options: Any) -> None:
+@click.option("--use-peft", is_flag=True, hidden=True)
+def train(
+    config_file: str | None, resume: bool, overwrite: bool, use_peft: bool, **options: Any
+) -> None:
     """Distill a teacher into a student, and measure both before and after."""
     quieten()
     from ctkd.distill.training.measuring import summarize
     from ctkd.distill.training.run import train as run
 
     settings = read_settings(config_file, options, TrainConfig)
+    if settings.pop("use_peft", False) or use_peft:
+        # As TRL says it, with its rank.
+        settings.setdefault("lora_rank", 16)
     config = TrainConfig.from_mapping(settings, source=config_file or "options")
     folder = run(config, resume=resume, overwrite=overwrite, say=say)
     show(summarize(folder))

@@ -27,6 +27,7 @@ __all__ = [
     "default_of",
     "default_text",
     "option",
+    "own_name",
     "parse_column",
     "parse_loss_option",
     "read_config_file",
@@ -34,7 +35,23 @@ __all__ = [
 ]
 
 _FACTORIES = (dict, list)
-# What others call it.
+# What TRL and transformers call a setting.
+_OTHER_NAMES = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "dataset_name": "data",
+    "gradient_accumulation_steps": "grad_accumulation",
+    "lora_r": "lora_rank",
+    "lora_target_modules": "lora_target",
+    "max_completion_length": "max_new_tokens",
+    "model_name_or_path": "student",
+    "num_train_epochs": "epochs",
+    "output_dir": "output",
+    "overwrite_output_dir": "overwrite",
+    "per_device_train_batch_size": "batch_size",
+    "teacher_model_name_or_path": "teacher",
+    "warmup_ratio": "warmup",
+}
+# What a word of a name is called.
 _SYNONYMS = {"lr": "learning rate", "val": "eval", "validation": "eval"}
 
 
@@ -149,6 +166,17 @@ def check_names(settings: Mapping[str, Any], kind: type, source: str) -> None:
             )
 
 
+def own_name(name: str) -> str:
+    """The name of a setting that was given as other tools call it, or with dashes.
+
+    Example:
+        >>> own_name("per_device_train_batch_size"), own_name("batch-size")
+        ('batch_size', 'batch_size')
+    """
+    name = name.replace("-", "_")
+    return _OTHER_NAMES.get(name, name)
+
+
 def closest(name: str, known: Iterable[str]) -> list[str]:
     """Names that somebody may have meant, the nearest first, at most three.
 
@@ -242,7 +270,13 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise SettingError(f"{path} must hold settings as 'name: value' lines")
-    return settings
+    known: dict[str, Any] = {}
+    for name, value in settings.items():
+        own = own_name(name) if isinstance(name, str) else name
+        if own in known:
+            raise SettingError(f"{path} gives {own} twice, once as {name}; leave one of them out")
+        known[own] = value
+    return known
 
 
 class _Loader(yaml.SafeLoader):

@@ -16,6 +16,7 @@ from ctkd.distill.options import (
     default_text,
     option,
     parse_column,
+    read_config_file,
     same_as,
 )
 from ctkd.errors import SettingError
@@ -160,3 +161,12 @@ def test_names_of_elsewhere_are_understood():
     assert {name: closest(name, known)[0] for name in meant} == meant
     assert closest("steps", known)[0] == "max_steps"
     assert closest("temperature", known) == []
+
+
+def test_a_file_may_name_settings_as_other_tools_do(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: a\nper-device-train-batch-size: 2\nlora_r: 4\n")
+    assert read_config_file(file) == {"student": "a", "batch_size": 2, "lora_rank": 4}
+    file.write_text("batch_size: 2\nper_device_train_batch_size: 2\n")
+    with pytest.raises(SettingError, match="gives batch_size twice, once as per_device_train"):
+        read_config_file(file)

@@ -39,10 +39,22 @@ def place(tmp_path_factory):
     return Workplace(tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def student(request, place):
-    if request.param == "llama":
-        return place.student
+@pytest.fixture(scope="module")
+def adapter(place):
+    """The folder of a finished run."""
+    return trained(place, place.student)
+
+
+def trained(place, student):
+    folder = place.folder / f"lora-{student.name}"
+    result = finish(*place.train(folder.name, "--student", str(student), *LORA))
+    assert " parameters are trained" in result.stderr
+    assert "logits of the student: a block at a time" in result.stderr
+    return folder
+
+
+def gpt2(place):
+    """A student whose linear layers are of another kind."""
     folder, tokenizer = place.folder / "gpt2", tiny.tokenizer(280)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(1)
@@ -51,17 +63,6 @@ def student(request, place):
         bos_token_id=None, eos_token_id=0, pad_token_id=1,
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(place, student):
-    """The folder of a finished run."""
-    folder = place.folder / f"lora-{student.name}"
-    if not folder.exists():
-        result = finish(*place.train(folder.name, "--student", str(student), *LORA))
-        assert " parameters are trained" in result.stderr
-        assert "logits of the student: a block at a time" in result.stderr
     return folder
 
 
@@ -74,32 +75,33 @@ def close(first, second):
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
 
-def test_an_adapter_is_read_where_its_users_read_it(place, student, adapter):
-    assert not (adapter / "config.json").exists() and not (adapter / "model.safetensors").exists()
-    theirs = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
-    ours = load_model(str(adapter))
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_is_read_where_its_users_read_it(place, adapter, kind):
+    """In peft, in every command, and merged, it is the same model."""
+    student = place.student if kind == "llama" else gpt2(place)
+    folder = adapter if kind == "llama" else trained(place, student)
+    assert not (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
+    theirs = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = load_model(str(folder))
     assert type(ours) is type(theirs.get_base_model())
     close(logits(ours), logits(theirs))
     assert (logits(ours) - logits(load_model(str(student)))).abs().max() > 1e-4
-    assert AutoTokenizer.from_pretrained(adapter).get_vocab() == tiny.tokenizer(280).get_vocab()
-    assert most_positions(str(adapter)) == 128
-    shown = finish(*place.evaluate(str(adapter), "--data", str(place.rows))).stdout
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny.tokenizer(280).get_vocab()
+    assert most_positions(str(folder)) == 128
+    shown = finish(*place.evaluate(str(folder), "--data", str(place.rows))).stdout
     assert "given_bits_per_byte" in shown
     # Without a tokenizer of its own it has that of its model.
-    alone = place.folder / f"alone-{adapter.name}"
+    alone = place.folder / f"alone-{kind}"
     alone.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(adapter / name, alone)
+        shutil.copy(folder / name, alone)
     assert load_tokenizer(str(alone)).get_vocab() == tiny.tokenizer(280).get_vocab()
 
-
-def test_merged_it_is_the_same_model(place, student, adapter):
-    folder = place.folder / f"merged-{student.name}"
-    words = place.train(folder.name, "--student", str(student), *LORA, "--lora-merge")
-    finish(*words)
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    close(logits(whole), logits(load_model(str(adapter))))
-    both = [record(one)["results"] for one in (folder, adapter)]
+    merged = place.folder / f"merged-{kind}"
+    finish(*place.train(merged.name, "--student", str(student), *LORA, "--lora-merge"))
+    whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    close(logits(whole), logits(ours))
+    both = [record(one)["results"] for one in (merged, folder)]
     for name in ("student after", "losses after"):
         first, second = (results[name] for results in both)
         assert first.keys() == second.keys()
@@ -109,10 +111,10 @@ def test_merged_it_is_the_same_model(place, student, adapter):
         )
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(place, student, adapter):
-    folder = place.folder / f"stopped-{student.name}"
+def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(place, adapter):
+    folder = place.folder / "stopped"
     shutil.copytree(adapter, folder)
-    words = place.train(folder.name, "--student", str(student), *LORA, "--keep-checkpoints")
+    words = place.train(folder.name, *LORA, "--keep-checkpoints")
     finish(*words, "--overwrite")
     shutil.rmtree(folder / "checkpoint-4")
     (folder / "adapter_model.safetensors").unlink()
@@ -134,8 +136,11 @@ def test_an_adapter_goes_on_and_teaches(place, adapter):
     assert before.keys() == after.keys() and not all(
         torch.equal(before[n], after[n]) for n in after
     )
-    finish(*place.train(taught, "--teacher", str(adapter), "--control", "--lora-rank", "1",
-                        "--lora-target", "q_proj", "--gradient-checkpointing"))  # fmt: skip
+    # As TRL spells it.
+    of_lora = ("--lora_r", "1", "--lora_target_modules", "q_proj", "--gradient-checkpointing")
+    finish(
+        *place.train(taught, "--teacher_model_name_or_path", str(adapter), "--control", *of_lora)
+    )
     names = load_file(place.folder / taught / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in names} == {"q_proj"}
     assert "control" in record(place.folder / taught)["results"]
@@ -155,19 +160,16 @@ def test_fingerprints_tell_adapters_and_their_models_apart(place, adapter):
     assert model_fingerprint(str(copy)) != model_fingerprint(str(adapter))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_cannot_be_adapted_is_refused(place):
+    for options, message in (
         (("--lora-alpha", "4"), "lora_alpha belongs to adapters; give a lora_rank, such as 16"),
         (("--lora-merge",), "lora_merge has no adapters to merge"),
         (("--lora-rank", "0"), "lora_rank must be a finite number above 0, got 0"),
         (("--lora-rank", "2", "--lora-dropout", "1"), "lora_dropout must be from 0 to below 1"),
         (("--lora-rank", "2", "--lora-target", "nix"), "its linear layers are called down_proj, "),
         (("--lora-rank", "2", "--student", "pocket-llama"), "adapters would leave as they are"),
-    ],
-)
-def test_what_cannot_be_adapted_is_refused(place, options, message):
-    assert message in error_of(invoke(*place.train("refused", *options)))
+    ):
+        assert message in error_of(invoke(*place.train("refused", *options)))
     assert not (place.folder / "refused").exists()
 
 
