@@ -1,11 +1,14 @@
 """The names of the package, each imported when it is first asked for."""
 
 from . import batch as batch
+from . import chunks as chunks
+from . import divergences as divergences
 from . import errors as errors
 from . import logits as logits
 from . import loss as loss
 from . import losses as losses
 from . import ops as ops
+from . import ot as ot
 from . import registry as registry
 from . import testing as testing
 from . import tokenization as tokenization

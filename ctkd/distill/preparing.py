@@ -14,7 +14,7 @@ from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PromptForm, choose_shots
 from ctkd.distill.data.rows import Source, is_embedded
 from ctkd.distill.data.tasks import Example, examples, get_task, split_off
-from ctkd.distill.models.adapters import adapted_part, add_lora, is_adapted
+from ctkd.distill.models.adapters import adapted_part, add_lora, is_adapted, mergeable
 from ctkd.distill.models.from_config import described, prepare_student
 from ctkd.distill.models.loading import (
     check_token_ids,
@@ -180,23 +180,32 @@ def load_models(
 
 
 def _with_lora(student: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
-    """The student with new adapters, if there are to be some."""
-    if config.lora_rank is None:
-        if config.lora_merge and not is_adapted(student):
-            raise SettingError(
-                f"lora_merge has no adapters to merge: {config.student} has none; give a lora_rank"
-            )
-        return student
+    """The student, with new adapters if there are to be some."""
+    if config.lora_rank is None and config.lora_merge and not is_adapted(student):
+        raise SettingError(
+            f"lora_merge has no adapters to merge: {config.student} has none; give a lora_rank"
+        )
+    if config.lora_rank is not None:
+        student = _new_lora(student, config, config.lora_rank)
+    if config.lora_merge and not mergeable(student):
+        raise SettingError(
+            f"{config.student} has embeddings and head in one weight, into which an adapter of one "
+            "of them cannot be merged; leave lora_merge out, or adapt other layers (lora_target)"
+        )
+    return student
+
+
+def _new_lora(student: PreTrainedModel, config: TrainConfig, rank: int) -> PreTrainedModel:
     if is_adapted(student):
         raise SettingError(
             f"{config.student} is an adapter already; leave lora_rank out to go on with it, or "
             "merge it first (--lora-merge)"
         )
-    targets = config.lora_target or []
+    targets = [] if config.lora_target in (None, "all-linear") else config.lora_target
     return add_lora(
         student,
-        rank=config.lora_rank,
-        alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+        rank=rank,
+        alpha=2 * rank if config.lora_alpha is None else config.lora_alpha,
         dropout=config.lora_dropout or 0.0,
         targets=[targets] if isinstance(targets, str) else targets,
         seed=config.seed,

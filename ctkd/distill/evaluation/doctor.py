@@ -16,7 +16,7 @@ from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.rows import names_of
 from ctkd.distill.data.tasks import Example, examples
 from ctkd.distill.models.checks import check_causal, one_line, quiet
-from ctkd.distill.models.loading import load_tokenizer, resolve, whole_model
+from ctkd.distill.models.loading import load_tokenizer, sources
 from ctkd.errors import CtkdError, DataError, ModelError
 from ctkd.registry import LossFacts, describe, list_losses
 from ctkd.tokenization.answer_facts import AnswerIds
@@ -134,7 +134,7 @@ def read_head_width(name: str) -> int | None:
         ModelError: If nothing goes by that name, its configuration cannot be read, or it is no
             causal language model.
     """
-    source = whole_model(resolve(name))
+    source = sources(name)[-1]
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         return None

@@ -26,7 +26,9 @@ __all__ = [
     "attach",
     "base_of",
     "is_adapted",
+    "mergeable",
     "merged",
+    "quiet_peft",
     "with_adapters",
 ]
 
@@ -40,11 +42,8 @@ def base_of(source: str) -> str | None:
         source: A folder, or a hub id.
 
     Raises:
-        ModelError: If an adapter does not say which it is.
+        ModelError: If an adapter does not say which it is, or is none for causal language models.
     """
-    folder = Path(source)
-    if folder.is_dir() and (folder / "config.json").is_file():
-        return None
     try:
         file = find_adapter_config_file(source)
     except (OSError, ValueError):
@@ -52,9 +51,18 @@ def base_of(source: str) -> str | None:
     if file is None:
         return None
     try:
-        name = json.loads(Path(file).read_text("utf-8"))[_BASE]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        name = None
+        settings = json.loads(Path(file).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read: {one_line(error)}; restore it") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file} must hold the settings of an adapter by name; restore it")
+    task = settings.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise ModelError(
+            f"{source} is an adapter for {task}, not for text that is generated from left to right "
+            "(CAUSAL_LM); give one that is"
+        )
+    name = settings.get(_BASE)
     if not isinstance(name, str) or not name.strip():
         raise ModelError(
             f"{source} is an adapter, but does not say of which model; write its folder or hub id "
@@ -73,31 +81,35 @@ def attach(base: PreTrainedModel, source: str, name: str, *, trainable: bool) ->
         trainable: Whether to go on training it.
 
     Raises:
-        ModelError: If it cannot be loaded.
+        ModelError: If it cannot be loaded, or lacks weights.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("adapter_model.*")):
+        raise ModelError(f"{name} is an adapter without its weights, adapter_model.safetensors")
     try:
-        with quiet(), _warnings_of_peft():
-            return PeftModel.from_pretrained(base, source, is_trainable=trainable)
+        with quiet(), quiet_peft():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            kind = PeftConfig.from_pretrained(source)
+            if kind.is_prompt_learning or kind.is_adaption_prompt:
+                raise ModelError(
+                    f"{name} holds prompts that were learned ({kind.peft_type.value}); only "
+                    "adapters that change layers are taken, such as LORA"
+                )
+            model = PeftModel.from_pretrained(base, source, is_trainable=trainable)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"cannot load the adapter {name} onto {base.name_or_path}: {one_line(error)}; its "
             "files may be damaged, or belong to another model"
         ) from error
-
-
-def merged(model: PeftModel) -> PreTrainedModel:
-    """The model below adapters, with what they change made part of it where that is possible.
-
-    It is not for prompts that were learned, which no weight of the model can hold.
-    """
-    adapter: Any = model.base_model
-    if not hasattr(adapter, "merge_and_unload"):
-        return model
-    with torch.no_grad(), _warnings_of_peft():
-        whole: PreTrainedModel = adapter.merge_and_unload()
-    return whole
+    # Where it is saved again, it names the model wherever it is read.
+    for settings in model.peft_config.values():
+        if Path(settings.base_model_name_or_path or "").is_dir():
+            settings.base_model_name_or_path = str(Path(base.name_or_path).resolve())
+    return model
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -105,19 +117,52 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The model below adapters, with what they change made part of it where `mergeable`."""
+    if not mergeable(model):
+        return model
+    adapter: Any = model.base_model
+    with torch.no_grad(), quiet_peft():
+        whole: PreTrainedModel = adapter.merge_and_unload()
+    return whole
+
+
+def mergeable(model: PeftModel) -> bool:
+    """Tell whether weights can hold what adapters change.
+
+    Not where embeddings and head are one weight, and one of them is adapted.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    if not any(isinstance(one, BaseTunerLayer) for one in layers):
+        return True
+    below = [one.get_base_layer() if isinstance(one, BaseTunerLayer) else one for one in layers]
+    return below[0].weight is not below[1].weight
+
+
 def with_adapters(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Add adapters, which alone are trained from then on; the model is changed, and frozen.
 
     Raises:
-        ValueError: If peft refuses.
+        SettingError: If peft refuses, or there are adapters already.
     """
-    from peft import get_peft_model
+    from peft import PeftConfig, get_peft_model
 
+    if not isinstance(config, PeftConfig):
+        raise SettingError(
+            f"peft_config must be one of peft, such as LoraConfig, got {type(config).__name__}"
+        )
+    if is_adapted(model):
+        raise SettingError("the model has adapters already; give it without them")
     # Adapters say which model they belong to, wherever they are loaded from.
     if Path(model.name_or_path).is_dir():
         model.name_or_path = str(Path(model.name_or_path).resolve())
-    with quiet(), _warnings_of_peft():
-        return get_peft_model(model, config)
+    try:
+        with quiet(), quiet_peft():
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise SettingError(f"peft cannot adapt {model.name_or_path}: {one_line(error)}") from error
 
 
 def adapted_part(model: nn.Module) -> str:
@@ -150,10 +195,26 @@ def add_lora(
         seed: Of A. The state of torch's random numbers stays as it was.
 
     Raises:
-        SettingError: If the model has no such layers.
+        SettingError: If the model has no such layers, or peft cannot adapt it.
     """
     from peft import LoraConfig
 
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D"
+    }
+    unknown = [
+        one
+        for one in targets
+        if not any(name.endswith(f".{one}") or name == one for name in layers)
+    ]
+    if unknown:
+        known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        raise SettingError(
+            f"{model.name_or_path} has no layer {' and no '.join(unknown)} to adapt; its layers "
+            f"are called {', '.join(known)}"
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -161,26 +222,15 @@ def add_lora(
         lora_dropout=dropout,
         target_modules=list(targets) or "all-linear",
     )
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return with_adapters(model, config)
-    except ValueError as error:
-        known = {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        }
-        raise SettingError(
-            f"{model.name_or_path} has no layers {', '.join(targets)} to adapt, or none of a kind "
-            f"that can be; its linear layers are called {', '.join(sorted(known))}"
-        ) from error
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return with_adapters(model, config)
 
 
 @contextmanager
-def _warnings_of_peft() -> Iterator[None]:
-    """Leave out what peft mends by itself, and what is deprecated in its use of transformers."""
+def quiet_peft() -> Iterator[None]:
+    """Leave out what peft says of what it does or mends by itself, and its use of old names."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.")
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")
         yield

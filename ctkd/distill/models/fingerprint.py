@@ -7,8 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from ctkd.distill.models.adapters import base_of
-from ctkd.distill.models.loading import resolve
+from ctkd.distill.models.loading import sources
 from ctkd.errors import ModelError
 
 __all__ = ["file_sha256", "model_fingerprint"]
@@ -44,14 +43,17 @@ def model_fingerprint(name: str) -> str:
     Raises:
         ModelError: If nothing goes by that name, or its folder holds no weights.
     """
-    source = resolve(name)
-    folder, base = Path(source), base_of(source)
+    parts = [_fingerprint(name, source) for source in sources(name)]
+    return parts[0] if len(parts) == 1 else hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _fingerprint(name: str, source: str) -> str:
+    folder = Path(source)
     if not folder.is_dir():
-        cached = try_to_load_from_cache(source, "config.json")
-        return f"{source}@{Path(cached).parent.name}" if isinstance(cached, str) else source
+        cached = [try_to_load_from_cache(source, one) for one in _SETTINGS]
+        commits = [Path(one).parent.name for one in cached if isinstance(one, str)]
+        return f"{source}@{commits[0]}" if commits else source
     digest = hashlib.sha256()
-    if base is not None:
-        digest.update(f"{model_fingerprint(base)}\n".encode())
     weights = {
         path
         for pattern in _WEIGHTS

@@ -54,8 +54,8 @@ __all__ = [
     "most_positions",
     "reads_padding",
     "resolve",
+    "sources",
     "supports_logits_to_keep",
-    "whole_model",
 ]
 
 _HUB_TIMEOUT_S = 10
@@ -121,7 +121,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     folder = Path(source)
     if folder.is_dir() and not has_tokenizer(folder):
         # An adapter that was saved alone.
-        source = whole_model(source)
+        source = sources(name)[-1]
         folder = Path(source)
     # transformers makes up an empty tokenizer for some architectures if there are no files.
     if folder.is_dir() and not has_tokenizer(folder):
@@ -169,15 +169,17 @@ def load_model(
         ModelError: nothing goes by that name; it is no causal language model; its files are
             missing, damaged or incomplete; or it does not fit on the device.
     """
-    source = resolve(name)
-    base = adapters.base_of(source)
-    if base is None:
-        model = _load_whole(source, name, dtype)
-    else:
-        with _about_adapter(name):
-            below = load_model(base, dtype=dtype)
-        model = adapters.attach(below, source, name, trainable=trainable_adapter)
-        if not trainable_adapter:
+    whole, *attached = reversed(sources(name))
+    model = _load_whole(whole, name, dtype)
+    for source in attached:
+        if has_tokenizer(Path(source)):
+            # Its vocabulary may have grown.
+            size = len(load_tokenizer(source))
+            if size > model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(size, mean_resizing=False)
+        is_last = source == attached[-1]
+        model = adapters.attach(model, source, name, trainable=trainable_adapter and is_last)
+        if not (trainable_adapter and is_last):
             model = adapters.merged(model)
     try:
         if device is not None:
@@ -219,28 +221,30 @@ def _load_whole(source: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def whole_model(source: str) -> str:
-    """The folder or hub id that holds the configuration of a model: of an adapter, its model's.
+def sources(name: str) -> list[str]:
+    """What a name stands for, as `resolve` returns it, and of an adapter the models below it.
 
     Args:
-        source: As `resolve` returns it.
+        name: As for `resolve`.
 
     Raises:
-        ModelError: If an adapter's model is not there.
+        ModelError: If one of them is not there, or below itself.
     """
-    base = adapters.base_of(source)
-    if base is None:
-        return source
-    with _about_adapter(source):
-        return whole_model(resolve(base))
-
-
-@contextmanager
-def _about_adapter(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{name} is an adapter, whose model cannot be loaded: {error}") from error
+    found = [resolve(name)]
+    while (base := adapters.base_of(found[-1])) is not None:
+        try:
+            below = resolve(base)
+        except ModelError as error:
+            raise ModelError(
+                f"{name} is an adapter, whose model cannot be loaded: {error}"
+            ) from error
+        if below in found:
+            raise ModelError(
+                f"{name} is an adapter of {base}, which lies above it; name its model as "
+                "base_model_name_or_path in its adapter_config.json"
+            )
+        found.append(below)
+    return found
 
 
 def head_width(model: PreTrainedModel) -> int:
@@ -278,7 +282,7 @@ def check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         ModelError: an ordinary token, or the padding, begin or end token, is out of range.
     """
-    width = min(head_width(model), model.get_input_embeddings().num_embeddings)
+    width = min(head_width(model), model.get_input_embeddings().weight.shape[0])
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     used = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
     outside = {
@@ -414,7 +418,7 @@ def most_positions(name: str) -> int | None:
     Raises:
         ModelError: If nothing goes by that name, or it has no configuration that can be read.
     """
-    source = whole_model(resolve(name))
+    source = sources(name)[-1]
     if Path(source).is_dir():
         _check_has_config(Path(source))
     try:
@@ -454,7 +458,8 @@ def _hub_problem(name: str) -> str | None:
 
     Asked once and briefly: transformers itself tries for half a minute when there is no network.
     """
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+    files = ("config.json", "adapter_config.json")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
         return None
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)

@@ -197,7 +197,7 @@ def _summary(folder: OutputFolder) -> str:
         scores: dict[str, float] = {
             stage: results[stage][name]
             for stage in ("student before", "student after", "control", "teacher")
-            if stage in results
+            if name in results.get(stage, ())
         }
         lines += _gap(scores, METRICS[name], config)
     if "seconds per step" in results:
@@ -216,7 +216,10 @@ def _metrics(results: dict[str, Any]) -> str:
         [
             [
                 metric.title,
-                *(f"{scores[name]:.{metric.digits}f}" for scores in columns.values()),
+                *(
+                    f"{scores[name]:.{metric.digits}f}" if name in scores else ""
+                    for scores in columns.values()
+                ),
             ]
             for name, metric in METRICS.items()
             if name in before

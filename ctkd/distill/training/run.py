@@ -36,7 +36,7 @@ from ctkd.distill.devices import PeakMemory, choose_device, is_cpu
 from ctkd.distill.models.adapters import is_adapted
 from ctkd.distill.models.checks import one_line
 from ctkd.distill.models.fingerprint import model_fingerprint
-from ctkd.distill.models.loading import head_width, make_savable
+from ctkd.distill.models.loading import head_width, make_savable, sources
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.preparing import (
     Forms,
@@ -228,7 +228,7 @@ def _run(
         measure.losses("losses before", trainer)
 
     _tell_how_logits_are_read(trainer, say)
-    _warn_about_precision(config, say)
+    _warn_about_precision(config, student, say)
     if checkpoint is not None:
         say(f"going on from {checkpoint.name}")
     peak = PeakMemory(device)
@@ -572,14 +572,21 @@ def _check_same_code(folder: OutputFolder, config: TrainConfig) -> None:
 
 
 def _check_same_student(folder: OutputFolder, config: TrainConfig, inputs: _Inputs) -> None:
-    """Keep the name of a student that was made, or refuse to go on with another."""
-    if config.student_config is None:
+    """Keep what tells a student that checkpoints do not hold, or refuse to go on with another.
+
+    It was made from a configuration, or lies below adapters.
+    """
+    if config.student_config is not None:
+        now = Path(inputs.student_name).name
+        other = f"{config.student_config} is another configuration, or has another tokenizer,"
+    elif is_adapted(inputs.student):
+        now = model_fingerprint(config.student)
+        other = f"{config.student} has other weights"
+    else:
         return
-    now = Path(inputs.student_name).name
     if folder.record.setdefault("initial weights", now) != now:
         raise OutputError(
-            f"{config.student_config} is another configuration, or has another tokenizer, than "
-            f"{folder.path} was begun with; restore it, or start anew with --overwrite"
+            f"{other} than {folder.path} was begun with; restore it, or start anew with --overwrite"
         )
 
 
@@ -620,12 +627,12 @@ def _check_tracker(name: str) -> None:
 
 def _check_nothing_needed_is_deleted(config: TrainConfig) -> None:
     needed: dict[str, Source | None] = {
-        "student": config.student,
+        "student": _with_models_below(config.student),
         "data": config.data,
         "eval_data": config.eval_data,
     }
     if config.needs_teacher:
-        needed["teacher"] = config.teacher
+        needed["teacher"] = _with_models_below(config.teacher)
         needed["teacher_cache"] = config.teacher_cache
     folder = config.folder.resolve()
     for what, source in needed.items():
@@ -637,8 +644,13 @@ def _check_nothing_needed_is_deleted(config: TrainConfig) -> None:
                 )
 
 
+def _with_models_below(name: str) -> list[str]:
+    """A model, and where it is a folder of adapters what lies below them."""
+    return [name, *(sources(name)[1:] if Path(name).is_dir() else ())]
+
+
 def _environment(device: torch.device) -> dict[str, Any]:
-    packages = ("torch", "transformers", "datasets", "accelerate")
+    packages = ("torch", "transformers", "datasets", "accelerate", "peft")
     environment = {"python": platform.python_version(), "ctkd": __version__, "device": str(device)}
     for package in packages:
         with suppress(ImportError):
@@ -647,8 +659,10 @@ def _environment(device: torch.device) -> dict[str, Any]:
     return environment
 
 
-def _warn_about_precision(config: TrainConfig, say: Callable[[str], None]) -> None:
-    if config.dtype == "bfloat16-pure":
+def _warn_about_precision(
+    config: TrainConfig, student: PreTrainedModel, say: Callable[[str], None]
+) -> None:
+    if config.dtype == "bfloat16-pure" and not is_adapted(student):
         say(
             "warning: weights are bfloat16, so updates smaller than about 1/256 of a weight are "
             "lost; at learning rate 1e-6 hardly any weight moves. --dtype bfloat16 keeps them in "

@@ -30,7 +30,7 @@ from transformers.training_args import ParallelMode
 from ctkd.batch import IGNORE_INDEX, Batch, Side
 from ctkd.distill.config import check_needs
 from ctkd.distill.data.collator import KEPT, StoredTeacher, stored_side
-from ctkd.distill.models.adapters import is_adapted, merged, with_adapters
+from ctkd.distill.models.adapters import is_adapted, merged, quiet_peft, with_adapters
 from ctkd.distill.models.loading import below_wrappers, evaluating, reads_padding
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.training.progress import StepClock
@@ -166,10 +166,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         if loss is not None and any(parameter.requires_grad for parameter in loss.parameters()):
             self._trained_loss = loss
         self._is_own_teacher = any(teacher is one for one in self.model.modules())
-        if self._is_own_teacher and not is_adapted(self.model):
-            raise SettingError(
-                "the student cannot teach itself; load the teacher as a second model"
-            )
+        if self._is_own_teacher:
+            _check_own_teacher(self.model)
         if teacher is not None and not self._is_own_teacher:
             teacher = _frozen(teacher, args.device)
         self.teacher = teacher
@@ -461,6 +459,10 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the student without the loss's parameters, and those in a file of their own."""
+        with quiet_peft():
+            self._save_apart(output_dir, state_dict)
+
+    def _save_apart(self, output_dir: str | None, state_dict: Any) -> None:
         if self._trained_loss is None:
             super()._save(output_dir, state_dict)
             return
@@ -516,6 +518,18 @@ def _check_arguments(args: TrainingArguments) -> None:
 def _frozen(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     teacher.requires_grad_(False)
     return teacher.to(device).eval()
+
+
+def _check_own_teacher(student: PreTrainedModel) -> None:
+    """Refuse a teacher that would learn with the student."""
+    if not is_adapted(student):
+        raise SettingError("the student cannot teach itself; load the teacher as a second model")
+    for settings in student.peft_config.values():
+        if getattr(settings, "bias", "none") != "none":
+            raise SettingError(
+                f"the adapters train biases of the model below them (bias={settings.bias!r}), so "
+                "it cannot be the teacher; load the teacher as a second model"
+            )
 
 
 def _without_logits(sample: Mapping[str, Tensor]) -> Batch:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import ctkd
@@ -24,6 +24,8 @@ from tests.distill.training.test_trainer import arguments
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and a tied layer"),
+    pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True."),
 ]
 LORA = ("--lora-rank", "2", "--lora-dropout", "0.1", "--max-steps", "4", "--save-steps", "2")
 IDS = torch.tensor([[5, 9, 30, 41]])
@@ -166,7 +168,7 @@ def test_what_cannot_be_adapted_is_refused(place):
         (("--lora-merge",), "lora_merge has no adapters to merge"),
         (("--lora-rank", "0"), "lora_rank must be a finite number above 0, got 0"),
         (("--lora-rank", "2", "--lora-dropout", "1"), "lora_dropout must be from 0 to below 1"),
-        (("--lora-rank", "2", "--lora-target", "nix"), "its linear layers are called down_proj, "),
+        (("--lora-rank", "2", "--lora-target", "nix"), "its layers are called down_proj, "),
         (("--lora-rank", "2", "--student", "pocket-llama"), "adapters would leave as they are"),
     ):
         assert message in error_of(invoke(*place.train("refused", *options)))
@@ -185,23 +187,81 @@ def test_an_adapter_that_cannot_be_read_says_why(place, tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps({**settings, **changes}))
         return str(folder)
 
-    with pytest.raises(ModelError, match=r"is an adapter, whose model cannot be loaded: there is"):
-        load_model(written(base_model_name_or_path="./gone"))
-    with pytest.raises(ModelError, match=r"does not say of which model; write its folder"):
-        load_model(written(base_model_name_or_path=None))
-    with pytest.raises(ModelError, match=r"cannot load the adapter .*; its files may be damaged"):
-        load_model(written(r=3))
+    for changes, message in (
+        ({"base_model_name_or_path": "./gone"}, "is an adapter, whose model cannot be loaded: "),
+        ({"base_model_name_or_path": None}, "does not say of which model; write its folder"),
+        ({"base_model_name_or_path": str(folder)}, "which lies above it"),
+        ({"task_type": "SEQ_CLS"}, "is an adapter for SEQ_CLS, not for text"),
+        ({"r": 3}, "cannot load the adapter .*; its files may be damaged"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            load_model(written(**changes))
+    # Half of its weights are missing, then all of them, then the file.
+    written()
+    weights = load_file(folder / "adapter_model.safetensors")
+    for kept in ([*weights][::2], []):
+        save_file({name: weights[name] for name in kept} or {"x": torch.zeros(1)},
+                  folder / "adapter_model.safetensors")  # fmt: skip
+        with pytest.raises(ModelError, match="Found missing adapter keys"):
+            load_model(str(folder))
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="is an adapter without its weights"):
+        load_model(str(folder))
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match="adapter_config.json cannot be read: .*; restore it"):
+        load_model(str(folder))
+    # Learned prompts are no part of any weight.
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(load_model(str(place.student)), prompts).save_pretrained(tmp_path / "prompts")
+    with pytest.raises(ModelError, match=r"learned \(PROMPT_TUNING\); only adapters that change"):
+        load_model(str(tmp_path / "prompts"))
 
 
-def test_learned_prompts_stay_apart(place, tmp_path):
-    """They are no part of any weight."""
-    model = load_model(str(place.student))
-    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    get_peft_model(model, settings).save_pretrained(tmp_path)
-    close(
-        logits(load_model(str(tmp_path))),
-        logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)),
+def test_adapters_of_a_weight_that_is_there_twice_stay_apart(place):
+    """The embeddings are the head as well: merged into one, the adapter would change the other."""
+    for target in ("lm_head", "embed_tokens"):
+        words = place.train(f"tied-{target}", *LORA, "--learning-rate", "0.1", "--lora-target",
+                            "q_proj", "--lora-target", target)  # fmt: skip
+        finish(*words)
+        folder = place.folder / f"tied-{target}"
+        theirs = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        close(logits(load_model(str(folder))), logits(theirs))
+        finish(*place.train(f"more-{target}", "--student", str(folder)))
+        refused = invoke(*words, "--lora-merge", "--output", str(place.folder / "none"))
+        assert "embeddings and head in one weight" in error_of(refused)
+
+
+def test_a_vocabulary_that_grew_comes_with_the_adapter(place, tmp_path):
+    model, tokenizer = load_model(str(place.student)), load_tokenizer(str(place.student))
+    tokenizer.add_tokens([f"<new{number}>" for number in range(20)])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    saved = LoraConfig(
+        r=2, task_type="CAUSAL_LM", target_modules=["q_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+    )  # fmt: skip
+    get_peft_model(model, saved).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    close(logits(load_model(str(tmp_path))), logits(theirs))
+    finish(*place.train("grown", "--student", str(tmp_path)))
+
+
+def test_the_model_below_an_adapter_stays_what_it_was(place, tmp_path):
+    """Neither exchanged between two starts, nor deleted by a run that is put in its place."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(place.student, base)
+    words = ("--student", str(base), *LORA, "--output", str(run), "--keep-checkpoints")
+    finish(*place.train("x", *words))
+    above = ("--student", str(run), "--loss", "sft", "--output", str(base), "--overwrite")
+    assert f"student {base} lies in the output folder" in error_of(
+        invoke(*place.train("x", *above))
     )
+    kept = record(run)
+    del kept["results"]["finished"]
+    (run / "ctkd.json").write_text(json.dumps(kept))
+    tiny.model(286, seed=9).save_pretrained(base)
+    refused = invoke(*place.train("x", *words, "--resume"))
+    assert f"{base} has other weights than {run} was begun with" in error_of(refused)
 
 
 def test_a_model_may_teach_its_own_adapters(tmp_path):
@@ -234,7 +294,17 @@ def test_a_model_may_teach_its_own_adapters(tmp_path):
     assert all(module.training for module in trainer.model.modules())
     trained = {name for name, one in trainer.model.named_parameters() if one.requires_grad}
     assert trained and all("lora_" in name for name in trained)
-    with pytest.raises(SettingError, match="cannot teach itself"):
-        CrossTokenizerTrainer(
-            setup.teacher, arguments(tmp_path), loss=ctkd.get_loss("uld"), teacher=setup.teacher
-        )
+    biased = LoraConfig(r=2, bias="all", target_modules=["q_proj"])
+    other = setup.teacher
+    for settings, message in (
+        (None, "the student cannot teach itself"),
+        (biased, "train biases of the model below them"),
+        (biased, "the model has adapters already"),
+        ("lora", "peft_config must be one of peft, such as LoraConfig, got str"),
+    ):
+        student = trainer.model if "already" in message else other
+        with pytest.raises(SettingError, match=message):
+            CrossTokenizerTrainer(
+                student, arguments(tmp_path), peft_config=settings, loss=ctkd.get_loss("uld"),
+                teacher=other,
+            )  # fmt: skip

@@ -127,6 +127,11 @@ def test_held_out_references_stay_those_of_the_data(place, tmp_path):
         assert entry["references"] == [rows[entry["id"]]["answer"]]
     assert len(lines) == 2
     assert list(folder.results["losses after"]) == ["ce"]
+    # Such a teacher reads no row, so its bits are not known.
+    (bits,) = (
+        one for one in measuring.summarize(folder).splitlines() if one.startswith("bits per")
+    )
+    assert len(bits.split()) == len("bits per byte of given answers before after".split())
 
 
 def test_a_teacher_that_teaches_by_texts_alone_is_not_loaded_with_a_cache(
