@@ -59,7 +59,7 @@ def test_a_folder_without_weights_has_none(folder):
 
 def test_a_hub_model_is_told_by_its_commit(tmp_path, monkeypatch):
     commit = tmp_path / "snapshots" / "abc123"
-    monkeypatch.setattr(module, "resolve", lambda name: name)
+    monkeypatch.setattr(module, "sources", lambda name: [name])
     for found, expected in ((str(commit / "config.json"), "a/b@abc123"), (None, "a/b")):
         monkeypatch.setattr(module, "try_to_load_from_cache", lambda *_, found=found: found)
         assert model_fingerprint("a/b") == expected
