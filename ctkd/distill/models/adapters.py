@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
@@ -44,6 +45,9 @@ def base_of(source: str) -> str | None:
     Raises:
         ModelError: If an adapter does not say which it is, or is none for causal language models.
     """
+    if not Path(source).is_dir() and isinstance(try_to_load_from_cache(source, "config.json"), str):
+        # A model of the hub that is here: there is nobody to ask.
+        return None
     try:
         file = find_adapter_config_file(source)
     except (OSError, ValueError):
