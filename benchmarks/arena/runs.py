@@ -259,7 +259,7 @@ class Arena(ABC):
     data: str
     models: Sequence[str] = ("teacher", "start")
 
-    def prepare(self) -> None:  # noqa: B027
+    def prepare(self) -> None:  # noqa: B027 - not abstract, as most arenas make nothing
         """Make what the runs have in common, if there is any; called before they begin.
 
         Raises:

@@ -49,7 +49,8 @@ def all_methods() -> list[Method]:
     for name in ctkd.list_losses():
         if "pairing" in ctkd.describe(name).settings:
             # The sequence level, with its usual matching, is the same in both.
-            pairings = ("position", "chunk")[: 1 if name == "multilevelot_sequence" else 2]
+            once = name == "multilevelot_sequence"
+            pairings = ["position"] if once else ["position", "chunk"]
             found += [Method(f"{name}, {one}", name, {"pairing": one}) for one in pairings]
         else:
             found.append(Method(name, name))
