@@ -3,6 +3,7 @@
 import gc
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,10 @@ if IS_WORKER:
 
 from tests.forks import SERVER, Forks, Server, keep_compiled, python  # noqa: E402
 from tests.machines import this_machine  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As shells start what runs in the background; tests interrupt themselves.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MOST_WORKERS = 4
 

@@ -21,6 +21,7 @@ from ctkd.cli.evaluate import evaluate
 from ctkd.cli.losses import losses
 from ctkd.cli.options import writable
 from ctkd.cli.train import train
+from ctkd.distill import processes
 from ctkd.distill.options import closest, own_name
 from ctkd.errors import CtkdError
 
@@ -109,6 +110,8 @@ def _interrupts_come_again() -> Iterator[None]:
 
 def _one_line(error: BaseException) -> str:
     text = writable(" ".join(str(error).split()), err=True)
+    if not processes.is_first():
+        text = f"process {processes.number()}: {text}"
     # What was given may be quoted in it, and be of any length.
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
@@ -123,8 +126,15 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": _own_
 
 @click.group(cls=_Group, epilog=_START, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="ctkd")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Distill a language model into a smaller one with another tokenizer."""
+    command = context.invoked_subcommand
+    if processes.count() > 1 and command != train.name:
+        raise click.UsageError(
+            f"ctkd {command} works in one process, and WORLD_SIZE says {processes.count()}; start "
+            "it without torchrun or accelerate, or unset WORLD_SIZE"
+        )
 
 
 for command in (train, evaluate, losses, doctor, cache, compare):

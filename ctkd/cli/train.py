@@ -21,6 +21,7 @@ Examples:
   ctkd train --loss uld --teacher-cache teacher-cache
   ctkd train --loss sft --answers teacher --student my-model --data rows.jsonl
   ctkd train --config run.yaml --seed 1
+  torchrun --nproc_per_node 2 -m ctkd train --config run.yaml
 """
 
 
@@ -35,6 +36,7 @@ def train(
 ) -> None:
     """Distill a teacher into a student, and measure both before and after."""
     quieten()
+    from ctkd.distill.processes import is_first
     from ctkd.distill.training.measuring import summarize
     from ctkd.distill.training.run import train as run
 
@@ -44,4 +46,5 @@ def train(
         settings.setdefault("lora_rank", 16)
     config = TrainConfig.from_mapping(settings, source=config_file or "options")
     folder = run(config, resume=resume, overwrite=overwrite, say=say)
-    show(summarize(folder))
+    if is_first():
+        show(summarize(folder))

@@ -26,6 +26,7 @@ from ctkd.distill.data.collator import padded_sides
 from ctkd.distill.data.encoding import EncodedSide
 from ctkd.distill.devices import is_cpu
 from ctkd.distill.models.model_logits import ModelLogits
+from ctkd.distill.processes import no_bar
 from ctkd.logits import DenseLogits, Logits
 
 __all__ = ["KnownStates", "TeacherMemory", "memory_bytes"]
@@ -131,7 +132,7 @@ class TeacherMemory:
                 with building(final) as partial:
                     rows = _file(partial / "logits", shape, model.dtype, write=True)
                     parts = torch.split(rows, list(sizes.values()))
-                    bar = tqdm(parts, desc="teacher: logits", leave=False, disable=None)
+                    bar = tqdm(parts, desc="teacher: logits", leave=False, disable=no_bar())
                     for key, out in zip(sizes, bar, strict=True):
                         hidden = states[key].to(head.weight.device).unsqueeze(0)
                         for which, block in self._logits.from_hidden(hidden).blocks():
@@ -144,7 +145,7 @@ class TeacherMemory:
         """Hidden states by row."""
         model, states = self._logits.model, {}
         batches = [sides[start : start + batch_size] for start in range(0, len(sides), batch_size)]
-        for batch in tqdm(batches, desc="teacher: reading", leave=False, disable=None):
+        for batch in tqdm(batches, desc="teacher: reading", leave=False, disable=no_bar()):
             inputs, labels = padded_sides(batch, pad_id, with_eos=self._score_eos)
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
             with torch.no_grad():

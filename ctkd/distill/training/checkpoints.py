@@ -7,12 +7,13 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from ctkd.distill.processes import is_first, wait_for_all
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import OutputError
 
@@ -28,7 +29,8 @@ _BLOCK = 1 << 22
 class Checkpoints:
     """The checkpoints that a run has written into its folder; others there are never touched.
 
-    Each lists its files with sizes and checksums.
+    Each lists its files with sizes and checksums. Where several processes train together, all write
+    into a folder that the first one makes, moves and deletes.
 
     Args:
         folder: Of the run.
@@ -47,8 +49,11 @@ class Checkpoints:
             OutputError: If it cannot be written; the earlier ones are still there.
         """
         target = self._folder / f"checkpoint-{step}"
-        with self.trying(target) as partial:
+        with self._by_all(target) as partial:
             yield partial
+            wait_for_all()
+            if not is_first():
+                return
             written = partial / target.name
             files = {
                 str(file.relative_to(written)): _fingerprint(file)
@@ -71,8 +76,11 @@ class Checkpoints:
         Raises:
             OutputError: If they cannot be written; the checkpoints are still there.
         """
-        with self.trying(self._folder) as partial:
+        with self._by_all(self._folder) as partial:
             yield partial
+            wait_for_all()
+            if not is_first():
+                return
             for file in [one for one in partial.rglob("*") if one.is_file()]:
                 target = self._folder / file.relative_to(partial)
                 target.parent.mkdir(exist_ok=True)
@@ -102,6 +110,14 @@ class Checkpoints:
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    @contextmanager
+    def _by_all(self, target: Path) -> Iterator[Path]:
+        """What `trying` makes in the first process, when it is there, in all of them."""
+        made = self.trying(target) if is_first() else nullcontext(self._folder / _PARTIAL)
+        with made as partial:
+            wait_for_all()
+            yield partial
 
     def last(self) -> Path | None:
         """The last checkpoint that holds what was written; None if none was written.

@@ -25,6 +25,7 @@ from ctkd.distill.evaluation.metrics import (
     write_predictions,
 )
 from ctkd.distill.models.model_logits import ModelLogits
+from ctkd.distill.processes import is_first
 from ctkd.distill.teachers.texts import TeacherTexts
 from ctkd.distill.training.curves import plot_curves
 from ctkd.distill.training.output_folder import RECORD, OutputFolder
@@ -57,7 +58,8 @@ def keep_history(folder: OutputFolder, trainer: CrossTokenizerTrainer) -> None:
     first = [entry for entry in measured if entry["step"] == 0]
     last = [entry for entry in measured if entry["step"] > 0]
     folder.keep("history", [*first, *logged, *last])
-    plot_curves(folder.results["history"], folder.path / CURVES)
+    if is_first():
+        plot_curves(folder.results["history"], folder.path / CURVES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,7 @@ from typing import Any
 import filelock
 
 from ctkd.distill.printable import NO_TEXT, is_text
+from ctkd.distill.processes import is_first
 from ctkd.errors import OutputError
 
 __all__ = ["LOCK", "RECORD", "OutputFolder", "alone", "check_name", "try_to_write"]
@@ -108,7 +109,9 @@ class OutputFolder:
                 cls(path, {**record, "settings": settings}).write()
 
     def write(self) -> None:
-        """Write ``ctkd.json`` at once or not at all."""
+        """Write ``ctkd.json`` at once or not at all; of several processes the first one does."""
+        if not is_first():
+            return
         partial = self.path / f".{RECORD}.partial"
         # JSON has no numbers that are not finite.
         text = json.dumps(_finite(self.record), indent=2, ensure_ascii=False, allow_nan=False)

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ctkd.distill.devices import now
+from ctkd.distill.processes import any_of_all, no_bar
 
 __all__ = ["StepClock", "StepReport", "StepsAsAsked", "StopOnSignal", "loss_line"]
 
@@ -91,7 +92,7 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
             initial=state.global_step,
             desc="training",
             unit="step",
-            disable=None,
+            disable=no_bar(),
             leave=False,
         )
 
@@ -114,7 +115,7 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
                 total=len(eval_dataloader),
                 desc="held-out losses",
                 unit="batch",
-                disable=None,
+                disable=no_bar(),
                 leave=False,
             )
         self._held_out_bar.update(1)
@@ -182,7 +183,7 @@ class StepsAsAsked(TrainerCallback):  # type: ignore[misc]
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     """Ends training after the current step, with a checkpoint, on the first interrupt.
 
-    A second interrupt ends it at once.
+    A second interrupt ends it at once. Several processes end it after the same step.
 
     Args:
         say: Prints one line.
@@ -203,6 +204,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self.stopped = any_of_all(self.stopped)
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True

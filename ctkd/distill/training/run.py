@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ctkd import __version__
 from ctkd.cache_folder import cache_dir
+from ctkd.distill import processes
 from ctkd.distill.config import SFT, TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExamples
@@ -97,35 +98,63 @@ def train(
             checkpoint is there.
     """
     device = choose_device(config.device)
+    processes.join(device)
+    if not processes.is_first():
+        say = _say_nothing
     check_student(config)
     _check_tracker(config.report_to)
-    if overwrite:
-        _check_nothing_needed_is_deleted(config)
-    settings = config.as_dict()
-    folder_before = OutputFolder.check(config.folder, settings, resume=resume, overwrite=overwrite)
+    folder_before = processes.of_first(lambda: _check_folder(config, resume, overwrite, say))
     if "finished" in folder_before.results:
-        if not folder_before.record["settings"].get("keep_checkpoints", True):
-            # A kill may have left some.
-            with alone(config.folder):
-                Checkpoints(config.folder, say).remove()
         say(f"{folder_before.path} is finished already; nothing is left to do")
         return folder_before
-    inputs = _load(config, folder_before.record.get("date"), say)
+    begun = folder_before.record.get("date")
+    inputs = processes.first_before_others(lambda: _load(config, begun, say))
     # Only now may an earlier run be overwritten: everything that was given can be used.
-    with alone(config.folder):
-        folder = OutputFolder.prepare(config.folder, settings, resume=resume, overwrite=overwrite)
-        folder.record["environment"] = _environment(device)
-        folder.record["date"] = inputs.date
-        _check_same_rows(folder, inputs)
-        _check_same_code(folder, config)
-        _check_same_student(folder, config, inputs)
-        folder.write()
+    with alone(config.folder) if processes.is_first() else nullcontext():
+        folder = processes.of_first(
+            lambda: _begin(config, inputs, device, resume=resume, overwrite=overwrite)
+        )
+        if processes.count() > 1:
+            say(f"{processes.count()} processes, {_rows_a_step(config)} rows a step")
         # Before hours of training: what stands in its way is found now.
         control = _control_folder(config) if config.control else None
         _run(config, inputs, folder, device, resume=resume, say=say, teacher_states=teacher_states)
         if control is not None:
             _train_control(config, inputs, folder, control, device, say)
         _finish(config, folder, say)
+    return folder
+
+
+def _say_nothing(line: str) -> None:
+    """Of several processes the first one speaks."""
+
+
+def _begin(
+    config: TrainConfig, inputs: _Inputs, device: torch.device, *, resume: bool, overwrite: bool
+) -> OutputFolder:
+    """The output folder with what a run is begun with, or was begun with in the same way."""
+    settings = config.as_dict()
+    folder = OutputFolder.prepare(config.folder, settings, resume=resume, overwrite=overwrite)
+    folder.record["environment"] = _environment(device)
+    folder.record["date"] = inputs.date
+    _check_same_rows(folder, inputs)
+    _check_same_code(folder, config)
+    _check_same_student(folder, config, inputs)
+    _check_same_processes(folder)
+    folder.write()
+    return folder
+
+
+def _check_folder(
+    config: TrainConfig, resume: bool, overwrite: bool, say: Callable[[str], None]
+) -> OutputFolder:
+    """The output folder as it is; of a finished run, without what a kill may have left."""
+    if overwrite:
+        _check_nothing_needed_is_deleted(config)
+    folder = OutputFolder.check(config.folder, config.as_dict(), resume=resume, overwrite=overwrite)
+    if "finished" in folder.results and not folder.record["settings"].get("keep_checkpoints", True):
+        with alone(config.folder):
+            Checkpoints(config.folder, say).remove()
     return folder
 
 
@@ -213,18 +242,18 @@ def _run(
     stop = StopOnSignal(say)
     memory = _remembered(config, inputs, device, say, teacher_states)
     trainer = _make_trainer(config, inputs, memory, folder, device)
-    trainer.checkpoints = Checkpoints(folder.path, say)
+    checkpoints = trainer.checkpoints = Checkpoints(folder.path, say)
     report = StepReport(say, trainer.clock)
     for callback in (StepsAsAsked(), report, stop):
         trainer.add_callback(callback)
     whole = config.lora_merge or not is_adapted(student)
-    _check_can_be_saved(trainer, student, folder, whole=whole)
-    checkpoint = trainer.checkpoints.last() if resume else None
+    processes.of_first(lambda: _check_can_be_saved(trainer, student, folder, whole=whole))
+    checkpoint = processes.of_first(checkpoints.last) if resume else None
 
     measure = Measure(config, folder, inputs.held_out, say)
     if config.measure == "all":
-        _measure_student("student before", measure, inputs, trainer)
-        _measure_teacher(measure, inputs, memory, device)
+        _by_first(folder, lambda: _measure_student("student before", measure, inputs, trainer))
+        _by_first(folder, lambda: _measure_teacher(measure, inputs, memory, device))
         measure.losses("losses before", trainer)
 
     _tell_how_logits_are_read(trainer, say)
@@ -244,6 +273,8 @@ def _run(
         folder.results["seconds per step"] = report.seconds_per_step
     keep_history(folder, trainer)
     if stop.stopped:
+        if not processes.is_first():
+            raise SystemExit(0)
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; repeat the "
             "command with --resume to go on"
@@ -254,12 +285,22 @@ def _run(
     if config.lora_merge:
         student = trainer.merge_adapters()
         inputs = replace(inputs, student=student)
-    with trainer.checkpoints.writing_result() as partial:
+    with checkpoints.writing_result() as partial:
         trainer.save_model(str(partial))
     if config.measure == "all":
         measure.losses("losses after", trainer)
         keep_history(folder, trainer)
-        _measure_student("student after", measure, inputs, trainer)
+        _by_first(folder, lambda: _measure_student("student after", measure, inputs, trainer))
+
+
+def _by_first(folder: OutputFolder, measure: Callable[[], None]) -> None:
+    """Measure in the first process, and let the others know the results."""
+
+    def results() -> dict[str, Any]:
+        measure()
+        return folder.results
+
+    folder.record["results"] = processes.of_first(results)
 
 
 def _keep_few_activations(student: PreTrainedModel, config: TrainConfig) -> None:
@@ -277,7 +318,7 @@ def _keep_few_activations(student: PreTrainedModel, config: TrainConfig) -> None
 def _finish(config: TrainConfig, folder: OutputFolder, say: Callable[[str], None]) -> None:
     """Mark a run as finished, and delete what only served to go on with it."""
     folder.keep("finished", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    if not config.keep_checkpoints:
+    if not config.keep_checkpoints and processes.is_first():
         Checkpoints(folder.path, say).remove()
 
 
@@ -398,13 +439,14 @@ def _remembered(
     rows = inputs.encoded.rows
     passes = config.epochs
     if config.max_steps is not None:
-        passes = config.max_steps * config.batch_size * config.grad_accumulation / len(rows)
+        passes = config.max_steps * _rows_a_step(config) / len(rows)
     logits = ModelLogits(cast(PreTrainedModel, teacher.to(device)))
     if passes <= 1 or logits.why_whole is not None:
         return None
     sides = [row.teacher for row in (*rows, *inputs.encoded_held_out.rows) if row.teacher]
     needed = memory_bytes(teacher, sides, score_eos=config.score_eos)
-    if needed > config.teacher_memory * 1e9:
+    # Each process has all of them.
+    if needed * processes.count() > config.teacher_memory * 1e9:
         return None
     say(f"teacher: {len(sides)} rows, read once; their hidden states take {needed / 1e6:.0f} MB")
     return TeacherMemory(
@@ -416,6 +458,11 @@ def _remembered(
         batch_size=config.batch_size,
         known=teacher_states,
     )
+
+
+def _rows_a_step(config: TrainConfig) -> int:
+    """Rows in an optimizer step, of all processes."""
+    return config.batch_size * config.grad_accumulation * processes.count()
 
 
 def _control_of(config: TrainConfig) -> TrainConfig:
@@ -435,8 +482,14 @@ def _control_of(config: TrainConfig) -> TrainConfig:
 def _control_folder(config: TrainConfig) -> OutputFolder:
     """The control's folder below the run's, as it was left if it was begun."""
     control = _control_of(config)
-    begun = bool(OutputFolder.record_of(control.folder)["settings"])
-    return OutputFolder.prepare(control.folder, control.as_dict(), resume=begun, overwrite=False)
+
+    def prepare() -> OutputFolder:
+        begun = bool(OutputFolder.record_of(control.folder)["settings"])
+        return OutputFolder.prepare(
+            control.folder, control.as_dict(), resume=begun, overwrite=False
+        )
+
+    return processes.of_first(prepare)
 
 
 def _train_control(
@@ -483,7 +536,7 @@ def _make_trainer(
 ) -> RunTrainer:
     models, pair = inputs.models, inputs.pair
     cache = (memory or inputs.cache) if config.distils else None
-    batches = math.ceil(len(inputs.encoded) / config.batch_size)
+    batches = math.ceil(len(inputs.encoded) / (config.batch_size * processes.count()))
     steps = math.ceil(math.ceil(batches / config.grad_accumulation) * config.epochs)
     steps = config.max_steps or steps
     arguments = TrainingArguments(
@@ -510,6 +563,7 @@ def _make_trainer(
         remove_unused_columns=False,
         report_to=config.report_to,
         disable_tqdm=True,
+        log_level_replica="error",
         dataloader_pin_memory=not is_cpu(device),
     )
     teacher_tokenizer = models.teacher_tokenizer if config.distils else None
@@ -587,6 +641,18 @@ def _check_same_student(folder: OutputFolder, config: TrainConfig, inputs: _Inpu
     if folder.record.setdefault("initial weights", now) != now:
         raise OutputError(
             f"{other} than {folder.path} was begun with; restore it, or start anew with --overwrite"
+        )
+
+
+def _check_same_processes(folder: OutputFolder) -> None:
+    """Keep the number of processes, or refuse to go on with another: steps would be others."""
+    now = processes.count()
+    # Earlier versions kept none.
+    before = folder.record.setdefault("processes", now)
+    if before != now:
+        raise OutputError(
+            f"{folder.path} was begun with {before} processes, now there are {now}; start as many, "
+            "or start anew with --overwrite"
         )
 
 

@@ -21,6 +21,7 @@ from ctkd.errors import BatchError, SettingError
 from ctkd.logits import HeadLogits
 from ctkd.loss import LossOutput
 from tests.distill.tiny import Setup
+from tests.distill.training.ranks import of_two
 
 
 def arguments(folder, **settings) -> TrainingArguments:
@@ -369,28 +370,8 @@ def test_two_processes_make_the_step_of_one(tmp_path, forks):
     single = Setup()
     run = trainer(single, tmp_path / "one", "multilevelot", per_device_train_batch_size=6)
     run.train()
-    # As torchrun starts them.
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    together = {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    outputs = [tmp_path / f"rank {rank}" for rank in range(2)]
-    ranks = [
-        forks.start(
-            one_rank,
-            str(tmp_path / "two"),
-            str(tmp_path / "r.pt"),
-            output=output,
-            environment={**together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    ends = [forks.wait(rank) for rank in ranks]
-    assert ends == [0, 0], [output.read_text()[-3000:] for output in outputs]
+    said = of_two(forks, one_rank, str(tmp_path / "two"), str(tmp_path / "r.pt"), output=tmp_path)
+    assert all(one.endswith("exit code 0") for one in said), said
     found = torch.load(tmp_path / "r.pt", weights_only=False)
     assert same_weights(weights_of(single.student), found["weights"], 1e-10)
     log = run.state.log_history[0]
