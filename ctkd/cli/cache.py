@@ -26,6 +26,8 @@ _OF_RUN = (
     "student",
     "student_config",
     "teacher",
+    "teacher_load_in_4bit",
+    "teacher_load_in_8bit",
     "data",
     "eval_data",
     "task",

@@ -93,6 +93,10 @@ class TrainConfig:
     teacher_cache: str | None = option(
         None, "Folder of `ctkd cache`, asked in the teacher's place."
     )
+    teacher_load_in_4bit: bool = option(
+        False, "Round the teacher's weights to 4 bits, but its head; needs bitsandbytes."
+    )
+    teacher_load_in_8bit: bool = option(False, "The same to 8 bits.")
     answers: Literal["data", "teacher"] = option(
         "data", "Answers to train on: those of the data, or the teacher's own."
     )
@@ -192,6 +196,13 @@ class TrainConfig:
     report_to: str = option(
         "none", "Tracker, as transformers names it; tensorboard writes into the output folder."
     )
+    push_to_hub: bool = option(
+        False, "Send the finished model to the hub, with the token of HF_TOKEN or `hf auth login`."
+    )
+    hub_model_id: str | None = option(
+        None, "Its name there, such as my-name/my-model.", unset="the output folder's name"
+    )
+    hub_private: bool = option(False, "Make it private, if it is not there yet.")
 
     def __post_init__(self) -> None:
         simplify_sources(self, "data", "eval_data", "lora_target")
@@ -244,8 +255,17 @@ class TrainConfig:
                 f"min_coverage is a share of the bytes, from 0 to 1, got {self.min_coverage}"
             )
         self._check_lora(from_nothing)
+        if not self.push_to_hub and (self.hub_private or self.hub_model_id is not None):
+            raise SettingError(
+                "hub_model_id and hub_private say how a model is sent to the hub; add push_to_hub, "
+                "or leave them out"
+            )
         if self.date is not None:
             _check_day(self.date)
+        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
+            raise SettingError(
+                "teacher_load_in_4bit and teacher_load_in_8bit contradict each other; give one"
+            )
         if self.teacher_shots < 0:
             raise SettingError(f"teacher_shots must be at least 0, got {self.teacher_shots}")
         if not 0 <= self.seed < 2**32:
@@ -315,6 +335,11 @@ class TrainConfig:
     def needs_teacher(self) -> bool:
         """True if there is a teacher, for a loss or for its answers."""
         return self.distils or self.answers == "teacher"
+
+    @property
+    def teacher_bits(self) -> int | None:
+        """Bits of the teacher's weights, if they are rounded."""
+        return 4 if self.teacher_load_in_4bit else 8 if self.teacher_load_in_8bit else None
 
     @property
     def folder(self) -> Path:

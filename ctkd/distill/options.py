@@ -40,6 +40,7 @@ _OTHER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing",
     "dataset_name": "data",
     "gradient_accumulation_steps": "grad_accumulation",
+    "hub_private_repo": "hub_private",
     "lora_r": "lora_rank",
     "lora_target_modules": "lora_target",
     "max_completion_length": "max_new_tokens",

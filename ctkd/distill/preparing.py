@@ -14,6 +14,7 @@ from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PromptForm, choose_shots
 from ctkd.distill.data.rows import Source, is_embedded
 from ctkd.distill.data.tasks import Example, examples, get_task, split_off
+from ctkd.distill.devices import choose_device
 from ctkd.distill.models.adapters import adapted_part, add_lora, is_adapted, mergeable
 from ctkd.distill.models.from_config import described, prepare_student
 from ctkd.distill.models.loading import (
@@ -37,7 +38,8 @@ __all__ = [
     "encode",
     "load_examples",
     "load_models",
-    "teacher_dtype",
+    "load_teacher",
+    "teacher_precision",
     "with_student",
 ]
 
@@ -167,13 +169,13 @@ def load_models(
     if cache is not None:
         say(f"teacher: {config.teacher}, from the cache {cache.path}")
         cache.check_teacher(config.teacher, pair.teacher_bytes, say=say)
-        cached, usual = cache.record["dtype"], str(teacher_dtype(config)).removeprefix("torch.")
+        cached, usual = cache.record["dtype"], teacher_precision(config)
         if cached != usual:
             say(f"note: the cached teacher was asked in {cached}, a live one would be in {usual}")
         width = cache.teacher_width
         return Models(student_model, student_tokenizer, None, teacher_tokenizer, pair, width)
     say(f"teacher: {config.teacher}")
-    model = load_model(config.teacher, dtype=teacher_dtype(config))
+    model = load_teacher(config)
     check_token_ids(model, teacher_tokenizer)
     width = head_width(model)
     return Models(student_model, student_tokenizer, model, teacher_tokenizer, pair, width)
@@ -225,9 +227,34 @@ def check_student(config: TrainConfig) -> None:
         )
 
 
-def teacher_dtype(config: TrainConfig) -> torch.dtype:
-    """The dtype in which the teacher is asked, live or for a cache."""
+def _teacher_dtype(config: TrainConfig) -> torch.dtype:
     return torch.float32 if config.dtype == "float32" else torch.bfloat16
+
+
+def teacher_precision(config: TrainConfig) -> str:
+    """The dtype in which the teacher is asked, and to how many bits its weights are rounded.
+
+    Example:
+        >>> teacher_precision(TrainConfig(teacher_load_in_4bit=True))
+        'float32, weights in 4 bits'
+    """
+    bits = config.teacher_bits
+    rounded = "" if bits is None else f", weights in {bits} bits"
+    return str(_teacher_dtype(config)).removeprefix("torch.") + rounded
+
+
+def load_teacher(config: TrainConfig, device: torch.device | None = None) -> PreTrainedModel:
+    """Load the teacher as it is to be asked.
+
+    Args:
+        config: The settings.
+        device: Where it goes; by default it stays in main memory, unless it is rounded, which is
+            done on the device of the settings.
+    """
+    bits = config.teacher_bits
+    if bits is not None and device is None:
+        device = choose_device(config.device)
+    return load_model(config.teacher, dtype=_teacher_dtype(config), device=device, bits=bits)
 
 
 def answerable(

@@ -56,6 +56,9 @@ NOT_SHARED = {
     "measure": "the comparison measures by itself",
     "control": "compare the method sft",
     "eval_steps": "set curve_points",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_private"), "send the folder of a run (`hf upload`)"
+    ),
 }
 """Settings of a run that its comparison sets, and the way to set them there."""
 

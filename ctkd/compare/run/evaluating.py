@@ -28,7 +28,7 @@ from ctkd.distill.evaluation.metrics import (
 )
 from ctkd.distill.models.loading import check_token_ids, load_model
 from ctkd.distill.models.model_logits import ModelLogits
-from ctkd.distill.preparing import teacher_dtype
+from ctkd.distill.preparing import load_teacher
 from ctkd.distill.teachers.texts import TeacherTexts
 
 __all__ = ["Evaluator", "means", "scored"]
@@ -102,7 +102,7 @@ class Evaluator:
             form: The form of its prompts.
             answers: Its own, whose scores are kept.
         """
-        model = load_model(self.base.teacher, device=self.device, dtype=teacher_dtype(self.base))
+        model = load_teacher(self.base, self.device)
         sides = [row.student for row in self._encode(split, tokenizer, form)]
         if answers is None:
             return _read(model, tokenizer, split, sides)

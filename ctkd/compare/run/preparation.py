@@ -34,7 +34,7 @@ from ctkd.distill.preparing import (
     answered_by_teacher,
     check_student,
     encode,
-    teacher_dtype,
+    teacher_precision,
     with_student,
 )
 from ctkd.distill.teachers.cache import TeacherCache
@@ -256,7 +256,7 @@ def _teaches_in_words(config: CompareConfig) -> bool:
 def _told(config: CompareConfig, cache: TeacherCache | None) -> str:
     """A description of the teacher's logits, for a person."""
     if cache is None or config.is_live:
-        return f"live, asked in {str(teacher_dtype(config.base)).removeprefix('torch.')}"
+        return f"live, asked in {teacher_precision(config.base)}"
     return f"{cache.kept}, cached, asked in {cache.record['dtype']}"
 
 

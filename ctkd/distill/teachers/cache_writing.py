@@ -37,7 +37,6 @@ from ctkd.distill.models.loading import (
     check_token_ids,
     head_width,
     last_logits,
-    load_model,
     load_tokenizer,
 )
 from ctkd.distill.models.model_logits import ModelLogits
@@ -49,7 +48,8 @@ from ctkd.distill.preparing import (
     encode,
     load_examples,
     load_models,
-    teacher_dtype,
+    load_teacher,
+    teacher_precision,
     with_student,
 )
 from ctkd.distill.teachers.cache import (
@@ -148,7 +148,7 @@ def _write(
         "k": min(settings.k, vocabulary) if settings.states == "none" else vocabulary,
         "temperatures": [float(temperature) for temperature in settings.temperatures],
         "vocab_size": vocabulary,
-        "dtype": str(teacher_dtype(config)).removeprefix("torch."),
+        "dtype": teacher_precision(config),
         "max_new_tokens": config.max_new_tokens,
         "shard_rows": settings.shard_rows,
         "rows": None,
@@ -463,8 +463,7 @@ class LazyTeacher:
         """The model itself."""
         if self._model is None:
             self.say(f"loading the teacher: {self.config.teacher}")
-            dtype = teacher_dtype(self.config)
-            self._model = load_model(self.config.teacher, dtype=dtype, device=self.device)
+            self._model = load_teacher(self.config, self.device)
             check_token_ids(self._model, self.tokenizer)
         return self._model
 

@@ -17,12 +17,12 @@ from ctkd.distill.processes import is_first, wait_for_all
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import OutputError
 
-__all__ = ["Checkpoints", "RunTrainer"]
+__all__ = ["MOST_KEPT", "Checkpoints", "RunTrainer"]
 
 _LIST = "ctkd_checkpoint.json"
 _PARTIAL = ".checkpoint.partial"
-# One that is whole should be left when the last one turns out to be damaged.
-_KEPT = 2
+MOST_KEPT = 2
+"""One that is whole should be left when the last one turns out to be damaged."""
 _BLOCK = 1 << 22
 
 
@@ -67,7 +67,7 @@ class Checkpoints:
                 self._say(f"warning: {target} is none of this run's, so step {step} is not kept")
             else:
                 written.replace(target)
-        self._delete(self._own()[:-_KEPT])
+        self._delete(self._own()[:-MOST_KEPT])
 
     @contextmanager
     def writing_result(self) -> Iterator[Path]:

@@ -33,7 +33,7 @@ from ctkd.distill.training.progress import loss_line
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import OutputError
 
-__all__ = ["CURVES", "Measure", "keep_history", "summarize"]
+__all__ = ["CURVES", "Measure", "keep_history", "losses_table", "metrics_table", "summarize"]
 
 CURVES = "curves.png"
 
@@ -191,9 +191,9 @@ def _summary(folder: OutputFolder) -> str:
     lines = []
     # A run with measure="nothing" has none of these.
     if "student before" in results and "student after" in results:
-        lines += [_metrics(results), ""]
+        lines += [metrics_table(results), ""]
     if "losses before" in results and "losses after" in results:
-        lines += [_losses(results, config.loss), ""]
+        lines += [losses_table(results, config.loss), ""]
     if "student before" in results and "student after" in results:
         name = get_task(config.task).metrics[0]
         scores: dict[str, float] = {
@@ -208,7 +208,13 @@ def _summary(folder: OutputFolder) -> str:
     return "\n".join(lines)
 
 
-def _metrics(results: dict[str, Any]) -> str:
+def metrics_table(results: dict[str, Any], form: str = "simple") -> str:
+    """Metrics of the student before and after, of the control and of the teacher.
+
+    Args:
+        results: Of a run that measured all.
+        form: As tabulate names it.
+    """
     before = results["student before"]
     columns = {"before": before, "after": results["student after"]}
     for name in ("control", "teacher"):
@@ -229,10 +235,12 @@ def _metrics(results: dict[str, Any]) -> str:
         headers=[f"held-out, {before['n']} examples", *columns],
         disable_numparse=True,
         colalign=["left", *("right" for _ in columns)],
+        tablefmt=form,
     )
 
 
-def _losses(results: dict[str, Any], loss: str) -> str:
+def losses_table(results: dict[str, Any], loss: str, form: str = "simple") -> str:
+    """Held-out cross-entropy and loss before and after, as `metrics_table` does it."""
     before, after = results["losses before"], results["losses after"]
     shown = [name for name in after if not name.startswith("kd/")]
     parts = [name for name in after if name.startswith("kd/")]
@@ -243,6 +251,7 @@ def _losses(results: dict[str, Any], loss: str) -> str:
         ],
         headers=["held-out loss", "before", "after"],
         floatfmt=".4f",
+        tablefmt=form,
     )
 
 

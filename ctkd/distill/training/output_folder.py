@@ -18,10 +18,15 @@ from ctkd.distill.printable import NO_TEXT, is_text
 from ctkd.distill.processes import is_first
 from ctkd.errors import OutputError
 
-__all__ = ["LOCK", "RECORD", "OutputFolder", "alone", "check_name", "try_to_write"]
+__all__ = ["FREE", "LOCK", "RECORD", "OutputFolder", "alone", "check_name", "try_to_write"]
 
 RECORD = "ctkd.json"
 LOCK = ".lock"
+FREE = frozenset(
+    ("output", "logging_steps", "save_steps", "keep_checkpoints", "report_to", "device")
+    + ("push_to_hub", "hub_model_id", "hub_private")
+)
+"""Settings that may change on the way: they say how much is shown or kept, and where."""
 
 
 class OutputFolder:
@@ -250,9 +255,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    # What only says how much is shown or kept may change on the way.
-    free = {"output", "logging_steps", "save_steps", "keep_checkpoints", "report_to", "device"}
-    names = sorted({*before, *now} - free)
+    names = sorted({*before, *now} - FREE)
     changed = [name for name in names if before.get(name) != now.get(name)]
     if changed:
         shown = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in changed)

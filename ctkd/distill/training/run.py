@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -30,10 +30,10 @@ from ctkd.cache_folder import cache_dir
 from ctkd.distill import processes
 from ctkd.distill.config import SFT, TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
-from ctkd.distill.data.encoding import EncodedExamples
+from ctkd.distill.data.encoding import EncodedExample, EncodedExamples
 from ctkd.distill.data.rows import Source, paths_of
 from ctkd.distill.data.tasks import Example, get_task
-from ctkd.distill.devices import PeakMemory, choose_device, is_cpu
+from ctkd.distill.devices import PeakMemory, choose_device, is_cpu, now
 from ctkd.distill.models.adapters import is_adapted
 from ctkd.distill.models.checks import one_line
 from ctkd.distill.models.fingerprint import model_fingerprint
@@ -48,13 +48,22 @@ from ctkd.distill.preparing import (
     encode,
     load_examples,
     load_models,
-    teacher_dtype,
+    teacher_precision,
     with_student,
 )
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.memory import KnownStates, TeacherMemory, memory_bytes
 from ctkd.distill.teachers.texts import TeacherTexts
+from ctkd.distill.training.card import CARD, facts_of_run, write_card
 from ctkd.distill.training.checkpoints import Checkpoints, RunTrainer
+from ctkd.distill.training.forecast import (
+    Sample,
+    forecast,
+    free_bytes,
+    measure_costs,
+    teacher_tokens,
+)
+from ctkd.distill.training.hub import check_upload, upload
 from ctkd.distill.training.measuring import Measure, keep_history
 from ctkd.distill.training.output_folder import OutputFolder, alone
 from ctkd.distill.training.progress import StepReport, StepsAsAsked, StopOnSignal
@@ -65,7 +74,7 @@ from ctkd.registry import source_fingerprint
 from ctkd.tokenization.pair import TokenizerPair
 from ctkd.tokenization.vocabulary_map import fingerprint
 
-__all__ = ["Interrupted", "train"]
+__all__ = ["Interrupted", "dry_run", "train"]
 
 
 class Interrupted(CtkdError):
@@ -82,8 +91,8 @@ def train(
 ) -> OutputFolder:
     """Distil the teacher into the student and measure both before and after.
 
-    The output folder holds the trained model and its tokenizer, ``ctkd.json`` with the settings
-    and every result, answers to held-out prompts, and a picture of the curves.
+    The output folder holds the trained model and its tokenizer, a model card, ``ctkd.json`` with
+    the settings and every result, answers to held-out prompts, and a picture of the curves.
 
     Args:
         config: The settings.
@@ -101,10 +110,10 @@ def train(
     processes.join(device)
     if not processes.is_first():
         say = _say_nothing
-    check_student(config)
-    _check_tracker(config.report_to)
-    folder_before = processes.of_first(lambda: _check_folder(config, resume, overwrite, say))
+    folder_before = processes.of_first(lambda: _checked(config, resume=resume, overwrite=overwrite))
     if "finished" in folder_before.results:
+        if processes.is_first():
+            _end_again(config, folder_before, say)
         say(f"{folder_before.path} is finished already; nothing is left to do")
         return folder_before
     begun = folder_before.record.get("date")
@@ -121,7 +130,8 @@ def train(
         _run(config, inputs, folder, device, resume=resume, say=say, teacher_states=teacher_states)
         if control is not None:
             _train_control(config, inputs, folder, control, device, say)
-        _finish(config, folder, say)
+        processes.of_first(lambda: _finish(config, folder, say))
+        processes.of_first(lambda: upload(config, folder, say))
     return folder
 
 
@@ -141,21 +151,92 @@ def _begin(
     _check_same_code(folder, config)
     _check_same_student(folder, config, inputs)
     _check_same_processes(folder)
+    folder.record["facts"] = facts_of_run(
+        config, inputs.models, inputs.forms, inputs.encoded, inputs.encoded_held_out
+    )
     folder.write()
     return folder
 
 
-def _check_folder(
-    config: TrainConfig, resume: bool, overwrite: bool, say: Callable[[str], None]
-) -> OutputFolder:
-    """The output folder as it is; of a finished run, without what a kill may have left."""
-    if overwrite:
-        _check_nothing_needed_is_deleted(config)
-    folder = OutputFolder.check(config.folder, config.as_dict(), resume=resume, overwrite=overwrite)
-    if "finished" in folder.results and not folder.record["settings"].get("keep_checkpoints", True):
+def _end_again(config: TrainConfig, folder: OutputFolder, say: Callable[[str], None]) -> None:
+    """Do what was left when a run was finished: a kill may have left checkpoints."""
+    if not folder.record["settings"].get("keep_checkpoints", True):
         with alone(config.folder):
             Checkpoints(config.folder, say).remove()
-    return folder
+    upload(config, folder, say)
+
+
+def dry_run(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Load and check all that `train` would, and say what the run would be and cost.
+
+    Two of its micro-batches are run forward and backward. Nothing is written into the output
+    folder. A live teacher that is to answer writes nothing: rows have the answers of the data.
+
+    Args:
+        config: The settings.
+        resume: As for `train`.
+        overwrite: As for `train`.
+        say: Prints one line of progress.
+
+    Raises:
+        CtkdError: If `train` could not begin.
+    """
+    if processes.count() > 1:
+        raise SettingError("a dry run is made in one process; start it without torchrun")
+    device = choose_device(config.device)
+    folder = _checked(config, resume=resume, overwrite=overwrite)
+    if "finished" in folder.results:
+        return f"{folder.path} is finished already; nothing would be done"
+    inputs = _load(config, folder.record.get("date"), say, answering=False)
+    _check_same_code(folder, config)
+    _check_same_student(folder, config, inputs)
+    if config.answers == "data":
+        _check_same_rows(folder, inputs)
+    elif inputs.cache is None:
+        say("the teacher has not answered yet; what follows is of the answers of the data")
+    if config.gradient_checkpointing:
+        _keep_few_activations(inputs.student, config)
+    sample = Sample.of(config, inputs.encoded.rows)
+    memory, reading = _remembered_sample(config, inputs, device, sample, say)
+    with tempfile.TemporaryDirectory() as place:
+        quiet = replace(config, report_to="none")
+        elsewhere = OutputFolder(Path(place), {"settings": {}, "results": {}})
+        trainer = _make_trainer(quiet, inputs, memory, elsewhere, device)
+        _tell_how_logits_are_read(trainer, say)
+        costs = measure_costs(config, trainer, sample)
+    _check_room(config.folder, costs.saved)
+    output = "new"
+    if resume and folder.path.exists():
+        last = Checkpoints(folder.path, say).last()
+        output = f"goes on from {'the start' if last is None else last.name}"
+    elif overwrite and folder.path.exists():
+        output = "what is there would be deleted"
+    return forecast(
+        config,
+        inputs.models,
+        inputs.encoded,
+        costs,
+        steps=_steps(config, len(inputs.encoded)),
+        reading=reading,
+        output=output,
+    )
+
+
+def _checked(config: TrainConfig, *, resume: bool, overwrite: bool) -> OutputFolder:
+    """The output folder, untouched yet, if the settings can be used here."""
+    check_student(config)
+    _check_tracker(config.report_to)
+    check_upload(config)
+    if overwrite:
+        _check_nothing_needed_is_deleted(config)
+    settings = config.as_dict()
+    return OutputFolder.check(config.folder, settings, resume=resume, overwrite=overwrite)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,8 +256,13 @@ class _Inputs:
     date: str
 
 
-def _load(config: TrainConfig, begun: str | None, say: Callable[[str], None]) -> _Inputs:
-    """Load and check everything, for a run that was begun on a day if it was."""
+def _load(
+    config: TrainConfig, begun: str | None, say: Callable[[str], None], *, answering: bool = True
+) -> _Inputs:
+    """Load and check everything, for a run that was begun on a day if it was.
+
+    Without `answering`, a live teacher that is to answer is spared it: the answers are the data's.
+    """
     training, held_out = load_examples(config, say)
     cache, day = None, begun
     if config.teacher_cache is not None:
@@ -197,7 +283,7 @@ def _load(config: TrainConfig, begun: str | None, say: Callable[[str], None]) ->
             "warning: answers are taught without an end: the student's tokenizer has no end of "
             "sequence, so the student does not learn to stop; set the tokenizer's eos_token"
         )
-    if config.answers == "teacher":
+    if config.answers == "teacher" and (answering or cache is not None):
         training = _as_the_teacher_answers(config, models, training, forms, cache, say)
     encoded = encode(config, models, training, forms, "training", say)
     encoded_held_out = encode(config, models, held_out, forms, "held-out", say)
@@ -287,6 +373,8 @@ def _run(
         inputs = replace(inputs, student=student)
     with checkpoints.writing_result() as partial:
         trainer.save_model(str(partial))
+        # A template of peft's; the card is written in the end.
+        (partial / CARD).unlink(missing_ok=True)
     if config.measure == "all":
         measure.losses("losses after", trainer)
         keep_history(folder, trainer)
@@ -316,9 +404,10 @@ def _keep_few_activations(student: PreTrainedModel, config: TrainConfig) -> None
 
 
 def _finish(config: TrainConfig, folder: OutputFolder, say: Callable[[str], None]) -> None:
-    """Mark a run as finished, and delete what only served to go on with it."""
+    """Mark a run as finished, with its card, and delete what only served to go on with it."""
+    write_card(folder, say)
     folder.keep("finished", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    if not config.keep_checkpoints and processes.is_first():
+    if not config.keep_checkpoints:
         Checkpoints(folder.path, say).remove()
 
 
@@ -327,18 +416,21 @@ def _check_can_be_saved(
 ) -> None:
     """Find out before the first step what would fail after the last one."""
     weights = [one for one in student.parameters() if one.requires_grad or whole]
-    needed = sum(one.nbytes for one in weights)
-    free = shutil.disk_usage(folder.path).free
-    if free < needed:
-        raise OutputError(
-            f"the student takes {needed / 1e6:.1f} MB, but there are only {free / 1e6:.1f} MB left "
-            f"for {folder.path}; make room, or choose another --output"
-        )
+    _check_room(folder.path, sum(one.nbytes for one in weights))
     with trainer.checkpoints.trying(folder.path) as place:
         student.config.save_pretrained(place)
         if student.can_generate():
             student.generation_config.save_pretrained(place)
         trainer.processing_class.save_pretrained(place)
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = free_bytes(folder)
+    if free < needed:
+        raise OutputError(
+            f"the student takes {needed / 1e6:.1f} MB, but there are only {free / 1e6:.1f} MB left "
+            f"for {folder}; make room, or choose another --output"
+        )
 
 
 def _as_the_teacher_answers(
@@ -365,7 +457,7 @@ def _as_the_teacher_answers(
     if teacher is None or models.pair is None:
         raise ModelError(f"{config.teacher} was not loaded")
     weights, words = model_fingerprint(config.teacher), fingerprint(models.pair.teacher_bytes)
-    name = f"{weights} {words} {teacher_dtype(config)}"
+    name = f"{weights} {words} torch.{teacher_precision(config)}"
     name = hashlib.sha256(name.encode()).hexdigest()[:16]
     path = cache_dir() / "teacher_texts" / f"{name}.jsonl"
     one_line = get_task(config.task).one_line
@@ -431,8 +523,13 @@ def _remembered(
     device: torch.device,
     say: Callable[[str], None],
     teacher_states: KnownStates | None,
+    *,
+    read: Sequence[EncodedExample] | None = None,
 ) -> TeacherMemory | None:
-    """The teacher's hidden states, if rows are read more than once and there is room for them."""
+    """The teacher's hidden states, if rows are read more than once and there is room for them.
+
+    Those of all rows, unless others are to be read.
+    """
     teacher, tokenizer = inputs.models.teacher, inputs.models.teacher_tokenizer
     if teacher is None or tokenizer is None or inputs.pair is None:
         return None
@@ -449,6 +546,8 @@ def _remembered(
     if needed * processes.count() > config.teacher_memory * 1e9:
         return None
     say(f"teacher: {len(sides)} rows, read once; their hidden states take {needed / 1e6:.0f} MB")
+    if read is not None:
+        sides = [row.teacher for row in read if row.teacher]
     return TeacherMemory(
         logits,
         sides,
@@ -465,6 +564,24 @@ def _rows_a_step(config: TrainConfig) -> int:
     return config.batch_size * config.grad_accumulation * processes.count()
 
 
+def _remembered_sample(
+    config: TrainConfig,
+    inputs: _Inputs,
+    device: torch.device,
+    sample: Sample,
+    say: Callable[[str], None],
+) -> tuple[TeacherMemory | None, float | None]:
+    """The teacher's hidden states at sampled rows, and in how many seconds it reads all rows."""
+    read = [*sample.typical, *sample.longest]
+    # The first time takes longer.
+    if _remembered(config, inputs, device, say, None, read=read) is None:
+        return None, None
+    started = now()
+    memory = _remembered(config, inputs, device, lambda line: None, None, read=read)
+    every = (*inputs.encoded.rows, *inputs.encoded_held_out.rows)
+    return memory, (now() - started) * teacher_tokens(every) / teacher_tokens(read)
+
+
 def _control_of(config: TrainConfig) -> TrainConfig:
     """The settings of the same run without the loss."""
     return replace(
@@ -475,6 +592,9 @@ def _control_of(config: TrainConfig) -> TrainConfig:
         kd_weight=None,
         ce_weight=config.ce_weight or None,
         control=False,
+        push_to_hub=False,
+        hub_model_id=None,
+        hub_private=False,
         output=str(config.folder / "control"),
     )
 
@@ -507,7 +627,9 @@ def _train_control(
 
     say("control: training once more, without the loss")
     if "finished" not in below.results:
-        below.record.update({name: folder.record[name] for name in ("environment", "date")})
+        below.record.update(
+            {name: folder.record[name] for name in ("environment", "date", "facts")}
+        )
         _check_same_rows(below, inputs)
         below.results["student before"] = folder.results["student before"]
         below.write()
@@ -523,8 +645,15 @@ def _train_control(
             inputs, models=untrained, student=student, cache=None, loss=None, pair=None
         )
         _run(control, without, below, device, resume=True, say=say_whose)
-        _finish(control, below, say_whose)
+        processes.of_first(lambda: _finish(control, below, say_whose))
     folder.keep("control", below.results["student after"])
+
+
+def _steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps on so many rows."""
+    batches = math.ceil(rows / (config.batch_size * processes.count()))
+    steps = math.ceil(math.ceil(batches / config.grad_accumulation) * config.epochs)
+    return config.max_steps or steps
 
 
 def _make_trainer(
@@ -536,9 +665,7 @@ def _make_trainer(
 ) -> RunTrainer:
     models, pair = inputs.models, inputs.pair
     cache = (memory or inputs.cache) if config.distils else None
-    batches = math.ceil(len(inputs.encoded) / (config.batch_size * processes.count()))
-    steps = math.ceil(math.ceil(batches / config.grad_accumulation) * config.epochs)
-    steps = config.max_steps or steps
+    steps = _steps(config, len(inputs.encoded))
     arguments = TrainingArguments(
         output_dir=str(folder.path),
         num_train_epochs=config.epochs,

@@ -41,6 +41,8 @@ class Index:
             name="tiny",
             description="for tests",
             license="Kindness-1.0",
+            hub_id="tiny/tiny",
+            hub_license="other",
             requirements=REQUIREMENTS,
             parts=("tiny/part0", "tiny/part1"),
             notices=("tiny/LICENSE",),

@@ -74,6 +74,7 @@ def test_the_folder_is_a_model_as_transformers_saves_it(place, run):
 
 def test_the_folder_holds_nothing_else_than_the_run(place, run):
     assert sorted(path.name for path in (place.folder / "run").iterdir()) == [
+        "README.md",
         "bits-student-after.jsonl",
         "bits-student-before.jsonl",
         "bits-teacher.jsonl",
