@@ -41,6 +41,7 @@ TOGETHER = {
         # Files of many tests are begun first, and this one of few takes minutes.
         "kernels": ("losses/test_uld", "ops/test_cuda"),
         "packaged": (
+            "distill/data/test_conversations",
             "distill/data/test_encoding",
             "distill/evaluation/test_doctor",
             "distill/models/test_packaged",

@@ -41,6 +41,7 @@ __all__ = [
     "check_needs",
     "simplify_sources",
     "usual_task",
+    "usual_template",
 ]
 
 DTYPES = ("float32", "bfloat16", "bfloat16-pure")
@@ -109,7 +110,9 @@ class TrainConfig:
         None, "Held-out data. Default: a part of --data, by passage. Repeatable.", repeated=True
     )
     task: str = option(
-        None, "qa, summarization, text or lm: documents.", unset="lm for pydocs, else qa"
+        None,
+        "qa, summarization, text, chat: conversations, or lm: documents.",
+        unset="lm for pydocs, else qa",
     )
     columns: dict[str, str] = option(
         {},
@@ -138,8 +141,12 @@ class TrainConfig:
     min_coverage: float = option(
         0.95, "Least share of the answers' bytes that both tokenizers must spell alike."
     )
-    student_template: Template = option("plain", "The student's prompts: plain, or chat.")
-    teacher_template: Template = option("plain", "The same for the teacher.")
+    student_template: Template = option(
+        None, "The student's prompts: plain, or chat.", unset="plain, but chat for task chat"
+    )
+    teacher_template: Template = option(
+        None, "The same for the teacher.", unset="plain, but chat for task chat"
+    )
     date: str | None = option(
         None,
         "Day that chat templates write as today.",
@@ -206,7 +213,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         simplify_sources(self, "data", "eval_data", "lora_target")
-        # Defaults that follow from other settings; nothing is None any more afterwards.
+        # Defaults that follow from other settings; none of them is None any more afterwards.
         if self.student_config is not None and self.student not in (None, self.student_config):
             raise SettingError(
                 f"student {self.student!r} and student_config {self.student_config!r} are two "
@@ -216,6 +223,8 @@ class TrainConfig:
         for name, value in (
             ("student", self.student_config or UNTRAINED),
             ("task", usual_task(self.data)),
+            ("student_template", usual_template(self.task)),
+            ("teacher_template", usual_template(self.task)),
             ("epochs", 4.0 if from_nothing else 1.0),
             ("learning_rate", 2e-3 if from_nothing else 5e-5 if self.lora_rank is None else 2e-4),
             ("control", from_nothing and self.loss != SFT and self.measure != "nothing"),
@@ -277,6 +286,11 @@ class TrainConfig:
                 + ", or leave control out"
             )
         _check_templates(self.task, self.student_template, self.teacher_template)
+        if self.task == "chat" and self.teacher_shots:
+            raise SettingError(
+                "task chat has conversations, which no shots stand in front of; leave "
+                "teacher_shots out"
+            )
         if self.task == "lm" and self.answers == "teacher":
             raise SettingError(
                 "task lm has no prompts that a teacher could answer; take the answers of the data"
@@ -453,7 +467,9 @@ class EvaluateRequest:
         TrainConfig, "teacher", default=None, help="For --loss and --next-bytes."
     )
     template: Template | None = option(
-        None, "plain, or chat.", unset="as the run in MODEL was trained, else plain"
+        None,
+        "plain, or chat.",
+        unset="as the run in MODEL was trained, else plain, but chat for task chat",
     )
     teacher_template: Template | None = same_as(
         TrainConfig, "teacher_template", default=None, help="plain, or chat, of that teacher."
@@ -516,10 +532,22 @@ def usual_task(data: str | Sequence[str]) -> str:
     return "lm" if data == "pydocs" else "qa"
 
 
+def usual_template(task: str | None) -> Template:
+    """The form of prompts of a task for which none is named.
+
+    Example:
+        >>> usual_template("chat"), usual_template("qa")
+        ('chat', 'plain')
+    """
+    return "chat" if task == "chat" else "plain"
+
+
 def _check_templates(task: str, *templates: str | None) -> None:
-    """Refuse a chat on documents, which have no turns."""
+    """Refuse a chat on documents, which have no turns, and conversations in plain text."""
     if task == "lm" and "chat" in templates:
         raise SettingError("task lm reads documents as they are; leave the template plain")
+    if task == "chat" and "plain" in templates:
+        raise SettingError("task chat is written in chat templates; leave the templates out")
 
 
 def check_needs(loss: Loss, name: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctkd.distill.config import UNTRAINED, TrainConfig
+from ctkd.distill.data.conversations import shortened
 from ctkd.distill.data.encoding import EncodedExamples, EncodedSide, encode_examples
 from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PromptForm, choose_shots
@@ -41,6 +42,7 @@ __all__ = [
     "load_teacher",
     "teacher_precision",
     "with_student",
+    "writable",
 ]
 
 HELD_OUT_FRACTION = 0.1
@@ -272,6 +274,7 @@ def answerable(
     """
     if models.teacher_tokenizer is None:
         raise ModelError(f"the tokenizer of {config.teacher} was not loaded")
+    chosen = writable(models, chosen, forms, what, say)
     prompts = forms.teacher.ids(models.teacher_tokenizer, chosen, side="teacher")
     longest = _longest(config, models, config.max_new_tokens)
     prompted = list(zip(chosen, prompts, strict=True))
@@ -286,6 +289,29 @@ def answerable(
             raise DataError(f"{message}; raise max_length, or shorten the prompts")
         say(f"{message}; left out")
     return [example for example, _ in short], [prompt for _, prompt in short]
+
+
+def writable(
+    models: Models,
+    chosen: Sequence[Example],
+    forms: Forms,
+    what: str,
+    say: Callable[[str], None],
+) -> list[Example]:
+    """The examples but conversations whose prompts the teacher's chat template refuses.
+
+    Raises:
+        DataError: If none is left.
+    """
+    if models.teacher_tokenizer is None:
+        return list(chosen)
+    written, refused = forms.teacher.writable(models.teacher_tokenizer, chosen, side="teacher")
+    if refused:
+        message = f"left out {len(refused)} of {len(chosen)} conversations: {shortened(refused)}"
+        if not written:
+            raise DataError(f"{what}: {message}; none is left, choose another teacher")
+        say(f"{what}: {message}")
+    return written
 
 
 def answered_by_teacher(
@@ -312,7 +338,7 @@ def answered_by_teacher(
             )
         if text:
             space = example.answer[: len(example.answer) - len(example.answer.lstrip(" "))]
-            answered.append(replace(example, answer=space + text, ends=texts.ended(prompt)))
+            answered.append(example.with_answer(space + text, ends=texts.ended(prompt)))
     if not answered:
         raise DataError(
             "the teacher wrote nothing to any prompt; raise max_new_tokens, or take another teacher"
@@ -366,8 +392,32 @@ def encode(
     say(f"{what}: {encoded.coverage.report()}")
     if encoded.report():
         say(f"{what}: {encoded.report()}")
+    if what == "training":
+        _tell_of_roles(models, chosen, forms, say)
     _check_ids(encoded, models)
     return encoded
+
+
+def _tell_of_roles(
+    models: Models, chosen: Sequence[Example], forms: Forms, say: Callable[[str], None]
+) -> None:
+    """Say where messages of a system or of tools stand for a template without such roles."""
+    roles = {message.role for example in chosen for message in example.messages}
+    sides = (
+        ("student", forms.student, models.student_tokenizer),
+        ("teacher", forms.teacher, models.teacher_tokenizer),
+    )
+    for name, form, tokenizer in sides:
+        if tokenizer is None or not roles:
+            continue
+        template = form.chat_template(tokenizer, side=name)
+        if "system" in roles and not template.knows_systems:
+            say(
+                f"note: the {name}'s chat template has no messages of a system; they stand in "
+                "front of the user's"
+            )
+        if "tool" in roles and not template.knows_tools:
+            say(f"note: the {name}'s chat template has no messages of tools; a user says them")
 
 
 def _check_ids(encoded: EncodedExamples, models: Models) -> None:

@@ -276,6 +276,8 @@ def test_help_names_the_defaults():
         "epochs": "1, or 4 from random weights",
         "learning_rate": "5e-5, 2e-4 with --lora-rank, or 2e-3 from random weights",
         "control": "from random weights yes, else no",
+        "student_template": "plain, but chat for task chat",
+        "teacher_template": "plain, but chat for task chat",
     }
     options = {option.name: option.help for option in main.commands["train"].params}
     for name, value in TrainConfig().as_dict().items():

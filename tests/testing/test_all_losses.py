@@ -1,9 +1,10 @@
 """Every registered loss passes every check, in each of the forms that its settings give it."""
 
 import pytest
+import torch
 
 import ctkd
-from ctkd.testing import check_loss, make_pair, sequences_average_by_count
+from ctkd.testing import check_loss, make_inputs, make_pair, sequences_average_by_count
 
 FORMS = [
     *[(name, {}) for name in ctkd.list_losses()],
@@ -68,3 +69,37 @@ def test_a_loss_passes(name, settings):
             sequences_average_by_count(loss)
         skip += ("sequences_average_by_count",)
     check_loss(loss, skip=skip)
+
+
+def test_what_is_not_scored_between_answers_changes_no_loss():
+    """Nor any gradient: that of such positions is zero."""
+    for name in ctkd.list_losses():
+        results = []
+        for holes in (False, True):
+            inputs = make_inputs()
+            leaf = inputs["student_logits"].requires_grad_()
+            if holes:
+                for side in ("student", "teacher"):
+                    size = inputs[f"{side}_labels"].shape[1]
+                    # Two positions in front of the last but one, and one in front of the last.
+                    spread = torch.tensor([*range(size - 2), size, size + 2])
+                    for field, blank in (("logits", 7.0), ("labels", -100), ("chunk_ids", -1)):
+                        value = inputs[f"{side}_{field}"]
+                        wide = value.new_full((len(value), size + 3, *value.shape[2:]), blank)
+                        if field == "logits":
+                            # What predicts a token stands one position before it.
+                            wide[:, spread[1:] - 1] = value[:, :-1]
+                        else:
+                            wide[:, spread] = value
+                        inputs[f"{side}_{field}"] = wide
+                    del inputs[f"{side}_hidden"]
+            loss = ctkd.get_loss(name, pair=make_pair())
+            batch = ctkd.Batch.from_causal_lm(**inputs)
+            output = loss(batch)
+            (grad,) = torch.autograd.grad(output.value, leaf)
+            results.append((output.value, output.count, grad))
+        (value, count, grad), (other_value, other_count, other_grad) = results
+        assert count == other_count == loss.units(batch) > 0
+        torch.testing.assert_close(other_value, value, rtol=1e-12, atol=0)
+        torch.testing.assert_close(other_grad, grad, rtol=1e-12, atol=1e-15)
+        assert grad.abs().max() > 0

@@ -184,6 +184,8 @@ def _load(source: Source, base: TrainConfig, say: Say, *, held_out: bool = False
 def _fields(base: TrainConfig, row: Mapping[str, Any], example: Example) -> dict[str, Any]:
     """The fields of the task that the example's prompt was made from, and its references."""
     task = get_task(base.task)
+    if task.is_chat:
+        return {task.target: [message.as_dict() for message in example.messages]}
     for needed, body in task.bodies.items():
         values = {field: row.get(base.columns.get(field, field)) for field in needed}
         texts = all(isinstance(value, str) for value in values.values())

@@ -12,6 +12,7 @@ from ctkd.batch import IGNORE_INDEX, Side
 from ctkd.distill.data.encoding import EncodedExample, EncodedSide
 from ctkd.errors import BatchError
 from ctkd.logits import Logits
+from ctkd.ops import pack_scored
 
 __all__ = ["KEPT", "Collator", "StoredTeacher", "padded_sides", "padding_id", "stored_side"]
 
@@ -26,8 +27,13 @@ class StoredTeacher(Protocol):
     def device(self) -> torch.device | None:
         """Where its logits are made, None for where the answers lie."""
 
-    def batch(self, sides: Sequence[EncodedSide], positions: int) -> dict[str, Tensor]:
-        """Read the answers about a batch of rows, padded to so many positions."""
+    def batch(
+        self, sides: Sequence[EncodedSide], positions: int, *, with_eos: bool = True
+    ) -> dict[str, Tensor]:
+        """Read the answers about a batch of rows, padded or cut to so many positions.
+
+        They are those of `EncodedSide.places`, one behind the other.
+        """
 
     def logits(self, kept: dict[str, Tensor], mask: Tensor) -> Logits:
         """Make logits of what `batch` read, on whatever device it lies now."""
@@ -42,18 +48,24 @@ def stored_side(
     """The side of a stored teacher.
 
     Args:
-        teacher: Whose `batch` returned `kept`, for all positions of `labels` but the first.
+        teacher: Whose `batch` returned `kept`, for as many positions as are scored in a row.
         kept: What it returned, on the device of the labels.
         labels: The batch's labels of that side.
         chunk_ids: Laid out as the labels.
     """
-    targets = labels[:, 1:]
-    mask = targets != IGNORE_INDEX
+    positions = next(iter(kept.values())).shape[1]
+    packed = pack_scored(
+        labels[:, 1:],
+        IGNORE_INDEX,
+        positions,
+        positions,
+        None if chunk_ids is None else chunk_ids[:, 1:],
+    )
     return Side(
-        logits=teacher.logits(kept, mask),
-        token_ids=targets.masked_fill(~mask, 0),
-        mask=mask,
-        chunk_ids=None if chunk_ids is None else chunk_ids[:, 1:],
+        logits=teacher.logits(kept, packed.mask),
+        token_ids=packed.ids,
+        mask=packed.mask,
+        chunk_ids=packed.chunk_ids,
     )
 
 
@@ -78,6 +90,9 @@ class Collator:
     Distillation (``distill_labels``, ``teacher_distill_labels``) scores it on both sides or on
     neither; if on neither, the teacher does not read it. Where it is scored, the two ends are a
     chunk of their own, the row's last. A row whose answer was cut has no end on either side.
+
+    Of a conversation, ends of earlier answers are scored as the last one is, and what stands
+    between the answers is -100. Chunks of ends are numbered behind all others.
 
     Shape:
         With P and A the longest prompt and answer of the batch, end of sequence included:
@@ -121,7 +136,8 @@ class Collator:
 
         Raises:
             BatchError: If there are no rows, a teacher's side is missing, `score_eos` meets an
-                uncut side without an end of sequence, or a side has not one chunk number per token.
+                uncut side without an end of sequence or unequal numbers of ends of turns, or a side
+                has not one chunk number per token.
         """
         if not rows:
             raise BatchError("a batch needs at least one example")
@@ -143,11 +159,12 @@ class Collator:
         if self.teacher_cache is None:
             batch.update({f"teacher_{name}": value for name, value in inputs.items()})
         else:
-            kept = self.teacher_cache.batch(teacher, labels.shape[1] - 1)
+            most = max(len(side.places(with_eos=self.score_eos)) for side in teacher)
+            kept = self.teacher_cache.batch(teacher, most, with_eos=self.score_eos)
             batch.update({f"{KEPT}{name}": value for name, value in kept.items()})
         batch["teacher_distill_labels"] = self._distilled(teacher, labels)
-        # The end's number must be the same on both sides, also where one side's last token has no
-        # chunk.
+        # The number of an end must be the same on both sides, also where one side's last token has
+        # no chunk.
         ends = [
             1 + max([*ours.chunk_ids, *theirs.chunk_ids, -1])
             for ours, theirs in zip(student, teacher, strict=True)
@@ -168,13 +185,20 @@ class Collator:
                 f"score_eos needs an end of sequence on every side, example {row.id} lacks one; "
                 "leave it off"
             )
+        if self.score_eos and len({side.kinds.count("e") for side in sides}) > 1:
+            raise BatchError(
+                f"score_eos needs an end of every turn on both sides, example {row.id} has more of "
+                "them on one; leave it off"
+            )
 
     def _distilled(self, sides: Sequence[EncodedSide], labels: Tensor) -> Tensor:
         if self.score_eos:
             return labels
-        lengths = torch.tensor([len(side.answer_ids) for side in sides])
-        beyond = torch.arange(labels.shape[1]) > lengths.unsqueeze(1)
-        return labels.masked_fill(beyond, IGNORE_INDEX)
+        distilled = torch.full_like(labels, IGNORE_INDEX)
+        for row, side in enumerate(sides):
+            places = 1 + torch.tensor(side.places(with_eos=False))
+            distilled[row, places] = labels[row, places]
+        return distilled
 
     def _chunks(self, sides: Sequence[EncodedSide], labels: Tensor, ends: Sequence[int]) -> Tensor:
         chunks = torch.full_like(labels, -1)
@@ -188,8 +212,10 @@ class Collator:
                     f"{len(side.chunk_ids)}; encode with encode_examples"
                 )
             chunks[row, 1 : 1 + count] = torch.tensor(side.chunk_ids)
-            if self.score_eos and side.eos_id is not None:
-                chunks[row, 1 + count] = end
+            if self.score_eos:
+                kinds = enumerate(side.kinds_with_end, 1)
+                places = [place for place, kind in kinds if kind == "e"]
+                chunks[row, places] = end + torch.arange(len(places))
         return chunks
 
 
@@ -201,7 +227,8 @@ def padded_sides(
     Args:
         sides: The rows.
         pad_id: What to pad with.
-        with_eos: Whether the end of sequence is read and is a label.
+        with_eos: Whether the end of sequence is read and is a label. Ends of earlier answers are
+            always read.
     """
     answers = [_answer(side, with_eos=with_eos) for side in sides]
     before = max(len(side.prompt_ids) for side in sides)
@@ -213,7 +240,8 @@ def padded_sides(
         start, end = before - len(side.prompt_ids), before + len(answer)
         ids[row, start:end] = torch.tensor([*side.prompt_ids, *answer])
         mask[row, start:end] = 1
-        labels[row, 1 : 1 + len(answer)] = torch.tensor(answer, dtype=torch.int64)
+        places = torch.tensor(side.places(with_eos=with_eos))
+        labels[row, 1 + places] = torch.tensor(answer)[places]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, labels
 

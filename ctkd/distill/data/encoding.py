@@ -2,16 +2,22 @@
 
 Prompt and answer are tokenized apart, so that the scored part begins at the same character for
 student and teacher. Each side renders the prompt in its own form; the answer is the same text on
-both. An example that is too long on one side is left out or cut on both, never on one alone.
+both. A conversation has several answers, each tokenized apart as well, with what a side's template
+writes between them. An example that is too long on one side is left out or cut on both, never on
+one alone.
 """
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from ctkd.distill.data.chat_templates import ChatTemplate
+from ctkd.distill.data.conversations import RefusedRow, shortened
 from ctkd.distill.data.coverage import Coverage, RowCoverage, kept_bytes, shared_ends, shown
 from ctkd.distill.data.exact_ids import check_unicode, exact_ids, tokenized
 from ctkd.distill.data.prompts import PLAIN, PromptForm, encode_prompt
@@ -29,24 +35,70 @@ class EncodedSide:
 
     Args:
         prompt_ids: The prompt, with what the tokenizer puts in front of a text; at least one id.
-        answer_ids: The answer, without an end of sequence; at least one id.
+        answer_ids: The answer, without an end of sequence; at least one id. Of a conversation all
+            that follows its first prompt: answers, their ends, and what is read between them.
         eos_id: The token that ends the answer, the end of sequence or of a turn, see
             `PromptForm.end_id`; None if there is none or the answer was cut.
         chunk_ids: The chunk of each of `answer_ids`, -1 for none. Equal numbers on both sides are
             the same bytes. Empty where nothing was aligned.
+        kinds: A letter for each of `answer_ids`: "a" of an answer, "e" its end, "." only read.
+            Empty where all of them are of one answer.
+
+    Example:
+        >>> side = EncodedSide(prompt_ids=[7], answer_ids=[5, 2, 7, 6], eos_id=2, kinds="ae.a")
+        >>> side.places(with_eos=True), side.places(with_eos=False), side.answers
+        ([0, 1, 3, 4], [0, 3], [[5], [6]])
     """
 
     prompt_ids: list[int]
     answer_ids: list[int]
     eos_id: int | None
     chunk_ids: list[int] = field(default_factory=list)
+    kinds: str = ""
+
+    @property
+    def kinds_with_end(self) -> str:
+        """A letter for each token behind the prompt, the last end included."""
+        kinds = self.kinds or "a" * len(self.answer_ids)
+        return kinds if self.eos_id is None else kinds + "e"
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """The ids of each answer."""
+        runs = re.finditer("a+", self.kinds_with_end)
+        return [self.answer_ids[run.start() : run.end()] for run in runs]
+
+    @property
+    def scored_ids(self) -> list[int]:
+        """The ids of all answers, one behind the other."""
+        return list(itertools.chain(*self.answers))
+
+    def places(self, *, with_eos: bool) -> list[int]:
+        """Where scored tokens stand behind the prompt, counted from 0.
+
+        Args:
+            with_eos: Whether ends are scored.
+        """
+        scored = "ae" if with_eos else "a"
+        return [place for place, kind in enumerate(self.kinds_with_end) if kind in scored]
+
+    def rows_of(self, stored: Sequence[int], *, with_eos: bool) -> list[int]:
+        """Which of the stored places are scored, counted from 0.
+
+        Args:
+            stored: Some `places`.
+            with_eos: Whether ends are scored.
+        """
+        row_of = {place: row for row, place in enumerate(stored)}
+        return [row_of[place] for place in self.places(with_eos=with_eos) if place in row_of]
 
     def cut_to(self, count: int) -> "EncodedSide":
-        """Keep so many tokens of the answer, which then has no end."""
+        """Keep so many tokens behind the prompt, of which the last answer then has no end."""
         return replace(
             self,
             answer_ids=self.answer_ids[:count],
             chunk_ids=self.chunk_ids[:count],
+            kinds=self.kinds[:count],
             eos_id=None,
         )
 
@@ -79,6 +131,8 @@ class EncodedExample:
     def cut_to(self, max_length: int, student_bytes: TokenBytes) -> "EncodedExample | None":
         """Cut the answer at the last place at which all sides fit; None if there is none.
 
+        Of a conversation the last answers are left away, and the last that is left is cut.
+
         Args:
             max_length: The most tokens a side may have.
             student_bytes: Tells where characters of the student's answer end.
@@ -86,9 +140,11 @@ class EncodedExample:
         pieces = [student_bytes.bytes_of[index] for index in self.student.answer_ids]
         sides = [self.student] if self.teacher is None else [self.student, self.teacher]
         chunk_ids = [] if self.teacher is None else [side.chunk_ids for side in sides]
+        kinds = self.student.kinds_with_end
         for ends in reversed(shared_ends(pieces, chunk_ids)):
             both = list(zip(sides, ends, strict=True))
-            if all(len(side.prompt_ids) + end <= max_length for side, end in both):
+            fits = all(len(side.prompt_ids) + end <= max_length for side, end in both)
+            if fits and kinds[ends[0] - 1] == "a":
                 student, *teacher = [side.cut_to(end) for side, end in both]
                 return EncodedExample(
                     id=self.id, student=student, teacher=teacher[0] if teacher else None, cut=True
@@ -105,6 +161,7 @@ class EncodedExamples:
         coverage: How much of the answers both sides spell alike; it has a report of its own.
         max_length: The most tokens a side may have.
         too_long: The ids of the examples left out, each with its lengths.
+        refused: Why conversations were left out, which a side's template or tokenizer changes.
         cut: The ids of the examples whose answers were cut, each with its lengths before.
     """
 
@@ -112,6 +169,7 @@ class EncodedExamples:
     coverage: Coverage
     max_length: int
     too_long: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -128,8 +186,12 @@ class EncodedExamples:
             >>> found.report()
             'left out 1 of 1 examples as longer than 64 tokens: 7 (student 90)'
         """
-        total = len(self.rows) + len(self.too_long)
-        parts = [
+        total = len(self.rows) + len(self.too_long) + len(self.refused)
+        parts = []
+        if self.refused:
+            reasons = shortened(self.refused)
+            parts.append(f"left out {len(self.refused)} of {total} conversations: {reasons}")
+        parts += [
             f"{what} {len(rows)} of {total} examples as longer than {self.max_length} tokens: "
             f"{', '.join(rows[:3])}{', ...' if len(rows) > 3 else ''}"
             for what, rows in (("left out", self.too_long), ("cut", self.cut))
@@ -138,8 +200,10 @@ class EncodedExamples:
         return "; ".join(parts)
 
 
-# Aligned together; the tensors are as wide as the longest answer among them.
+# Answers aligned together; the tensors are as wide as the longest among them.
 _ROWS_AT_ONCE = 1024
+# How many chunks an answer has, and which is that of each token of the student and the teacher.
+_Chunks = tuple[int, list[int], list[int]]
 
 
 def encode_side(
@@ -199,6 +263,9 @@ def encode_examples(
     Where every side is asked in a chat, an answer stands without the space in front that a task
     gives it; else with it, on all sides, so that all score the same text.
 
+    A conversation is refused, left out on all sides and reported, where a side's chat template
+    does not write it as it is, see `ChatTemplate.turns`, or an answer holds a special token.
+
     Args:
         examples: What to encode, at least one.
         student_tokenizer: The student's tokenizer.
@@ -217,8 +284,9 @@ def encode_examples(
         pair: The two tokenizers' pair; by default made here.
 
     Raises:
-        SettingError: If `max_length` is too small to be meant, another setting is out of range, or
-            `score_eos` is asked of a tokenizer without an end of sequence.
+        SettingError: If `max_length` is too small to be meant, another setting is out of range,
+            `score_eos` is asked of a tokenizer without an end of sequence or a template without
+            ends of turns, or conversations are to be asked in plain text.
         DataError: If too little is covered, an answer holds a special token or has no ids, a text
             is not valid Unicode, an example is too long and `on_long` is "refuse", or no example is
             left.
@@ -245,17 +313,26 @@ def encode_examples(
     forms = [student_form] if teacher_tokenizer is None else [student_form, teacher_form]
     if all(form.template == "chat" for form in forms):
         examples = [replace(one, answer=one.answer.removeprefix(" ")) for one in examples]
+    elif any(example.messages for example in examples):
+        raise SettingError(
+            "conversations are written in chat templates; leave the templates of both sides at chat"
+        )
     if teacher_tokenizer is None:
         table = TokenBytes.from_tokenizer(student_tokenizer)
         student = _Encoder(student_tokenizer, table, student_form, "student")
-        aligned, coverage = _alone(examples, student.all(examples), table)
+        examples, encoded, refused = _without_refused(examples, [student.all(examples)])
+        aligned, coverage = _alone(examples, encoded[0], table)
     else:
         if pair is None:
             pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
         table = pair.student_bytes
         student = _Encoder(student_tokenizer, table, student_form, "student")
         teacher = _Encoder(teacher_tokenizer, pair.teacher_bytes, teacher_form, "teacher")
-        aligned, coverage = _aligned(examples, student.all(examples), teacher.all(examples), pair)
+        both = [student.all(examples), teacher.all(examples)]
+        examples, encoded, refused = _without_refused(examples, both)
+        aligned, coverage = _aligned(examples, encoded[0], encoded[1], pair)
+    if score_eos:
+        _check_ends(examples, aligned)
     coverage.check(min_coverage)
     rows: list[EncodedExample] = []
     too_long: list[str] = []
@@ -291,8 +368,40 @@ def encode_examples(
         coverage=coverage,
         max_length=max_length,
         too_long=tuple(too_long),
+        refused=tuple(refused),
         cut=tuple(cut),
     )
+
+
+def _without_refused(
+    examples: Sequence[Example], sides: Sequence[Sequence[EncodedSide | RefusedRow]]
+) -> tuple[list[Example], list[list[EncodedSide]], list[str]]:
+    """The examples that no side refuses, in the ids of each, and why others are refused."""
+    reasons = [
+        next((str(one) for one in found if isinstance(one, RefusedRow)), None)
+        for found in zip(*sides, strict=True)
+    ]
+    kept = [number for number, reason in enumerate(reasons) if reason is None]
+    refused = [reason for reason in reasons if reason is not None]
+    if not kept:
+        raise DataError(
+            f"all {len(examples)} conversations are refused: {shortened(refused)}; rewrite them, "
+            "or choose other models"
+        )
+    encoded = [[cast(EncodedSide, side[number]) for number in kept] for side in sides]
+    return [examples[number] for number in kept], encoded, refused
+
+
+def _check_ends(examples: Sequence[Example], rows: Sequence[EncodedExample]) -> None:
+    """Refuse to score ends of turns that one side's template does not write."""
+    for example, row in zip(examples, rows, strict=True):
+        for name, side in (("student", row.student), ("teacher", row.teacher)):
+            if side is not None and side.kinds.count("e") < len(example.answers) - 1:
+                raise SettingError(
+                    "score_eos needs an end of every turn on both sides, but the "
+                    f"{name}'s chat template writes none behind an earlier answer "
+                    f"({_name(example)}); leave score_eos off"
+                )
 
 
 @dataclass(frozen=True)
@@ -309,8 +418,19 @@ class _Encoder:
         """The token that ends an answer."""
         return self.form.end_id(self.tokenizer)
 
-    def all(self, examples: Sequence[Example]) -> list[EncodedSide]:
-        """Encode many examples in one call of the tokenizer."""
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template that conversations are written in."""
+        return self.form.chat_template(self.tokenizer, side=self.name)
+
+    def all(self, examples: Sequence[Example]) -> list[EncodedSide | RefusedRow]:
+        """Encode many examples, those that are no conversations in one call of the tokenizer."""
+        single = iter(self._singles([one for one in examples if not one.messages]))
+        return [self._conversation(one) if one.messages else next(single) for one in examples]
+
+    def _singles(self, examples: Sequence[Example]) -> list[EncodedSide]:
+        if not examples:
+            return []
         prompts = self.form.ids(self.tokenizer, examples, side=self.name)
         for example in examples:
             check_unicode(example.answer, "answer", _name(example))
@@ -319,6 +439,40 @@ class _Encoder:
             self.side(prompt_ids, answer_ids, example.answer, _name(example), exactly=False)
             for example, prompt_ids, answer_ids in zip(examples, prompts, answers, strict=True)
         ]
+
+    def _conversation(self, example: Example) -> EncodedSide | RefusedRow:
+        """Encode a conversation, or say why it is refused."""
+        where = _name(example)
+        try:
+            turns = self.template.turns(example.messages)
+        except RefusedRow as error:
+            return RefusedRow(f"{where}: {error}")
+        texts = [answer for _, answer in turns]
+        read = tokenized(self.tokenizer, [before for before, _ in turns])
+        answers = tokenized(self.tokenizer, texts)
+        try:
+            side = self.side(read[0], answers[0], texts[0], where, exactly=False)
+            ids, kinds = list(side.answer_ids), "a" * len(side.answer_ids)
+            for between, answer_ids, text in zip(read[1:], answers[1:], texts[1:], strict=True):
+                if not between:
+                    raise RefusedRow(
+                        f"{where}: the {self.name}'s tokenizer drops what its chat template "
+                        "writes between two answers"
+                    )
+                answer_ids = self._spelled(answer_ids, text, where, exactly=False)
+                ids += [*between, *answer_ids]
+                kinds += self._kinds_between(between) + "a" * len(answer_ids)
+        except DataError as error:
+            return RefusedRow(str(error))
+        return replace(side, answer_ids=ids, kinds=kinds)
+
+    def _kinds_between(self, ids: Sequence[int]) -> str:
+        """Kinds of what stands between two answers: the first special token may be an end."""
+        special = (place for place, index in enumerate(ids) if self.table.roles[index] != "text")
+        first = next(special, None)
+        if first is None or ids[first] != self.end_id:
+            return "." * len(ids)
+        return "." * first + "e" + "." * (len(ids) - first - 1)
 
     def side(
         self,
@@ -335,6 +489,16 @@ class _Encoder:
                 "front of it, so that nothing predicts the answer's first token; write a prompt, "
                 "or set the tokenizer's bos_token or eos_token"
             )
+        return EncodedSide(
+            prompt_ids=prompt_ids,
+            answer_ids=self._spelled(answer_ids, answer, where, exactly=exactly),
+            eos_id=self.end_id,
+        )
+
+    def _spelled(
+        self, answer_ids: list[int], answer: str, where: str, *, exactly: bool
+    ) -> list[int]:
+        """The ids of an answer, exact ones if there are some."""
         if not answer:
             raise DataError(f"{where}: the answer is empty; expected at least one character")
         exact = exact_ids(self.tokenizer, self.table, answer, answer_ids)
@@ -344,11 +508,7 @@ class _Encoder:
                 f"spell the answer exactly: expected {shown(answer.encode())}, its ids spell "
                 f"{shown(self.table.decode(answer_ids))}; rewrite the answer or remove the row"
             )
-        return EncodedSide(
-            prompt_ids=prompt_ids,
-            answer_ids=answer_ids if exact is None else exact,
-            eos_id=self.end_id,
-        )
+        return answer_ids if exact is None else exact
 
     def _has_special(self, ids: Sequence[int]) -> bool:
         """True if the text spells a special token; one for unknown characters is none."""
@@ -364,70 +524,88 @@ def _aligned(
     teacher: Sequence[EncodedSide],
     pair: TokenizerPair,
 ) -> tuple[list[EncodedExample], Coverage]:
-    rows: list[EncodedExample] = []
+    """Align the sides answer by answer, so that no chunk goes from one into the next."""
+    ours = [ids for side in student for ids in side.answers]
+    theirs = [ids for side in teacher for ids in side.answers]
     covered: list[int] = []
-    chunks = one_to_one = 0
-    for start in range(0, len(examples), _ROWS_AT_ONCE):
+    found: list[_Chunks] = []
+    one_to_one = 0
+    for start in range(0, len(ours), _ROWS_AT_ONCE):
         block = slice(start, start + _ROWS_AT_ONCE)
-        alignment = pair.align(
-            [side.answer_ids for side in student[block]],
-            [side.answer_ids for side in teacher[block]],
-        )
-        chunks += int(alignment.chunks.sum())
+        alignment = pair.align(ours[block], theirs[block])
         one_to_one += int(alignment.one_to_one.sum())
         covered += alignment.covered_bytes.tolist()
         numbers = (alignment.student_chunk_ids.tolist(), alignment.teacher_chunk_ids.tolist())
-        rows += [
+        found += zip(alignment.chunks.tolist(), *numbers, strict=True)
+    rest = iter(found)
+    rows = []
+    for example, one, other in zip(examples, student, teacher, strict=True):
+        counts, our_chunks, their_chunks = zip(
+            *itertools.islice(rest, len(example.answers)), strict=True
+        )
+        rows.append(
             EncodedExample(
                 id=example.id,
-                student=replace(ours, chunk_ids=our_chunks[: len(ours.answer_ids)]),
-                teacher=replace(theirs, chunk_ids=their_chunks[: len(theirs.answer_ids)]),
+                student=_numbered(one, our_chunks, counts),
+                teacher=_numbered(other, their_chunks, counts),
             )
-            for example, ours, theirs, our_chunks, their_chunks in zip(
-                examples[block], student[block], teacher[block], *numbers, strict=True
-            )
-        ]
-    coverage = _coverage(
-        examples,
-        covered,
-        [pair.student_bytes.decode(side.answer_ids) for side in student],
-        [pair.teacher_bytes.decode(side.answer_ids) for side in teacher],
-    )
+        )
+    coverage = _coverage(examples, covered, ours, pair.student_bytes, theirs, pair.teacher_bytes)
     return rows, replace(
         coverage,
-        chunks=chunks,
+        chunks=sum(count for count, _, _ in found),
         one_to_one=one_to_one,
-        student_tokens=sum(len(side.answer_ids) for side in student),
-        teacher_tokens=sum(len(side.answer_ids) for side in teacher),
+        student_tokens=sum(map(len, ours)),
+        teacher_tokens=sum(map(len, theirs)),
     )
+
+
+def _numbered(
+    side: EncodedSide, chunks: Sequence[Sequence[int]], counts: Sequence[int]
+) -> EncodedSide:
+    """A side with the chunks of its answers, which are numbered through all of them."""
+    numbers = [-1] * len(side.answer_ids)
+    first = 0
+    runs = re.finditer("a+", side.kinds_with_end)
+    for run, of_answer, count in zip(runs, chunks, counts, strict=True):
+        size = run.end() - run.start()  # others in the block may be longer
+        numbers[run.start() : run.end()] = [
+            chunk if chunk < 0 else first + chunk for chunk in of_answer[:size]
+        ]
+        first += count
+    return replace(side, chunk_ids=numbers)
 
 
 def _alone(
     examples: Sequence[Example], student: Sequence[EncodedSide], table: TokenBytes
 ) -> tuple[list[EncodedExample], Coverage]:
-    spelled = [table.decode(side.answer_ids) for side in student]
+    ours = [ids for side in student for ids in side.answers]
+    texts = [text for example in examples for text in example.answers]
     kept = [
-        kept_bytes(example.answer.encode(), one)
-        for example, one in zip(examples, spelled, strict=True)
+        kept_bytes(text.encode(), table.decode(ids)) for text, ids in zip(texts, ours, strict=True)
     ]
-    coverage = _coverage(examples, kept, spelled, [None] * len(spelled))
     rows = [
         EncodedExample(id=example.id, student=side)
         for example, side in zip(examples, student, strict=True)
     ]
-    tokens = sum(len(side.answer_ids) for side in student)
-    return rows, replace(coverage, student_tokens=tokens)
+    coverage = _coverage(examples, kept, ours, table)
+    return rows, replace(coverage, student_tokens=sum(map(len, ours)))
 
 
 def _coverage(
     examples: Sequence[Example],
     covered: Sequence[int],
-    student: Sequence[bytes],
-    teacher: Sequence[bytes | None],
+    ours: Sequence[Sequence[int]],
+    table: TokenBytes,
+    theirs: Sequence[Sequence[int]] | None = None,
+    teacher_table: TokenBytes | None = None,
 ) -> Coverage:
     rows = []
-    for example, count, ours, theirs in zip(examples, covered, student, teacher, strict=True):
-        text = example.answer.encode()
+    texts = [(example, text.encode()) for example in examples for text in example.answers]
+    for number, ((example, text), count) in enumerate(zip(texts, covered, strict=True)):
+        teacher = None
+        if theirs is not None and teacher_table is not None:
+            teacher = teacher_table.decode(theirs[number])
         rows.append(
             RowCoverage(
                 id=example.id,
@@ -435,8 +613,8 @@ def _coverage(
                 text=text,
                 # What a tokenizer adds to a text makes up for nothing that is lost elsewhere.
                 covered_bytes=min(count, len(text)),
-                student=ours,
-                teacher=theirs,
+                student=table.decode(ours[number]),
+                teacher=teacher,
             )
         )
     return Coverage.summed(rows)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ctkd.distill.data.conversations import RefusedRow, messages_of, shortened
 from ctkd.distill.data.rows import Rows, Source, joined, kind_of, load_parts
 from ctkd.distill.data.tasks import Task, get_task
 from ctkd.errors import DataError
@@ -41,6 +42,9 @@ def read_rows(
       ``output`` become "Instruction: ...", "Input: ..." (unless it is blank) and "Response:";
       rows with a blank output are left out. ``text`` becomes the answer to an empty prompt. Where
       only the answer is missing, it is ``completion``.
+    - chat, where there is no ``messages``, nor a column is mapped: ``conversations``, or ``prompt``
+      and ``completion`` as two lists of messages, of which only the completion is scored. Rows
+      without an answer of an assistant, or with images, are left out.
 
     Args:
         source: As in `load_rows`.
@@ -74,6 +78,8 @@ def read_rows(
 def _brought(rows: Rows, task: Task, columns: Mapping[str, str], say: Say) -> Rows:
     if task.name == "text":
         return _text(rows, columns, say)
+    if task.is_chat:
+        return _conversations(rows, columns, task.target, say)
     target = columns.get(task.target, task.target)
     if task.name == "qa" and "paragraphs" in rows.columns:
         rows = _questions(rows)
@@ -114,6 +120,50 @@ def _answered_instruction(row: _Row, place: str) -> _Row | None:
     given = f"Input: {texts['input']}\n" if texts["input"].strip() else ""
     prompt = f"Instruction: {texts['instruction']}\n{given}Response:"
     return {**row, "prompt": prompt, "answer": f" {texts['output']}"}
+
+
+def _conversations(rows: Rows, columns: Mapping[str, str], target: str, say: Say) -> Rows:
+    column, present = columns.get(target, target), set(rows.columns)
+    if rows.all_text:
+        for name in {column, "conversations", "prompt", "completion"} & present:
+            rows = _with_lists(rows, name)
+    if column not in present and target not in columns:
+        if "conversations" in present:
+            say(f"{rows.name}: messages are its column 'conversations'")
+            rows = _changed(rows, [{**row, target: row.get("conversations")} for row in rows])
+        elif {"prompt", "completion"} <= present:
+            say(f"{rows.name}: messages are its prompts and completions, which alone are scored")
+            made = [_completed(row, target, rows.place(n)) for n, row in enumerate(rows, 1)]
+            rows = _changed(rows, made)
+        else:
+            return rows
+    if "tools" in present:
+        say(f"{rows.name}: its column 'tools' is not read; describe tools in a system message")
+    kept: list[_Row | None] = []
+    refused: list[str] = []
+    for number, row in enumerate(rows, 1):
+        try:
+            messages_of(row.get(column), rows.place(number))
+            kept.append(row)
+        except RefusedRow as error:
+            kept.append(None)
+            refused.append(str(error))
+    if len(refused) == len(rows):
+        raise DataError(f"no conversation of {rows.name} can be trained on; {refused[0]}")
+    return _kept(rows, kept, f"conversations: {shortened(refused)}", say)
+
+
+def _completed(row: _Row, target: str, place: str) -> _Row:
+    """A row whose messages are its prompt, of which nothing is scored, and its completion."""
+    prompt: Any = row.get("prompt")
+    completion: Any = row.get("completion")
+    for name, part in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(part, list) or not all(isinstance(one, Mapping) for one in part):
+            raise DataError(
+                f"{place}: column {name!r} is {kind_of(part)}; expected a list of messages, or "
+                "--task text for plain text"
+            )
+    return {**row, target: [*({**one, "weight": 0} for one in prompt), *completion]}
 
 
 def _questions(rows: Rows) -> Rows:

@@ -17,6 +17,8 @@ from typing import Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from ctkd.distill.data.chat_templates import PROBE, ChatTemplate
+from ctkd.distill.data.conversations import Message, RefusedRow
 from ctkd.distill.data.exact_ids import check_unicode, tokenized
 from ctkd.distill.data.tasks import Example
 from ctkd.errors import DataError, ModelError, SettingError
@@ -26,8 +28,6 @@ __all__ = ["PLAIN", "PromptForm", "choose_shots", "encode_prompt", "leading_ids"
 
 # The one function by which templates know of today.
 _TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<form>.*?)(?P=quote)\s*\)")
-# A word that no template changes.
-_PROBE = "ctkd"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +36,9 @@ class PromptForm:
 
     Args:
         template: "plain": the text as it is, behind what the tokenizer puts in front of a text.
-            "chat": one turn of a user in the tokenizer's own chat template, up to where the
-            model's turn begins; all special tokens are the template's.
+            "chat": one turn of a user, or the conversation before an answer, in the tokenizer's own
+            chat template, up to where the model's turn begins; all special tokens are the
+            template's.
         day: What a template takes for today, as YYYY-MM-DD; by default it is today.
         shots: Answered examples in front of the prompt: as text, each with its answer and an empty
             line, or in a chat as earlier turns, where an answer stands without the space in front.
@@ -74,31 +75,56 @@ class PromptForm:
 
         Raises:
             ModelError: If the tokenizer has no template, or the template refuses the turns.
+            RefusedRow: If it refuses those of a conversation.
         """
-        if not tokenizer.chat_template:
-            raise ModelError(
-                f"the {side}'s tokenizer ({type(tokenizer).__name__}) has no chat template; ask "
-                f"the {side} in plain text, or choose a model made for chatting"
-            )
+        return self._chat_text(self.chat_template(tokenizer, side=side), example)
+
+    def _chat_text(self, template: ChatTemplate, example: Example) -> str:
+        if example.messages:
+            return template.prompt(example.messages[:-1])
         turns = []
         for shot in self.shots_for(example):
-            turns.append({"role": "user", "content": shot.prompt})
-            turns.append({"role": "assistant", "content": shot.answer.removeprefix(" ")})
-        turns.append({"role": "user", "content": example.prompt})
+            turns.append(Message(role="user", content=shot.prompt))
+            turns.append(Message(role="assistant", content=shot.answer.removeprefix(" ")))
+        turns.append(Message(role="user", content=example.prompt))
         try:
-            text: str = tokenizer.apply_chat_template(
-                turns,
-                chat_template=self._template(tokenizer),
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except (jinja2.TemplateError, ValueError) as error:
-            raise ModelError(
-                f"the {side}'s chat template cannot write this prompt "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); ask the "
-                f"{side} in plain text"
-            ) from error
-        return text
+            return template.prompt(turns)
+        except RefusedRow as error:
+            raise ModelError(f"{error}; ask the {template.side} in plain text") from error
+
+    def chat_template(
+        self, tokenizer: PreTrainedTokenizerBase, *, side: str = "model"
+    ) -> ChatTemplate:
+        """The tokenizer's template, with this form's day where it asks for today.
+
+        Raises:
+            ModelError: If the tokenizer has none.
+        """
+        text: str | None = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        if text is not None and self.day is not None:
+            day = datetime.fromisoformat(self.day)
+            text = _TODAY.sub(lambda found: repr(day.strftime(found["form"])), text)
+        return ChatTemplate(tokenizer, text, side=side)
+
+    def writable(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, side: str
+    ) -> tuple[list[Example], list[str]]:
+        """Tell the examples that the chat template writes from conversations that it refuses.
+
+        Returns:
+            Those that it writes, and why others are refused.
+        """
+        if not any(example.messages for example in examples):
+            return list(examples), []
+        template = self.chat_template(tokenizer, side=side)
+        written, refused = [], []
+        for example in examples:
+            try:
+                self._chat_text(template, example)
+                written.append(example)
+            except RefusedRow as error:
+                refused.append(f"{example.where or example.id}: {error}")
+        return written, refused
 
     def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
         """The token that ends an answer: in a chat what the template writes behind a turn.
@@ -108,12 +134,12 @@ class PromptForm:
         """
         if self.template == "chat" and tokenizer.chat_template:
             turns = [
-                {"role": "user", "content": _PROBE},
-                {"role": "assistant", "content": _PROBE},
+                {"role": "user", "content": PROBE},
+                {"role": "assistant", "content": PROBE},
             ]
             with suppress(jinja2.TemplateError, ValueError):
                 text: str = tokenizer.apply_chat_template(turns, tokenize=False)
-                (behind,) = tokenized(tokenizer, [text.rpartition(_PROBE)[2]])
+                (behind,) = tokenized(tokenizer, [text.rpartition(PROBE)[2]])
                 special = {
                     index for index, one in tokenizer.added_tokens_decoder.items() if one.special
                 }
@@ -126,14 +152,6 @@ class PromptForm:
     def ends(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """Tokens at which an answer of a model that is asked in this form has ended."""
         return {end for end in (tokenizer.eos_token_id, self.end_id(tokenizer)) if end is not None}
-
-    def _template(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The tokenizer's template, with this form's day where it asks for today."""
-        template: str = tokenizer.get_chat_template()
-        if self.day is None:
-            return template
-        day = datetime.fromisoformat(self.day)
-        return _TODAY.sub(lambda found: repr(day.strftime(found["form"])), template)
 
     def writes_day(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """True if prompts of this form are others on another day."""
@@ -159,7 +177,7 @@ class PromptForm:
 
         Raises:
             DataError: If a prompt or shot is not valid Unicode; the message names the row.
-            ModelError: As `chat_text` does.
+            ModelError, RefusedRow: As `chat_text` does.
         """
         for example in (*self.shots, *examples):
             check_unicode(example.prompt, "prompt", example.where or f"example {example.id}")
@@ -168,7 +186,8 @@ class PromptForm:
         if not examples:
             return []
         if self.template == "chat":
-            texts = [self.chat_text(tokenizer, example, side=side) for example in examples]
+            template = self.chat_template(tokenizer, side=side)
+            texts = [self._chat_text(template, example) for example in examples]
             return tokenized(tokenizer, texts)
         leading = leading_ids(tokenizer)
         texts = [self.plain_text(example) for example in examples]

@@ -1,7 +1,8 @@
 """Tasks: prompts, answers and references from the columns of a data set.
 
 Prompt bodies are those of the MultiLevelOT paper's code. There is no instruction, no example and
-no chat template in them: a prompt reads the same for student and teacher.
+no chat template in them: a prompt reads the same for student and teacher. Conversations have no
+body: each side writes them in its chat template.
 """
 
 import difflib
@@ -12,6 +13,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from ctkd.distill.data.conversations import (
+    COLUMNS,
+    Message,
+    are_messages,
+    messages_of,
+    transcript,
+)
 from ctkd.distill.data.rows import Rows
 from ctkd.errors import DataError, SettingError
 
@@ -32,6 +40,8 @@ class Example:
         group: Equal for examples about one passage; a split never parts them.
         where: File and row, for error messages.
         ends: Whether the answer is whole. One that was cut is no example of where to stop.
+        messages: A conversation, of which the last message is the answer and those before are the
+            prompt, that is a transcript then; empty for any other example.
     """
 
     id: str
@@ -41,6 +51,19 @@ class Example:
     group: str
     where: str = ""
     ends: bool = True
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The texts that are scored: the answer, and those earlier in the conversation."""
+        return tuple(one.content for one in self.messages if one.scored) or (self.answer,)
+
+    def with_answer(self, answer: str, *, ends: bool) -> "Example":
+        """The same example with another answer."""
+        messages = self.messages
+        if messages:
+            messages = (*messages[:-1], replace(messages[-1], content=answer))
+        return replace(self, answer=answer, ends=ends, messages=messages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +81,7 @@ class Task:
             `ctkd.distill.evaluation.metrics.METRICS`.
         one_line: Whether what a model writes ends at its first line break.
         window: If above 0, rows are documents, which are cut into examples of up to so many bytes.
+        is_chat: Whether rows are conversations, which the target holds.
     """
 
     name: str
@@ -67,6 +91,7 @@ class Task:
     metrics: tuple[str, ...] = ("rouge_lsum", "f1", "exact_match", "given_bits_per_byte")
     one_line: bool = False
     window: int = 0
+    is_chat: bool = False
 
     @property
     def answered(self) -> bool:
@@ -102,6 +127,9 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         ),
         "text": Task(
             name="text", bodies={("prompt",): "{prompt}"}, target="answer", answer_prefix=""
+        ),
+        "chat": Task(
+            name="chat", bodies={(): ""}, target="messages", answer_prefix="", is_chat=True
         ),
         "lm": Task(
             name="lm",
@@ -150,10 +178,11 @@ def examples(
         task: The task or its name.
         columns: Where the data calls a field by another name: field to column. The optional fields
             are "id", "group" (rows of equal value stay on one side of a split; by default those
-            with the same context, dialogue, document or prompt do; where that is blank, those with
-            the same question or answer), "title", and "ends" (read only if it is named here: false
-            where the answer was cut, and its end is not to be learned).
-        use_title: Put ``Title: ...`` in front of each prompt. Without it titles are not read.
+            with the same context, dialogue, document, prompt or first message of a user do; where
+            that is blank, those with the same question or answer), "title", and "ends" (read only
+            if it is named here: false where the answer was cut, and its end is not to be learned).
+        use_title: Put ``Title: ...`` in front of each prompt, but of conversations. Without it
+            titles are not read.
 
     Raises:
         SettingError: If the task is unknown.
@@ -316,6 +345,13 @@ class _Reader:
 
     @staticmethod
     def missing(rows: Rows, task: Task, fields: Sequence[str], joint: str) -> DataError:
+        chats = [name for name in COLUMNS if name in rows.columns and name not in fields]
+        if chats:
+            return DataError(
+                f"{rows.name} has no column {joint.join(map(repr, fields))}, which task "
+                f"{task.name} needs; conversations, as in its column {chats[0]!r}, are read with "
+                "--task chat"
+            )
         near = difflib.get_close_matches(fields[0], rows.columns, n=1, cutoff=0.5)
         return DataError(
             f"{rows.name} has no column {joint.join(map(repr, fields))}, which task {task.name} "
@@ -324,6 +360,8 @@ class _Reader:
         )
 
     def read(self, row: Mapping[str, Any], number: int, where: str) -> Example:
+        if self.task.is_chat:
+            return self.conversation(row, number, where)
         texts = {field: self.text(row, field, where) for field in self.fields}
         prompt = self.body.format_map(texts)
         if self.use_title:
@@ -334,7 +372,7 @@ class _Reader:
         else:
             # Rows whose first field is blank are not about one passage.
             about = next(text for text in (*texts.values(), references[0]) if text.strip())
-            group = hashlib.sha256(about.encode()).hexdigest()[:16]
+            group = _group(about)
         return Example(
             id=str(number),
             prompt=prompt,
@@ -343,6 +381,21 @@ class _Reader:
             group=group,
             where=where,
             ends=not self.end_named or self.end(row, where),
+        )
+
+    def conversation(self, row: Mapping[str, Any], number: int, where: str) -> Example:
+        messages = messages_of(row.get(self.column[self.task.target]), where)
+        answer = messages[-1].content
+        asked = (one.content for one in messages if one.role == "user" and one.content.strip())
+        return Example(
+            id=str(number),
+            prompt=transcript(messages[:-1]),
+            answer=answer,
+            references=(answer,),
+            group=self.label(row, "group", where) if self.grouped else _group(next(asked, answer)),
+            where=where,
+            ends=not self.end_named or self.end(row, where),
+            messages=messages,
         )
 
     def end(self, row: Mapping[str, Any], where: str) -> bool:
@@ -357,8 +410,9 @@ class _Reader:
     def text(self, row: Mapping[str, Any], field: str, where: str) -> str:
         value = row.get(self.column[field])
         if not isinstance(value, str):
+            chat = "; conversations are read with --task chat" if are_messages(value) else ""
             raise DataError(
-                f"{where}: column {self.column[field]!r} holds {_what(value)}; expected text"
+                f"{where}: column {self.column[field]!r} holds {_what(value)}; expected text{chat}"
             )
         self.check_unicode(value, self.column[field], where)
         return value
@@ -429,6 +483,10 @@ class _Reader:
                 )
             seen[name] = replace(example, id=name)
         return list(seen.values())
+
+
+def _group(about: str) -> str:
+    return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
 def _what(value: object) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ctkd.batch import Side
+from ctkd.batch import IGNORE_INDEX, Side
 from ctkd.distill.data.collator import StoredTeacher, padded_sides, padding_id, stored_side
 from ctkd.distill.data.encoding import EncodedSide
 from ctkd.distill.data.tasks import Example
@@ -73,6 +73,8 @@ def text_bits(
 ) -> TextBits:
     """Measure the bits of the examples' answers, each after its prompt.
 
+    Of a conversation those of all its answers.
+
     Args:
         asked: The model, of whose head columns past the tokenizer's vocabulary do not count; or
             what is stored of it.
@@ -98,7 +100,7 @@ def text_bits(
             f"the model gives text {lost[0]} no probability that is a number; look for nan or "
             "infinite values in its weights"
         )
-    sizes = [len(example.answer.encode()) for example in examples]
+    sizes = [len("".join(example.answers).encode()) for example in examples]
     return TextBits(tuple(example.id for example in examples), tuple(bits), tuple(sizes))
 
 
@@ -119,7 +121,8 @@ def _bits(
         width = min(vocab_size, head_width(model))
         side = Side.from_causal_lm(read, labels, vocab_size=width)
     else:
-        kept = asked.batch(rows, labels.shape[1] - 1)
+        positions = int((labels != IGNORE_INDEX).sum(1).max())
+        kept = asked.batch(rows, positions, with_eos=False)
         if asked.device is not None:
             kept = {name: one.to(asked.device) for name, one in kept.items()}
             labels = labels.to(asked.device)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ctkd.distill.config import GIVEN_IN_TRAINING, DoctorRequest
-from ctkd.distill.data.encoding import EncodedExample, encode_examples
+from ctkd.distill.data.encoding import EncodedExample, EncodedExamples, encode_examples
 from ctkd.distill.data.layouts import read_rows
+from ctkd.distill.data.prompts import PLAIN, PromptForm
 from ctkd.distill.data.rows import names_of
 from ctkd.distill.data.tasks import Example, examples
 from ctkd.distill.models.checks import check_causal, one_line, quiet
@@ -103,7 +104,7 @@ def run_doctor(request: DoctorRequest, *, say: Callable[[str], None] = print) ->
     say(f"aligning {len(chosen)} answers")
     pair = TokenizerPair(student, teacher, progress=False)
     rows, refused = _encode(chosen, student, teacher, pair)
-    text_of = {example.id: example.answer.encode() for example in chosen}
+    text_of = {example.id: "".join(example.answers).encode() for example in chosen}
     examination = examine(
         student,
         teacher,
@@ -158,19 +159,28 @@ def _encode(
     pair: TokenizerPair,
 ) -> tuple[list[EncodedExample], list[str]]:
     """Encode as training does, and tell which rows it would refuse."""
+    form = PromptForm(template="chat") if chosen[0].messages else PLAIN
 
-    def encode(part: Sequence[Example]) -> list[EncodedExample]:
+    def encode(part: Sequence[Example]) -> EncodedExamples:
         return encode_examples(
-            part, student, teacher, max_length=_NO_LIMIT, min_coverage=0.0, pair=pair
-        ).rows
+            part,
+            student,
+            teacher,
+            max_length=_NO_LIMIT,
+            min_coverage=0.0,
+            student_form=form,
+            teacher_form=form,
+            pair=pair,
+        )
 
     try:
-        return encode(chosen), []
+        encoded = encode(chosen)
+        return encoded.rows, list(encoded.refused)
     except DataError:
         rows, refused = [], []
         for example in chosen:
             try:
-                rows += encode([example])
+                rows += encode([example]).rows
             except DataError as error:
                 refused.append(str(error))
         if not rows:
@@ -179,9 +189,9 @@ def _encode(
 
 
 def _answer(row: EncodedExample, text: bytes) -> AnswerIds:
-    teacher_ids = [] if row.teacher is None else row.teacher.answer_ids
+    teacher_ids = [] if row.teacher is None else row.teacher.scored_ids
     return AnswerIds(
-        id=row.id, text=text, student_ids=row.student.answer_ids, teacher_ids=teacher_ids
+        id=row.id, text=text, student_ids=row.student.scored_ids, teacher_ids=teacher_ids
     )
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ctkd.distill.config import EvaluateRequest, TrainConfig, check_needs, usual_task
+from ctkd.distill.config import (
+    EvaluateRequest,
+    TrainConfig,
+    check_needs,
+    usual_task,
+    usual_template,
+)
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExample, encode_examples
 from ctkd.distill.data.layouts import read_rows
@@ -189,7 +194,7 @@ def run_evaluation(
         # Fails here, before anything is loaded, if the loss or a setting of it is wrong.
         loss = get_loss(request.loss, pair=PlaceholderPair(), **request.loss_options)
         check_needs(loss, request.loss)
-    form = _form(request.model, request.template)
+    form = _form(request)
     device = choose_device(request.device)
     if request.output is not None:
         _check_can_be_written(Path(request.output), request, overwrite)
@@ -202,7 +207,7 @@ def run_evaluation(
     losses: dict[str, float] = {}
     if request.loss is not None or request.next_bytes:
         losses = _against_teacher(request, chosen, model, tokenizer, form, say)
-    bits = _bits(request, chosen, model, tokenizer, form, say)
+    chosen, bits = _bits(request, chosen, model, tokenizer, form, say)
     if not task.answered:
         if request.output is not None:
             bits.write(Path(request.output))
@@ -232,7 +237,8 @@ def _bits(
     tokenizer: PreTrainedTokenizerBase,
     form: PromptForm,
     say: Callable[[str], None],
-) -> TextBits:
+) -> tuple[list[Example], TextBits]:
+    """The bits of texts that are not too long, and the examples that the model can be asked."""
     encoded = encode_examples(
         chosen, tokenizer, max_length=_longest(request, request.model), student_form=form
     )
@@ -240,7 +246,7 @@ def _bits(
         if line:
             say(line)
     kept = {row.id for row in encoded.rows}
-    return text_bits(
+    bits = text_bits(
         ModelLogits(model),
         tokenizer,
         [one for one in chosen if one.id in kept],
@@ -248,6 +254,7 @@ def _bits(
         batch_size=request.batch_size,
         progress="reading",
     )
+    return form.writable(tokenizer, chosen, side="model")[0], bits
 
 
 def _longest(request: EvaluateRequest, *models: str | None) -> int:
@@ -276,7 +283,9 @@ def _against_teacher(
         teacher_tokenizer,
         max_length=_longest(request, request.model, name),
         student_form=form,
-        teacher_form=PromptForm(template=request.teacher_template or "plain", day=form.day),
+        teacher_form=PromptForm(
+            template=request.teacher_template or usual_template(_task(request).name), day=form.day
+        ),
         pair=pair,
     )
     say(encoded.coverage.report())
@@ -315,11 +324,12 @@ def _against_teacher(
     return found
 
 
-def _form(model: str, template: Literal["plain", "chat"] | None) -> PromptForm:
+def _form(request: EvaluateRequest) -> PromptForm:
     """A student is asked as it was in training, where that is known."""
-    record = OutputFolder.record_of(Path(model).expanduser())
-    if template is None:
-        template = "chat" if record["settings"].get("student_template") == "chat" else "plain"
+    record = OutputFolder.record_of(Path(request.model or "").expanduser())
+    template = request.template or usual_template(_task(request).name)
+    if request.template is None and record["settings"].get("student_template") == "chat":
+        template = "chat"
     return PromptForm(template=template, day=record.get("date"))
 
 

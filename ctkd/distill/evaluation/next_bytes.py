@@ -224,10 +224,10 @@ class _Reader:
             logits = self._logits.read(model, inputs, labels.shape[1])
         found = []
         for number, side in enumerate(sides):
-            count = len(side.answer_ids)
-            index = number * labels.shape[1] + torch.arange(count, device=model.device)
+            places = torch.tensor(side.places(with_eos=False), device=model.device)
+            index = number * labels.shape[1] + places
             rows = torch.cat([one.read() for _, one in logits.chunks(index)])[:, : self._width]
-            found.append(byte_masses(rows, side.answer_ids, self._table, self._branches))
+            found.append(byte_masses(rows, side.scored_ids, self._table, self._branches))
         return found
 
 

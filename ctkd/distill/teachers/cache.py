@@ -57,6 +57,8 @@ _CHECK = "check"
 def row_key(side: EncodedSide) -> str:
     """Name a row by what the teacher reads and is scored on."""
     text = f"{side.prompt_ids} {side.answer_ids} {side.eos_id}"
+    if side.kinds:
+        text += f" {side.kinds}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -284,8 +286,15 @@ class TeacherCache:
                     f"{way_out}"
                 )
 
-    def batch(self, sides: Sequence[EncodedSide], positions: int) -> dict[str, Tensor]:
-        """Read the rows of a batch, padded with zeros to so many positions.
+    def batch(
+        self, sides: Sequence[EncodedSide], positions: int, *, with_eos: bool = True
+    ) -> dict[str, Tensor]:
+        """Read the rows of a batch, padded with zeros or cut to so many positions.
+
+        Args:
+            sides: The rows.
+            positions: T.
+            with_eos: Whether ends of answers are among the positions.
 
         Shape:
             As `TopK`, with (B, T) in front and T ``positions``; or hidden states (B, T, H).
@@ -295,7 +304,8 @@ class TeacherCache:
         """
         columns: dict[str, list[Tensor]] = {}
         for side in sides:
-            for name, value in self._row(side, positions).items():
+            for name, value in self._row(side, with_eos).items():
+                value = value[:positions]
                 padded = value.new_zeros((positions, *value.shape[1:]))
                 padded[: value.shape[0]] = value
                 columns.setdefault(name, []).append(padded)
@@ -326,18 +336,18 @@ class TeacherCache:
                 raise DataError(f"{path} cannot be read: {error}") from error
         return self._heads[device]
 
-    def _row(self, side: EncodedSide, most: int) -> dict[str, Tensor]:
+    def _row(self, side: EncodedSide, with_eos: bool) -> dict[str, Tensor]:
         place = self._places.get(row_key(side))
         if place is None:
             raise DataError(
                 f"a row is not in the teacher cache {self.path}; run `ctkd cache` with the same "
                 "options"
             )
-        stop = min(place.stop, place.start + most)
         shard = self._shard(place.shard)
-        tensors = {name: shard.get_slice(name)[place.start : stop] for name in shard.keys()}
+        tensors = {name: shard.get_slice(name)[place.start : place.stop] for name in shard.keys()}
+        rows = side.rows_of(side.places(with_eos=True), with_eos=with_eos)
         return {
-            name: value.to(torch.int64) if name.endswith("ids") else value
+            name: value[rows].to(torch.int64) if name.endswith("ids") else value[rows]
             for name, value in tensors.items()
         }
 

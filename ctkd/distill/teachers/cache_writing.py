@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -294,7 +293,7 @@ def _sides(
 
 
 def _rows(sides: Sequence[EncodedSide]) -> list[list[Any]]:
-    return [[row_key(side), len(side.answer_ids) + (side.eos_id is not None)] for side in sides]
+    return [[row_key(side), len(side.places(with_eos=True))] for side in sides]
 
 
 def _name_rows(
@@ -334,7 +333,7 @@ def _write_shards(
         _write_head(folder, before, record, teacher, say)
     done = all(shard is not None for shard in shards)
     if not done:
-        positions = sum(len(side.answer_ids) + 1 for side in sides)
+        positions = sum(len(side.places(with_eos=True)) for side in sides)
         each = 8 * record["k"] + 16 * len(record["temperatures"]) + 20
         if record["head"] is not None:
             each = record["head"]["width"] * STATES[record["states"]].itemsize
@@ -503,10 +502,11 @@ class LazyTeacher:
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         # Behind the last answer token the model says how likely the text ends: nothing more need
         # be read for it.
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        targets = torch.full_like(labels, IGNORE_INDEX)
         for row, side in enumerate(sides):
-            if side.eos_id is not None:
-                targets[row, len(side.answer_ids)] = side.eos_id
+            places = side.places(with_eos=True)
+            ids = side.answer_ids if side.eos_id is None else [*side.answer_ids, side.eos_id]
+            targets[row, places] = torch.tensor(ids)[places]
         targets = targets.to(self.device)
         mask = targets != IGNORE_INDEX
         if record["states"] != "none":

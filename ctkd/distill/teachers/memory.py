@@ -151,7 +151,7 @@ class TeacherMemory:
             with torch.no_grad():
                 hidden = self._logits.hidden(model, inputs, labels.shape[1])
             for side, of_side in zip(batch, hidden.cpu(), strict=True):
-                states[_key(side)] = of_side[: _positions(side, self._score_eos)].clone()
+                states[_key(side)] = of_side[side.places(with_eos=self._score_eos)]
         return states
 
     @property
@@ -159,19 +159,27 @@ class TeacherMemory:
         device: torch.device = self._logits.model.device
         return device
 
-    def batch(self, sides: Sequence[EncodedSide], positions: int) -> dict[str, Tensor]:
-        """The states of a batch of rows, padded with zeros to so many positions.
+    def batch(
+        self, sides: Sequence[EncodedSide], positions: int, *, with_eos: bool = True
+    ) -> dict[str, Tensor]:
+        """The states of a batch of rows, padded with zeros or cut to so many positions.
 
         Where whole rows of logits are kept, the places in their file.
         """
+        every = [
+            side.rows_of(side.places(with_eos=self._score_eos), with_eos=with_eos)[:positions]
+            for side in sides
+        ]
         if self._rows is not None:
-            first = torch.tensor([[self._starts[_key(side)]] for side in sides])
             # What lies behind a row's own positions is not scored.
-            return {"rows": (first + torch.arange(positions)).clamp_max(len(self._rows) - 1)}
+            places = torch.zeros((len(sides), positions), dtype=torch.int64)
+            for row, side, rows in zip(places, sides, every, strict=True):
+                row[: len(rows)] = self._starts[_key(side)] + torch.tensor(rows)
+            return {"rows": places}
         found = [self._states[_key(side)] for side in sides]
         hidden = found[0].new_zeros((len(found), positions, found[0].shape[-1]))
-        for row, states in zip(hidden, found, strict=True):
-            row[: len(states)] = states[:positions]
+        for row, states, rows in zip(hidden, found, every, strict=True):
+            row[: len(rows)] = states[rows]
         return {"hidden": hidden}
 
     def logits(self, kept: dict[str, Tensor], mask: Tensor) -> Logits:
@@ -190,8 +198,10 @@ def _file(path: Path, shape: tuple[int, int], dtype: torch.dtype, *, write: bool
 
 
 def _positions(side: EncodedSide, score_eos: bool) -> int:
-    return len(side.answer_ids) + (score_eos and side.eos_id is not None)
+    return len(side.places(with_eos=score_eos))
 
 
 def _key(side: EncodedSide) -> _Row:
-    return (*side.prompt_ids, -1, *side.answer_ids, -1, -1 if side.eos_id is None else side.eos_id)
+    eos_id = -1 if side.eos_id is None else side.eos_id
+    kinds = map(ord, side.kinds)
+    return (*side.prompt_ids, -1, *side.answer_ids, -1, eos_id, *kinds)

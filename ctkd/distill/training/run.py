@@ -50,6 +50,7 @@ from ctkd.distill.preparing import (
     load_models,
     teacher_precision,
     with_student,
+    writable,
 )
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.memory import KnownStates, TeacherMemory, memory_bytes
@@ -285,6 +286,7 @@ def _load(
         )
     if config.answers == "teacher" and (answering or cache is not None):
         training = _as_the_teacher_answers(config, models, training, forms, cache, say)
+        held_out = writable(models, held_out, forms, "held-out", say)
     encoded = encode(config, models, training, forms, "training", say)
     encoded_held_out = encode(config, models, held_out, forms, "held-out", say)
     kept = {row.id for row in encoded_held_out.rows}

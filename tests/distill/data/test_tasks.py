@@ -165,9 +165,9 @@ def test_groups_are_passages_or_what_the_mapping_says():
 def test_an_unknown_task_is_refused_with_a_suggestion():
     with pytest.raises(SettingError, match="'summarisation', did you mean 'summarization'"):
         get_task("summarisation")
-    with pytest.raises(SettingError, match="tasks: qa, summarization, text, lm"):
+    with pytest.raises(SettingError, match="tasks: qa, summarization, text, chat, lm"):
         examples(Rows("f", [QA]), "translation")
-    assert set(TASKS) == {"qa", "summarization", "text", "lm"}
+    assert set(TASKS) == {"qa", "summarization", "text", "chat", "lm"}
 
 
 def test_the_embedded_set_is_a_qa_task():

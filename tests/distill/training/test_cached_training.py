@@ -49,8 +49,8 @@ def asked(monkeypatch) -> list[str]:
 class Doubled(TeacherCache):
     """What the teacher said, in float64, as the live teacher says it in that test."""
 
-    def batch(self, sides, positions):
-        stored = super().batch(sides, positions)
+    def batch(self, sides, positions, *, with_eos=True):
+        stored = super().batch(sides, positions, with_eos=with_eos)
         return {
             name: value.double() if value.is_floating_point() else value
             for name, value in stored.items()
