@@ -200,8 +200,10 @@ class TrainConfig:
     logging_steps: int = option(5, "Steps between lines of the log.")
     save_steps: int = option(200, "Steps between checkpoints.")
     keep_checkpoints: bool = option(False, "Keep the last two checkpoints of a finished run.")
-    report_to: str = option(
-        "none", "Tracker, as transformers names it; tensorboard writes into the output folder."
+    report_to: str | list[str] = option(
+        "none",
+        "Tracker, as transformers names it; tensorboard writes into the output folder. Repeatable.",
+        repeated=True,
     )
     push_to_hub: bool = option(
         False, "Send the finished model to the hub, with the token of HF_TOKEN or `hf auth login`."
@@ -212,7 +214,7 @@ class TrainConfig:
     hub_private: bool = option(False, "Make it private, if it is not there yet.")
 
     def __post_init__(self) -> None:
-        simplify_sources(self, "data", "eval_data", "lora_target")
+        simplify_sources(self, "data", "eval_data", "lora_target", "report_to")
         # Defaults that follow from other settings; none of them is None any more afterwards.
         if self.student_config is not None and self.student not in (None, self.student_config):
             raise SettingError(

@@ -118,7 +118,7 @@ def contents(folder) -> dict[str, bytes | None]:
         (["--device", "cuda"], "device cuda was asked for, but torch finds none; use --device cpu"),
         (["--device", "tpu"], "device must be one of auto, cpu, cuda, got 'tpu'"),
         (["--dtype", "float16"], "dtype must be one of float32, bfloat16, bfloat16-pure"),
-        (["--report-to", "notebook"], "report_to 'notebook' is no tracker that is installed here"),
+        (["--report-to", "notebook", "--report-to", "none"], "report_to 'notebook' is no tracker"),
         (["--max-steps", "0"], "max_steps must be a finite number above 0, got 0"),
         (["--epochs", "nan"], "epochs must be a finite number above 0, got nan"),
         (["--learning-rate", "-1"], "learning_rate must be a finite number of at least 0"),

@@ -15,7 +15,7 @@ from ctkd.distill.data.rows import Rows, Source, joined, kind_of, load_parts
 from ctkd.distill.data.tasks import Task, get_task
 from ctkd.errors import DataError
 
-__all__ = ["read_rows"]
+__all__ = ["brought", "read_rows"]
 
 Say = Callable[[str], None]
 _Row = Mapping[str, Any]
@@ -71,11 +71,12 @@ def read_rows(
     task = get_task(task) if isinstance(task, str) else task
     columns = columns or {}
     return joined(
-        [_brought(part, task, columns, say) for part in load_parts(source, held_out=held_out)]
+        [brought(part, task, columns, say) for part in load_parts(source, held_out=held_out)]
     )
 
 
-def _brought(rows: Rows, task: Task, columns: Mapping[str, str], say: Say) -> Rows:
+def brought(rows: Rows, task: Task, columns: Mapping[str, str], say: Say) -> Rows:
+    """Rows that are read already, brought to the columns of a task as `read_rows` does it."""
     if task.name == "text":
         return _text(rows, columns, say)
     if task.is_chat:

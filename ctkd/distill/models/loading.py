@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "load_tokenizer",
     "make_savable",
     "most_positions",
+    "positions_of",
     "reads_padding",
     "resolve",
     "sources",
@@ -440,6 +442,11 @@ def most_positions(name: str) -> int | None:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"cannot read the configuration of {name}: {_cause(error)}") from error
+    return positions_of(config)
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a model of this configuration can read; None if it does not say."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if positions is None else int(positions)
 

@@ -97,15 +97,19 @@ class ModelLogits:
             if self._head is None:
                 self.why_whole = "its logits are more than a linear layer of its hidden states"
 
-    def __call__(self, input_ids: Tensor, **inputs: Tensor) -> RowLogits:
-        """Logits at all positions, (B, L, V').
+    def __call__(
+        self, input_ids: Tensor, *, logits_to_keep: int | None = None, **inputs: Tensor
+    ) -> RowLogits:
+        """Logits at all positions, (B, L, V'), or at the last ones.
 
         Args:
             input_ids: (B, L).
+            logits_to_keep: How many of the last positions; default all.
             **inputs: ``attention_mask`` and ``position_ids``, where the texts need them.
         """
         self._warn_if_gradients_stay_here()
-        return self.read(self._called, {"input_ids": input_ids, **inputs}, input_ids.shape[1])
+        count = logits_to_keep or input_ids.shape[1]
+        return self.read(self._called, {"input_ids": input_ids, **inputs}, count)
 
     def _warn_if_gradients_stay_here(self) -> None:
         """Warn where several processes train a model that nothing wraps."""

@@ -232,7 +232,7 @@ def dry_run(
 def _checked(config: TrainConfig, *, resume: bool, overwrite: bool) -> OutputFolder:
     """The output folder, untouched yet, if the settings can be used here."""
     check_student(config)
-    _check_tracker(config.report_to)
+    _check_trackers(config.report_to)
     check_upload(config)
     if overwrite:
         _check_nothing_needed_is_deleted(config)
@@ -811,13 +811,15 @@ def _train_from(trainer: CrossTokenizerTrainer, checkpoint: Path | None) -> None
     trainer.clock.go_on(state)
 
 
-def _check_tracker(name: str) -> None:
+def _check_trackers(names: str | Sequence[str]) -> None:
     installed = get_available_reporting_integrations()
-    if name not in ("none", "all", *installed):
-        raise SettingError(
-            f"report_to {name!r} is no tracker that is installed here "
-            f"({', '.join(installed) or 'there are none'}); install it, or use none"
-        )
+    known = ("none", "all", *installed) if isinstance(names, str) else installed
+    for name in [names] if isinstance(names, str) else names:
+        if name not in known:
+            raise SettingError(
+                f"report_to {name!r} is no tracker that is installed here "
+                f"({', '.join(installed) or 'there are none'}); install it, or use none"
+            )
 
 
 def _check_nothing_needed_is_deleted(config: TrainConfig) -> None:

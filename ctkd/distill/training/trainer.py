@@ -7,16 +7,17 @@ the student's labels plus a weighted `ctkd.Loss` between both models' answers.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -24,18 +25,28 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_pt_utils import EvalLoopContainer
+from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 from transformers.training_args import ParallelMode
 
-from ctkd.batch import IGNORE_INDEX, Batch, Side
+from ctkd.batch import IGNORE_INDEX, Side
 from ctkd.distill.config import check_needs
 from ctkd.distill.data.collator import KEPT, StoredTeacher, stored_side
+from ctkd.distill.data.encoding import EncodedExample
 from ctkd.distill.models.adapters import is_adapted, merged, quiet_peft, with_adapters
-from ctkd.distill.models.loading import below_wrappers, evaluating, reads_padding
+from ctkd.distill.models.loading import (
+    below_wrappers,
+    evaluating,
+    head_width,
+    positions_of,
+    reads_padding,
+)
 from ctkd.distill.models.model_logits import ModelLogits
+from ctkd.distill.training.distiller import Distiller
 from ctkd.distill.training.progress import StepClock
+from ctkd.distill.training.sums import Counts, Sums, scored, sums_of
 from ctkd.errors import BatchError, ModelError, SettingError, TrainingError
-from ctkd.logits import RowLogits
+from ctkd.logits import DenseLogits, RowLogits
 from ctkd.loss import Loss, Weights
 
 if TYPE_CHECKING:
@@ -45,27 +56,17 @@ __all__ = ["CrossTokenizerTrainer"]
 
 LOSS_FILE = "ctkd_loss.safetensors"
 # Settings of what Trainer would compute, and this trainer computes otherwise.
-_BYPASSED = ("label_smoothing_factor", "fp16_full_eval", "bf16_full_eval")
+_BYPASSED = (
+    "label_smoothing_factor",
+    "fp16_full_eval",
+    "bf16_full_eval",
+    "batch_eval_metrics",
+    "include_for_metrics",
+)
+# Tokens of a row of text, where the models read so many.
+_LONGEST = 1024
 _DIVERGED = "lower the learning rate, and look at the data and at the weights it began with"
 _LOSS_MODULE = "ctkd_loss"
-
-
-@dataclass(slots=True)
-class _Sums:
-    """Sums over scored units, so that any split of a batch adds up to the same."""
-
-    ce: Tensor
-    ce_count: Tensor
-    kd: Tensor | None = None
-    kd_count: Tensor | None = None
-    parts: dict[str, Tensor] = field(default_factory=dict)
-
-    def tensor(self) -> Tensor:
-        """All of them in a row, detached, for adding up over batches and ranks."""
-        entries = [self.ce, self.ce_count]
-        if self.kd is not None and self.kd_count is not None:
-            entries += [self.kd, self.kd_count, *self.parts.values()]
-        return torch.stack([entry.detach().double() for entry in entries])
 
 
 class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
@@ -75,7 +76,10 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
     labels, KD a mean over the loss's own units, both over the whole optimizer step: all
     micro-batches and all ranks. So any split of a batch gives the same gradient.
 
-    Batches come from `ctkd.distill.data.collator.Collator`. Logs hold ``ce``, ``kd`` (unweighted)
+    Given both tokenizers it takes rows of text, as `Distiller` does: they are encoded before
+    training, those longer than 1,024 tokens or than a model reads are left out with a warning.
+    Other settings of texts are those of a `Distiller`, whose ``collate`` is the data collator, or
+    batches come from `ctkd.distill.data.collator.Collator`. Logs hold ``ce``, ``kd`` (unweighted)
     and ``kd/<part>`` for each part of the loss. TensorBoard's files go into ``tensorboard`` in the
     output folder, unless the environment variable ``TENSORBOARD_LOGGING_DIR`` says otherwise.
 
@@ -86,7 +90,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         model: The student.
-        args: As in `Trainer`. ``remove_unused_columns`` must be False.
+        args: As in `Trainer`. ``remove_unused_columns`` is set to False, as the teacher's columns
+            are no arguments of the student.
         loss: What to distil with; None trains on cross-entropy alone, without a teacher.
         teacher: The teacher; needed with a loss, or a cache. It is moved to the training device and
             frozen. It may be the model below the student's adapters: it is read without them, and
@@ -96,11 +101,18 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         student_vocab_size: Length of the student's tokenizer. Wider heads are cut for the loss.
             With a loss that knows the pair of tokenizers, the pair's ``student_size``.
         teacher_vocab_size: The same for the teacher.
-        data_collator: As in `Trainer`.
-        train_dataset: As in `Trainer`.
-        eval_dataset: As in `Trainer`.
+        data_collator: As in `Trainer`; not needed where the tokenizers are given.
+        train_dataset: As in `Trainer`: rows of text, or what the data collator takes.
+        eval_dataset: As in `Trainer`, several by name too.
         processing_class: The student's tokenizer, saved with the model.
+        teacher_processing_class: The teacher's tokenizer, for rows of text.
         callbacks: As in `Trainer`.
+        optimizers: As in `Trainer`. Parameters of the loss must be among the optimizer's.
+        compute_metrics: As in `Trainer`. Predictions are the student's logits where answers are
+            scored and one position before, ``predictions[:, i]`` of ``label_ids[:, i + 1]``.
+        preprocess_logits_for_metrics: As in `Trainer`. Without it all logits are kept in memory.
+        model_init: Refused: what reads the student's logits belongs to one student. A trainer for
+            each model, or ``ctkd compare --sweep``, searches for settings.
         whole_logits: Compute all logits of a batch at once, also where a model's head allows to
             compute them a block at a time.
         peft_config: Adapters of peft for the student, which alone are trained then.
@@ -112,6 +124,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
     Raises:
         SettingError: If loss and teacher do not come together, the loss needs hidden states, or
             the arguments would train wrongly without a word.
+        DataError: If a row of text cannot be used; the message names it.
     """
 
     # The loss is divided by the counts of the whole step; Trainer must not divide it again.
@@ -120,8 +133,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: TrainingArguments,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
         *,
         loss: Loss | None = None,
         teacher: PreTrainedModel | None = None,
@@ -133,7 +146,12 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         whole_logits: bool = False,
         peft_config: PeftConfig | None = None,
     ) -> None:
@@ -141,30 +159,63 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             raise SettingError("a loss needs a teacher and a teacher a loss; give both or neither")
         if teacher is not None and teacher_cache is not None:
             raise SettingError("a cache stands for the teacher; give one of them")
+        if model_init is not None:
+            raise SettingError(
+                "model_init exchanges the student at each train(), and what reads its logits "
+                "belongs to one student; give the model, and search for settings with one trainer "
+                "for each, or with ctkd compare --sweep"
+            )
         for side, given in (("model", model), ("teacher", teacher)):
-            if given is not None and not isinstance(given, nn.Module):
+            if not isinstance(given, nn.Module) and (side == "model" or given is not None):
                 raise SettingError(
                     f"{side} must be a model, got {type(given).__name__}; load it with "
                     "ctkd.distill.models.load_model"
                 )
         if loss is not None:
             check_needs(loss, type(loss).__name__)
+        student = cast(PreTrainedModel, model)
+        args = TrainingArguments() if args is None else args
         _check_arguments(args)
+        if teacher_processing_class is not None and (data_collator is not None or teacher is None):
+            raise SettingError(
+                "teacher_processing_class makes batches of text for a live teacher; leave it out "
+                "with a data_collator, which makes them, and without such a teacher"
+            )
+        if data_collator is None and processing_class is not None and teacher_cache is None:
+            if (teacher is None) != (teacher_processing_class is None):
+                raise SettingError(
+                    "the teacher's tokenizer is needed too: give teacher_processing_class, or a "
+                    "data_collator"
+                )
+            texts = _distiller(student, teacher, loss, processing_class, teacher_processing_class)
+            data_collator = texts.collate
+            train_dataset, eval_dataset = _encoded(texts, train_dataset, eval_dataset)
+            student_vocab_size = student_vocab_size or texts.student_vocab_size
+            teacher_vocab_size = teacher_vocab_size or texts.teacher_vocab_size
         if peft_config is not None:
-            model = with_adapters(model, peft_config)
+            if optimizers[0] is not None:
+                raise SettingError(
+                    "the optimizer was made before peft_config adds adapters to the student, and "
+                    "would train none of them; add them with peft.get_peft_model first"
+                )
+            student = with_adapters(student, peft_config)
         super().__init__(
-            model=model,
+            model=student,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
+            optimizers=optimizers,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.distillation_loss = None if loss is None else loss.to(args.device)
         self._trained_loss = None
         if loss is not None and any(parameter.requires_grad for parameter in loss.parameters()):
             self._trained_loss = loss
+            _check_optimizer(optimizers[0], loss)
         self._is_own_teacher = any(teacher is one for one in self.model.modules())
         if self._is_own_teacher:
             _check_own_teacher(self.model)
@@ -190,7 +241,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         self.teacher_logits = (
             None if self.teacher is None else ModelLogits(self.teacher, refuse=refuse)
         )
-        self._step_counts: tuple[Tensor, Tensor] | None = None
+        self._step_counts: Counts | None = None
         self._logged = torch.zeros(0, dtype=torch.float64)
         self._part_names: list[str] = []
 
@@ -220,16 +271,11 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples:
             samples[-1] = self._without_repeats(samples[-1])
-        ce_count = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        kd_count = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        counts = torch.zeros(2, dtype=torch.int64, device=self.args.device)
         for sample in samples:
-            ce_count += (sample["labels"][:, 1:] != IGNORE_INDEX).sum().to(self.args.device)
-            if self.distillation_loss is not None:
-                kd_count += self.distillation_loss.units(_without_logits(sample)).to(
-                    self.args.device
-                )
-        counts = self.accelerator.reduce(torch.stack([ce_count, kd_count]), reduction="sum")
-        self._step_counts = (counts[0], counts[1])
+            own = scored(sample, self.distillation_loss)
+            counts += torch.stack([one.to(self.args.device) for one in own])
+        self._step_counts = Counts(*self.accelerator.reduce(counts, reduction="sum"))
         return samples, items
 
     def compute_loss(
@@ -240,14 +286,9 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Share of this micro-batch in the loss of the whole optimizer step."""
-        sums = self._sums(model, inputs)
-        if self._step_counts is None:
-            ce_count, kd_count = sums.ce_count, sums.kd_count
-        else:
-            ce_count, kd_count = self._step_counts
-        loss = self.weights.ce * sums.ce / ce_count.clamp_min(1)
-        if sums.kd is not None and kd_count is not None:
-            loss = loss + self.weights.kd * sums.kd / kd_count.clamp_min(1)
+        logits = self.student_logits.read(model, inputs, inputs["labels"].shape[1])
+        sums = self._sums(logits, inputs)
+        loss = sums.value(self.weights, self._step_counts or sums.counts())
         if self._step_counts is not None:
             # Gradients are averaged over ranks, but the counts are those of all ranks.
             loss = loss * self.accelerator.num_processes
@@ -272,16 +313,25 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Average cross-entropy and the loss over the units of all batches."""
+        """Average cross-entropy and the loss over the units of all batches, and compute metrics."""
         model = self._wrap_model(self.model, training=False, dataloader=dataloader)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
+        reader, gathered = self.student_logits, None
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
+        if self.compute_metrics is not None and not prediction_loss_only:
+            reader = ModelLogits(self.model, refuse="metrics are computed of whole logits")
+            gathered = _Predictions(self)
         total: Tensor | None = None
         samples = 0
         for inputs in dataloader:
             inputs = self._without_repeats(self._prepare_inputs(inputs))
             with torch.no_grad(), self.compute_loss_context_manager():
-                sums = self._sums(model, inputs)
+                logits = reader.read(model, inputs, inputs["labels"].shape[1])
+                sums = self._sums(logits, inputs)
+            if gathered is not None:
+                gathered.add(cast(DenseLogits, logits).tensor, inputs["labels"])
             self._part_names = list(sums.parts)
             total = sums.tensor() if total is None else total + sums.tensor()
             samples += int((inputs["labels"] != IGNORE_INDEX).any(-1).sum())
@@ -290,9 +340,16 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             raise BatchError("there is nothing to evaluate on; give evaluation data")
         means = self._means(self.accelerator.reduce(total, reduction="sum"))
         means["loss"] = self.weights.ce * means["ce"] + self.weights.kd * means.get("kd", 0.0)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        found = {} if gathered is None else gathered.metrics()
+        metrics = {
+            f"{metric_key_prefix}_{name.removeprefix(f'{metric_key_prefix}_')}": value
+            for name, value in {**found, **means}.items()
+        }
         return EvalLoopOutput(
-            predictions=None, label_ids=None, metrics=metrics, num_samples=samples
+            predictions=None if gathered is None else gathered.predictions.get_arrays(),
+            label_ids=None if gathered is None else gathered.labels.get_arrays(),
+            metrics=metrics,
+            num_samples=samples,
         )
 
     def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -315,34 +372,19 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         }
         return {**inputs, **cut}
 
-    def _sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> _Sums:
-        labels = inputs["labels"]
-        logits = self.student_logits.read(model, inputs, labels.shape[1])
-        with torch.autocast(logits.device.type, enabled=False):
-            if self.distillation_loss is None:
-                sums = _cross_entropy(logits, labels)
-                self._check_finite(sums, None)
-                return sums
-            student = Side.from_causal_lm(
-                logits,
-                inputs["distill_labels"],
-                chunk_ids=inputs.get("distill_chunk_ids"),
-                vocab_size=self.student_vocab_size,
-            )
-            batch = Batch(student=student, teacher=self._teacher_side(inputs))
-            output = self.distillation_loss(batch)
-            if torch.is_grad_enabled() and not output.value.requires_grad and output.count:
-                raise TrainingError(
-                    f"the value of the loss {type(self.distillation_loss).__name__} has no "
-                    "gradient, so nothing would be learned of it; compute it of "
-                    "batch.student.logits, without detach() or no_grad()"
-                )
-            # Last: statistics of the rows that the loss computed serve cross-entropy too.
-            sums = _cross_entropy(logits, labels)
-        sums.kd = output.value * output.count
-        sums.kd_count = output.count
-        sums.parts = {name: part * output.count for name, part in output.parts.items()}
-        self._check_finite(sums, batch.teacher)
+    def _sums(self, logits: RowLogits, inputs: Mapping[str, Tensor]) -> Sums:
+        teacher = None
+        if self.distillation_loss is not None:
+            with torch.autocast(logits.device.type, enabled=False):
+                teacher = self._teacher_side(inputs)
+        sums = sums_of(
+            logits,
+            inputs,
+            self.distillation_loss,
+            teacher,
+            student_vocab_size=self.student_vocab_size,
+        )
+        self._check_finite(sums, teacher)
         return sums
 
     def check_weights(self) -> None:
@@ -358,7 +400,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
                     f"training has diverged; {_DIVERGED}"
                 )
 
-    def _check_finite(self, sums: _Sums, teacher: Side | None) -> None:
+    def _check_finite(self, sums: Sums, teacher: Side | None) -> None:
         """Stop at the first value that is nan or infinite, and say whose it is."""
         if sums.tensor().isfinite().all():
             return
@@ -442,7 +484,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             else:
                 yield
 
-    def _remember(self, sums: _Sums) -> None:
+    def _remember(self, sums: Sums) -> None:
         self._part_names = list(sums.parts)
         tensor = sums.tensor()
         self._logged = tensor if len(self._logged) == 0 else self._logged + tensor
@@ -487,18 +529,9 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             self.distillation_loss.load_state_dict(load_file(path))
 
 
-def _cross_entropy(logits: RowLogits, labels: Tensor) -> _Sums:
-    scored = Side.from_causal_lm(logits, labels)
-    log_likelihood = scored.logits.log_probs(scored.token_ids.unsqueeze(-1))
-    return _Sums(ce=-log_likelihood.sum(), ce_count=scored.mask.sum())
-
-
 def _check_arguments(args: TrainingArguments) -> None:
-    if args.remove_unused_columns:
-        raise SettingError(
-            "TrainingArguments(remove_unused_columns=False) is needed: the teacher's columns would "
-            "be dropped silently"
-        )
+    # The teacher's columns would be dropped silently.
+    args.remove_unused_columns = False
     for name in _BYPASSED:
         if getattr(args, name, None):
             raise SettingError(
@@ -513,6 +546,91 @@ def _check_arguments(args: TrainingArguments) -> None:
         )
     if world > 1 and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
+
+
+class _Predictions:
+    """Logits and labels of an evaluation, from all ranks."""
+
+    def __init__(self, trainer: CrossTokenizerTrainer) -> None:
+        self._trainer = trainer
+        whole = trainer.args.eval_do_concat_batches
+        self.predictions = EvalLoopContainer(whole, padding_index=IGNORE_INDEX)
+        self.labels = EvalLoopContainer(whole, padding_index=IGNORE_INDEX)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        accelerator, prepare = (
+            self._trainer.accelerator,
+            self._trainer.preprocess_logits_for_metrics,
+        )
+        logits, labels = (
+            accelerator.pad_across_processes(one, dim=1, pad_index=IGNORE_INDEX)
+            for one in (logits, labels)
+        )
+        if prepare is not None:
+            logits = prepare(logits, labels)
+        for container, one in ((self.predictions, logits), (self.labels, labels)):
+            container.add(accelerator.gather_for_metrics(one))
+            container.to_cpu_and_numpy()
+
+    def metrics(self) -> dict[str, Any]:
+        found: dict[str, Any] = denumpify_detensorize(
+            self._trainer.compute_metrics(
+                EvalPrediction(
+                    predictions=self.predictions.get_arrays(), label_ids=self.labels.get_arrays()
+                )
+            )
+        )
+        return found
+
+
+def _distiller(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    loss: Loss | None,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> Distiller:
+    """What makes batches of rows of text."""
+    models = [student] if teacher is None else [student, teacher]
+    longest = [positions_of(below_wrappers(model).config) for model in models]
+    return Distiller(
+        loss,
+        tokenizer,
+        teacher_tokenizer,
+        max_length=min([_LONGEST, *(one for one in longest if one is not None)]),
+        student_vocab_size=head_width(student),
+        teacher_vocab_size=None if teacher is None else head_width(teacher),
+    )
+
+
+def _encoded(texts: Distiller, *datasets: Any) -> list[Any]:
+    """Data sets of texts, encoded ahead where they have a length; others as they are."""
+    return [
+        {name: _encoded(texts, one)[0] for name, one in dataset.items()}
+        if isinstance(dataset, dict)
+        else _encoded_rows(texts, dataset)
+        for dataset in datasets
+    ]
+
+
+def _encoded_rows(texts: Distiller, dataset: Any) -> Any:
+    if not hasattr(dataset, "__len__") or (len(dataset) and isinstance(dataset[0], EncodedExample)):
+        return dataset
+    encoded = texts.encode(dataset)
+    if encoded.report():
+        warnings.warn(encoded.report(), stacklevel=2)
+    return encoded.rows
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer | None, loss: Loss) -> None:
+    if optimizer is None:
+        return
+    held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    if not all(id(one) in held for one in loss.parameters() if one.requires_grad):
+        raise SettingError(
+            f"the optimizer lacks the parameters of the loss {type(loss).__name__}, which would "
+            "stay as they are; add loss.parameters() to it"
+        )
 
 
 def _frozen(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -530,16 +648,3 @@ def _check_own_teacher(student: PreTrainedModel) -> None:
                 f"the adapters train biases of the model below them (bias={settings.bias!r}), so "
                 "it cannot be the teacher; load the teacher as a second model"
             )
-
-
-def _without_logits(sample: Mapping[str, Tensor]) -> Batch:
-    """A batch that knows masks and ids; its logits are one zero seen from everywhere."""
-    labels, teacher_labels = sample["distill_labels"], sample["teacher_distill_labels"]
-    return Batch.from_causal_lm(
-        student_logits=torch.zeros((), device=labels.device).expand(*labels.shape, 1),
-        student_labels=labels,
-        student_chunk_ids=sample.get("distill_chunk_ids"),
-        teacher_logits=torch.zeros((), device=labels.device).expand(*teacher_labels.shape, 1),
-        teacher_labels=teacher_labels,
-        teacher_chunk_ids=sample.get("teacher_distill_chunk_ids"),
-    )

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
 import ctkd
@@ -191,13 +191,21 @@ def test_all_curves_of_tensorboard_go_into_the_folder_of_the_run(tmp_path, monke
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    run = trainer(Setup(), tmp_path, report_to="tensorboard")
+    others = []
+
+    class Other(TrainerCallback):
+        def on_log(self, *_, logs, **__):
+            others.extend(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "other", Other)
+    run = trainer(Setup(), tmp_path, report_to=["tensorboard", "other"])
     run.evaluate()
     run.train()
     run.evaluate()
     assert {folder for folder, _ in written} == {str(tmp_path / "tensorboard")}
     names = [name for _, name in written]
     assert names.count("eval/kd") == 2 and "train/kd" in names
+    assert others.count("eval_kd") == 2 and "kd" in others
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
     written.clear()
     trainer(Setup(), tmp_path, report_to="tensorboard").evaluate()
@@ -259,7 +267,7 @@ def test_a_losss_own_parameters_are_trained_saved_and_restored(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"remove_unused_columns": True}, "remove_unused_columns=False"),
+        ({"include_for_metrics": ["loss"]}, r"\(include_for_metrics=\['loss'\]\) would have no"),
         ({"label_smoothing_factor": 0.1}, r"\(label_smoothing_factor=0.1\) would have no effect"),
         ({"bf16_full_eval": True}, r"\(bf16_full_eval=True\) would have no effect"),
     ],
@@ -305,8 +313,10 @@ def one_rank(folder: str, found: str) -> None:
         setup = Setup(count)
         sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
         run = trainer(setup, folder, "alm", num_train_epochs=1, max_steps=-1, **sizes)
+        run.compute_metrics = lambda prediction: {"rows": len(prediction.label_ids)}
         run.train()
         metrics = run.evaluate()
+        assert metrics["eval_rows"] == count
         if run.args.process_index == 0:
             weights = setup.student.state_dict()
             torch.save({"weights": weights, "metrics": metrics}, f"{found}.{count}")
