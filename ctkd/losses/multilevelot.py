@@ -446,7 +446,7 @@ class MultiLevelOTSequence(MultiLevelOT):
         BatchError: If ``"assignment"`` meets more than ``max_columns`` columns.
 
     Example:
-        One token on both sides: the plan is 1, the cost |0.75 - 0.5|.
+        One token on both sides: the plan is 1, the cost ``|0.75 - 0.5|``.
 
         >>> import torch
         >>> import ctkd

@@ -47,6 +47,7 @@ class MultiLevelOTReleased(Loss):
         - the transport runs over padding rows too, with 10 rounds instead of 20, is scaled by
           0.001 and summed over the batch;
         - HAD is a mean over tokens and sequences.
+
         As a result the second and third term hardly have a gradient.
 
     Differs from the released file:

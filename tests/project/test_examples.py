@@ -101,7 +101,7 @@ def test_examples_of_other_trainers(place, monkeypatch, tmp_path):
             assert expected["ce"] > logged["ce"] == pytest.approx(expected["ce"], rel=0.05)
         assert has_learned(found["student"], place)
     if missing:
-        pytest.skip(f"{', '.join(PEERS[name] for name in missing)} not installed (extra 'peers')")
+        pytest.skip(f"{', '.join(PEERS[name] for name in missing)} not installed (extra 'test')")
 
 
 def test_examples_are_short_and_recipes_are_settings():

@@ -1,4 +1,4 @@
-"""What the README says is true: its code runs, its table and its commands are those there are."""
+"""What README and pages say is true: their code runs, tables and commands are those there are."""
 
 import re
 from pathlib import Path
@@ -15,8 +15,10 @@ from tests.tokenization import real_tokenizers
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+PAGES = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
+IN_ORDER = [README, *(PAGES[page] for page in ("python", "tokenizers", "write-a-loss"))]
+PYTHON = list(dict.fromkeys(re.findall(r"```python\n(.*?)```", "".join(IN_ORDER), re.DOTALL)))
+SHELL = re.findall(r"```sh\n(.*?)```", "".join([README, *PAGES.values()]), re.DOTALL)
 
 
 def load_shallow(name):
