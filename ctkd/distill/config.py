@@ -134,7 +134,9 @@ class TrainConfig:
     )
     warmup: float = option(0.1, "Share of the steps with a rising rate.")
     weight_decay: float = option(0.0, "Of AdamW.")
-    max_length: int = option(1024, "Longest prompt and answer, in tokens of either side.")
+    max_length: int = option(
+        1024, "Most tokens of prompt and answer; of each in an encoder-decoder."
+    )
     on_long: Literal["drop", "cut", "refuse"] = option(
         "drop", "Longer training rows: drop, cut (on both sides, at one byte), refuse."
     )

@@ -20,6 +20,7 @@ from ctkd.distill.models.adapters import adapted_part, add_lora, is_adapted, mer
 from ctkd.distill.models.from_config import described, prepare_student
 from ctkd.distill.models.loading import (
     check_token_ids,
+    decoder_start,
     head_width,
     load_model,
     load_tokenizer,
@@ -40,6 +41,7 @@ __all__ = [
     "load_examples",
     "load_models",
     "load_teacher",
+    "teacher_form",
     "teacher_precision",
     "with_student",
     "writable",
@@ -71,13 +73,23 @@ class Forms:
     def of(cls, config: TrainConfig, training: Sequence[Example]) -> Forms:
         """The forms that the settings ask for, with shots from the training examples."""
         return cls(
-            student=PromptForm(template=config.student_template, day=config.date),
-            teacher=PromptForm(
-                template=config.teacher_template,
+            student=PromptForm(
+                template=config.student_template,
                 day=config.date,
-                shots=choose_shots(training, config.teacher_shots, config.seed),
+                decoder_start=decoder_start(config.student),
             ),
+            teacher=teacher_form(config, training),
         )
+
+
+def teacher_form(config: TrainConfig, training: Sequence[Example]) -> PromptForm:
+    """The teacher's prompt form, with shots from the training examples."""
+    return PromptForm(
+        template=config.teacher_template,
+        day=config.date,
+        shots=choose_shots(training, config.teacher_shots, config.seed),
+        decoder_start=decoder_start(config.teacher) if config.needs_teacher else (),
+    )
 
 
 def load_examples(
@@ -454,5 +466,6 @@ def _longest(config: TrainConfig, models: Models, reserved: int) -> int:
                 f"max_new_tokens {reserved} leaves no room for a prompt in the "
                 f"{positions} positions of {name}; lower it"
             )
-        longest = min(longest, positions - reserved)
+        # What a decoder writes takes no positions from its encoder.
+        longest = min(longest, positions - (0 if decoder_start(name) else reserved))
     return longest

@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from transformers import T5Config
+from transformers import BertConfig
 
 import ctkd
 from ctkd import registry
@@ -47,8 +47,8 @@ def place(tmp_path_factory) -> Workplace:
     (folder / "old-run" / "model.safetensors").write_text("weights")
     save(folder / "narrow", vocabulary=280, padded=0, hidden=8, seed=1)
     tiny.tokenizer(330).save_pretrained(folder / "narrow")
-    T5Config(vocab_size=280, d_model=8).save_pretrained(folder / "t5")
-    tiny.tokenizer(280).save_pretrained(folder / "t5")
+    BertConfig(vocab_size=280, hidden_size=24).save_pretrained(folder / "bert")
+    tiny.tokenizer(280).save_pretrained(folder / "bert")
     return place
 
 
@@ -92,7 +92,7 @@ def contents(folder) -> dict[str, bytes | None]:
         (["--student", "HERE/narrow"], "token ids out of a model's range"),
         (["--teacher", "HERE/narrow"], "token ids out of a model's range"),
         (["--student", "./no-such-model"], "there is no folder ./no-such-model; check the path"),
-        (["--student", "HERE/t5"], "is an encoder-decoder model (t5), which ctkd does not take"),
+        (["--student", "HERE/bert"], "has no causal language-model head (it is of the kind bert)"),
         (["--student", "HERE/home"], "has no tokenizer: expected tokenizer.json"),
         (["--teacher", "gemma-3-271m"], "did you mean gemma-3-270m?"),
         (["--output", "HERE/home"], "holds no ctkd.json, so it is not a run of ctkd; choose"),

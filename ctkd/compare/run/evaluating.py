@@ -26,7 +26,7 @@ from ctkd.distill.evaluation.metrics import (
     score,
     write_predictions,
 )
-from ctkd.distill.models.loading import check_token_ids, load_model
+from ctkd.distill.models.loading import check_token_ids, decoder_start, load_model
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.preparing import load_teacher
 from ctkd.distill.teachers.texts import TeacherTexts
@@ -49,7 +49,11 @@ class Evaluator:
 
     def __init__(self, base: TrainConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
         self.base, self.tokenizer, self.say = base, tokenizer, say
-        self.form = PromptForm(template=base.student_template, day=base.date)
+        self.form = PromptForm(
+            template=base.student_template,
+            day=base.date,
+            decoder_start=decoder_start(base.student),
+        )
         self.device = choose_device(base.device)
         self._rows: dict[str, list[EncodedExample]] = {}
 

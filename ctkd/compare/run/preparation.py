@@ -34,6 +34,7 @@ from ctkd.distill.preparing import (
     answered_by_teacher,
     check_student,
     encode,
+    teacher_form,
     teacher_precision,
     with_student,
 )
@@ -184,8 +185,8 @@ def _teacher_texts(
             f"the teacher cache {cache.path} holds answers of {cache.record['max_new_tokens']} "
             f"tokens, but max_new_tokens is {most}; give the same"
         )
-    forms = Forms.of(config.teacher_base, splits.train.examples)
-    prompts = forms.teacher.ids(tokenizer, splits.test.examples, side="teacher")
+    form = teacher_form(config.teacher_base, splits.train.examples)
+    prompts = form.ids(tokenizer, splits.test.examples, side="teacher")
     texts = [cache.texts.text(prompt) for prompt in prompts]
     if None in texts:
         raise DataError(

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ctkd.distill.data.tasks import get_task
 from ctkd.distill.devices import give_back_freed_memory
 from ctkd.distill.evaluation.metrics import GIVEN_BITS
 from ctkd.distill.models.from_config import described
-from ctkd.distill.preparing import Forms
+from ctkd.distill.preparing import teacher_form
 from ctkd.distill.teachers.memory import KnownStates
 from ctkd.distill.training.card import CARD
 from ctkd.distill.training.checkpoints import Checkpoints
@@ -106,7 +106,10 @@ class _Comparing:
             cache=None if config.is_live else prepared.cache,
             texts=prepared.cache,
         )
-        self.evaluator = Evaluator(config.base, prepared.student_tokenizer, say)
+        # Where weights were drawn, all students are read as the first.
+        first = prepared.students[config.base.seed]
+        base = replace(config.base, student=first, student_config=None)
+        self.evaluator = Evaluator(base, prepared.student_tokenizer, say)
         self.progress = RunProgress(say)
 
     def outcome(self, published: Sequence[PublishedTable]) -> Outcome:
@@ -160,7 +163,7 @@ class _Comparing:
                 if self.config.metric_name != GIVEN_BITS:
                     return answers, {}
             self.say(f"the teacher, {base.teacher}: reading the test split")
-            form = Forms.of(self.config.teacher_base, self.prepared.splits.train.examples).teacher
+            form = teacher_form(self.config.teacher_base, self.prepared.splits.train.examples)
             tokenizer = self.prepared.teacher_tokenizer
             return self.evaluator.measure_teacher(tokenizer, test, form, answers), {}
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ctkd.batch import IGNORE_INDEX, Side
@@ -84,7 +85,8 @@ class Collator:
     In every sequence the answer starts at one column, so that the scored rows are the last ones and
     a model that takes ``logits_to_keep`` computes no others: ``logits_to_keep=labels.shape[1]``.
     The labels belong to these last positions, in Hugging Face's convention: ``logits[:, i]``
-    predicts ``labels[:, i + 1]``, and -100 is not scored.
+    predicts ``labels[:, i + 1]``, and -100 is not scored. So do those of an encoder-decoder, whose
+    decoder reads what it begins with in front of the answer; its prompts are padded right.
 
     Cross-entropy (``labels``) scores the end of sequence, padding with the same id or not.
     Distillation (``distill_labels``, ``teacher_distill_labels``) scores it on both sides or on
@@ -100,7 +102,9 @@ class Collator:
         ``distill_labels`` (B, A + 1). With a teacher the same with ``teacher_`` in front, and its
         own P and A, without ``teacher_labels``; and ``distill_chunk_ids``,
         ``teacher_distill_chunk_ids``, laid out as the labels of the same name, -1 where there is
-        no label or no chunk. All int64.
+        no label or no chunk. All int64. The side of an encoder-decoder has ``input_ids`` and
+        ``attention_mask`` (B, P) and no ``position_ids``, but ``decoder_input_ids`` (B, D + A),
+        with D tokens that its decoder begins with.
 
     Args:
         student_pad_id: What to pad the student's ids with, see `padding_id`.
@@ -231,19 +235,38 @@ def padded_sides(
             always read.
     """
     answers = [_answer(side, with_eos=with_eos) for side in sides]
-    before = max(len(side.prompt_ids) for side in sides)
     after = max(map(len, answers))
+    labels = torch.full((len(sides), after + 1), IGNORE_INDEX, dtype=torch.int64)
+    for row, side, answer in zip(labels, sides, answers, strict=True):
+        places = torch.tensor(side.places(with_eos=with_eos))
+        row[1 + places] = torch.tensor(answer)[places]
+    if sides[0].decoder_start:
+        return _encoder_decoder_inputs(sides, answers, pad_id), labels
+    before = max(len(side.prompt_ids) for side in sides)
     ids = torch.full((len(sides), before + after), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    labels = torch.full((len(sides), after + 1), IGNORE_INDEX, dtype=torch.int64)
     for row, (side, answer) in enumerate(zip(sides, answers, strict=True)):
         start, end = before - len(side.prompt_ids), before + len(answer)
         ids[row, start:end] = torch.tensor([*side.prompt_ids, *answer])
         mask[row, start:end] = 1
-        places = torch.tensor(side.places(with_eos=with_eos))
-        labels[row, 1 + places] = torch.tensor(answer)[places]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, labels
+
+
+def _encoder_decoder_inputs(
+    sides: Sequence[EncodedSide], answers: Sequence[list[int]], pad_id: int
+) -> dict[str, Tensor]:
+    """Inputs of encoder and decoder; what pads an answer needs no mask, as no answer reads it."""
+    prompts = [torch.tensor(side.prompt_ids) for side in sides]
+    read = [
+        torch.tensor([*side.decoder_start, *answer])
+        for side, answer in zip(sides, answers, strict=True)
+    ]
+    return {
+        "input_ids": pad_sequence(prompts, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(one) for one in prompts], batch_first=True),
+        "decoder_input_ids": pad_sequence(read, batch_first=True, padding_value=pad_id),
+    }
 
 
 def _answer(side: EncodedSide, *, with_eos: bool) -> list[int]:

@@ -43,6 +43,8 @@ class EncodedSide:
             the same bytes. Empty where nothing was aligned.
         kinds: A letter for each of `answer_ids`: "a" of an answer, "e" its end, "." only read.
             Empty where all of them are of one answer.
+        decoder_start: What the decoder of an encoder-decoder reads in front of the answer, while
+            its encoder reads the prompt; empty where one model reads both, see `PromptForm`.
 
     Example:
         >>> side = EncodedSide(prompt_ids=[7], answer_ids=[5, 2, 7, 6], eos_id=2, kinds="ae.a")
@@ -55,6 +57,7 @@ class EncodedSide:
     eos_id: int | None
     chunk_ids: list[int] = field(default_factory=list)
     kinds: str = ""
+    decoder_start: tuple[int, ...] = ()
 
     @property
     def kinds_with_end(self) -> str:
@@ -91,6 +94,12 @@ class EncodedSide:
         """
         row_of = {place: row for row, place in enumerate(stored)}
         return [row_of[place] for place in self.places(with_eos=with_eos) if place in row_of]
+
+    def length(self, count: int) -> int:
+        """The tokens that are read in one piece, with so many behind the prompt."""
+        if self.decoder_start:
+            return max(len(self.prompt_ids), len(self.decoder_start) + count)
+        return len(self.prompt_ids) + count
 
     def cut_to(self, count: int) -> "EncodedSide":
         """Keep so many tokens behind the prompt, of which the last answer then has no end."""
@@ -143,7 +152,7 @@ class EncodedExample:
         kinds = self.student.kinds_with_end
         for ends in reversed(shared_ends(pieces, chunk_ids)):
             both = list(zip(sides, ends, strict=True))
-            fits = all(len(side.prompt_ids) + end <= max_length for side, end in both)
+            fits = all(side.length(end) <= max_length for side, end in both)
             if fits and kinds[ends[0] - 1] == "a":
                 student, *teacher = [side.cut_to(end) for side, end in both]
                 return EncodedExample(
@@ -271,7 +280,7 @@ def encode_examples(
         student_tokenizer: The student's tokenizer.
         teacher_tokenizer: The teacher's; None to train without a teacher.
         max_length: The most tokens a side may have: prompt, answer and, where it is read, the end
-            of sequence.
+            of sequence. What encoder and decoder read counts apart.
         score_eos: Whether distillation scores the end of sequence, on both sides.
         on_long: Treatment of an example that is too long on either side. "drop": it is left out
             on both and reported. "cut": its answer ends with the last chunk that fits on both, at
@@ -316,6 +325,11 @@ def encode_examples(
     elif any(example.messages for example in examples):
         raise SettingError(
             "conversations are written in chat templates; leave the templates of both sides at chat"
+        )
+    if any(form.decoder_start for form in forms) and any(one.messages for one in examples):
+        raise SettingError(
+            "an encoder-decoder reads one prompt and writes one answer, no conversation; give rows "
+            "of prompt and answer (task text), or a decoder-only model"
         )
     if teacher_tokenizer is None:
         table = TokenBytes.from_tokenizer(student_tokenizer)
@@ -493,6 +507,7 @@ class _Encoder:
             prompt_ids=prompt_ids,
             answer_ids=self._spelled(answer_ids, answer, where, exactly=exactly),
             eos_id=self.end_id,
+            decoder_start=self.form.decoder_start,
         )
 
     def _spelled(
@@ -621,7 +636,7 @@ def _coverage(
 
 
 def _length(side: EncodedSide, *, with_eos: bool) -> int:
-    return len(side.prompt_ids) + len(side.answer_ids) + (with_eos and side.eos_id is not None)
+    return side.length(len(side.answer_ids) + (with_eos and side.eos_id is not None))
 
 
 def _name(example: Example) -> str:

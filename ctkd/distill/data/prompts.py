@@ -44,6 +44,9 @@ class PromptForm:
             line, or in a chat as earlier turns, where an answer stands without the space in front.
             A shot of the same group as the example asked is left out, so that no answer is given
             away.
+        decoder_start: What the decoder of an encoder-decoder reads in front of the answer, see
+            `ctkd.distill.models.loading.decoder_start`; empty for a decoder-only model. The encoder
+            reads the prompt, as plain text with all special tokens that the tokenizer adds to it.
 
     Raises:
         SettingError: If the template is neither.
@@ -58,6 +61,7 @@ class PromptForm:
     template: Literal["plain", "chat"] = "plain"
     day: str | None = None
     shots: tuple[Example, ...] = ()
+    decoder_start: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.template not in ("plain", "chat"):
@@ -176,7 +180,8 @@ class PromptForm:
             side: What an error message calls the model.
 
         Raises:
-            DataError: If a prompt or shot is not valid Unicode; the message names the row.
+            DataError: If a prompt or shot is not valid Unicode, or there is nothing for an encoder
+                to read; the message names the row.
             ModelError, RefusedRow: As `chat_text` does.
         """
         for example in (*self.shots, *examples):
@@ -189,8 +194,17 @@ class PromptForm:
             template = self.chat_template(tokenizer, side=side)
             texts = [self._chat_text(template, example) for example in examples]
             return tokenized(tokenizer, texts)
-        leading = leading_ids(tokenizer)
         texts = [self.plain_text(example) for example in examples]
+        if self.decoder_start:
+            for example, text in zip(examples, texts, strict=True):
+                if not text:
+                    raise DataError(
+                        f"{example.where or f'example {example.id}'} has no prompt, which the "
+                        f"{side}'s encoder would read; give data with prompts, which task lm has "
+                        "none of, or a decoder-only model"
+                    )
+            return tokenized(tokenizer, texts, special=True)
+        leading = leading_ids(tokenizer)
         prompts = [[*leading, *ids] for ids in tokenized(tokenizer, texts)]
         return [prompt or self._start(tokenizer) for prompt in prompts]
 

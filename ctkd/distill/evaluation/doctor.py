@@ -133,7 +133,7 @@ def read_head_width(name: str) -> int | None:
 
     Raises:
         ModelError: If nothing goes by that name, its configuration cannot be read, or it is no
-            causal language model.
+            language model.
     """
     source = sources(name)[-1]
     folder = Path(source)

@@ -37,6 +37,7 @@ from ctkd.distill.evaluation.next_bytes import next_byte_divergence
 from ctkd.distill.models.generation import BATCH_SIZE, generate
 from ctkd.distill.models.loading import (
     check_token_ids,
+    decoder_start,
     head_width,
     load_model,
     load_tokenizer,
@@ -284,7 +285,9 @@ def _against_teacher(
         max_length=_longest(request, request.model, name),
         student_form=form,
         teacher_form=PromptForm(
-            template=request.teacher_template or usual_template(_task(request).name), day=form.day
+            template=request.teacher_template or usual_template(_task(request).name),
+            day=form.day,
+            decoder_start=decoder_start(name),
         ),
         pair=pair,
     )
@@ -330,7 +333,8 @@ def _form(request: EvaluateRequest) -> PromptForm:
     template = request.template or usual_template(_task(request).name)
     if request.template is None and record["settings"].get("student_template") == "chat":
         template = "chat"
-    return PromptForm(template=template, day=record.get("date"))
+    start = decoder_start(request.model) if request.model else ()
+    return PromptForm(template=template, day=record.get("date"), decoder_start=start)
 
 
 def _check_can_be_written(path: Path, request: EvaluateRequest, overwrite: bool) -> None:

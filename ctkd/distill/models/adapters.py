@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _BASE = "base_model_name_or_path"
+_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def base_of(source: str) -> str | None:
@@ -43,7 +44,7 @@ def base_of(source: str) -> str | None:
         source: A folder, or a hub id.
 
     Raises:
-        ModelError: If an adapter does not say which it is, or is none for causal language models.
+        ModelError: If an adapter does not say which it is, or is none for language models.
     """
     if not Path(source).is_dir() and isinstance(try_to_load_from_cache(source, "config.json"), str):
         # A model of the hub that is here: there is nobody to ask.
@@ -61,10 +62,10 @@ def base_of(source: str) -> str | None:
     if not isinstance(settings, dict):
         raise ModelError(f"{file} must hold the settings of an adapter by name; restore it")
     task = settings.get("task_type")
-    if task not in (None, "CAUSAL_LM"):
+    if task not in (None, *_TASKS):
         raise ModelError(
             f"{source} is an adapter for {task}, not for text that is generated from left to right "
-            "(CAUSAL_LM); give one that is"
+            f"({' or '.join(_TASKS)}); give one that is"
         )
     name = settings.get(_BASE)
     if not isinstance(name, str) or not name.strip():
@@ -220,7 +221,7 @@ def add_lora(
             f"are called {', '.join(known)}"
         )
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,

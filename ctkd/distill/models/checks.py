@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import (
@@ -18,15 +19,20 @@ from huggingface_hub.utils.tqdm import (
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     PretrainedConfig,
 )
 from transformers.utils import logging
 
 from ctkd.errors import ModelError
 
-__all__ = ["check_causal", "check_complete", "check_layers", "one_line", "quiet"]
+__all__ = ["auto_class", "check_causal", "check_complete", "check_layers", "one_line", "quiet"]
 
 _LONGEST_CAUSE = 300
+# What configurations call the number of layers of a model, or of its decoder.
+_DEPTHS = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
 # Of a weight's name: the number of its layer.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)\.")
 
@@ -74,28 +80,33 @@ def _show_bars(*, transformers: bool, hub: bool) -> None:
 
 
 def check_causal(config: PretrainedConfig, name: str) -> None:
-    """Refuse a model that does not predict each token from those before it.
+    """Refuse a model that does not predict each token of an answer from those before it.
 
     Args:
         config: the model's configuration.
         name: what the user called the model, for the message.
 
     Raises:
-        ModelError: it is an encoder-decoder, or an encoder, or has no language-model head.
+        ModelError: it is an encoder, or has no language-model head.
     """
-    kind = config.model_type or "unknown"
-    way_out = "give a decoder-only language model, such as smollm2-135m-instruct"
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name} is an encoder-decoder model ({kind}), which ctkd does not take; {way_out}"
+    if config.is_encoder_decoder:
+        fits = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    else:
+        reads_both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+            config, "is_decoder", False
         )
-    reads_both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
-        config, "is_decoder", False
-    )
-    if reads_both_ways or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        fits = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not reads_both_ways
+    if not fits:
         raise ModelError(
-            f"{name} has no causal language-model head (it is of the kind {kind}); {way_out}"
+            f"{name} has no causal language-model head (it is of the kind "
+            f"{config.model_type or 'unknown'}); give a language model that is decoder-only, such "
+            "as smollm2-135m-instruct, or an encoder-decoder"
         )
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes a model of a configuration that was checked."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def check_complete(missing: Collection[str], name: str) -> None:
@@ -126,11 +137,13 @@ def check_layers(unexpected: Collection[str], config: PretrainedConfig, name: st
     Raises:
         ModelError: If there are any of further layers.
     """
-    layers = getattr(config, "num_hidden_layers", None)
+    said = ((getattr(config, setting, None), setting) for setting in _DEPTHS)
+    known = [(layers, setting) for layers, setting in said if layers is not None]
     numbers = [int(one[1]) for one in map(_LAYER.search, unexpected) if one is not None]
-    if layers is not None and numbers and max(numbers) >= layers:
+    if known and numbers and max(numbers) >= min(known)[0]:
+        layers, setting = min(known)
         raise ModelError(
             f"the files of {name} hold {max(numbers) + 1} layers, but its config.json says "
-            f"num_hidden_layers {layers}, and the others would be left out; mend config.json, or "
-            "save a model of that many layers"
+            f"{setting} {layers}, and the others would be left out; mend config.json, or save a "
+            "model of that many layers"
         )

@@ -46,7 +46,7 @@ def prepare_student(source: str, texts: Sequence[str], seed: int) -> Path:
         seed: Of the weights.
 
     Raises:
-        ModelError: If the configuration cannot be read or is none of a causal language model, its
+        ModelError: If the configuration cannot be read or is none of a language model, its
             vocabulary is too small, or the cache cannot be written.
     """
     settings, folder = _read(source)

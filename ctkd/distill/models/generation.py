@@ -1,8 +1,7 @@
 """Answers of a model, by greedy decoding.
 
 Nothing is sampled: settings that a model brings along for chatting (temperature, repetition
-penalty, a sampling switch) are set aside while the answers are made. Models that encode the prompt
-apart (encoder-decoders) are refused.
+penalty, a sampling switch) are set aside while the answers are made.
 """
 
 import contextlib
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
@@ -25,10 +25,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ctkd.distill.models.loading import (
     below_wrappers,
+    decoder_start_of,
     evaluating,
     reads_padding,
 )
-from ctkd.errors import DataError, ModelError, SettingError
+from ctkd.errors import DataError, SettingError
 
 __all__ = ["BATCH_SIZE", "Generated", "generate"]
 
@@ -70,12 +71,13 @@ def generate(
     ends before the first newline, so an answer that begins with one is empty. White space at both
     ends is removed, special tokens are left out.
 
-    Prompts are padded on the left and masked, so an answer does not depend on its batch, up to
-    rounding. A row leaves its batch soon after it has ended. The model comes back as it was:
-    training mode per module, generation config and `config.use_cache` alike.
+    Prompts are padded on the left, those of an encoder-decoder on the right, and masked, so an
+    answer does not depend on its batch, up to rounding. A row leaves its batch soon after it has
+    ended, but in an encoder-decoder with the last of them. The model comes back as it was: training
+    mode per module, generation config and `config.use_cache` alike.
 
     Args:
-        model: A decoder-only model; it runs where it lies and in its own dtype.
+        model: A language model; it runs where it lies and in its own dtype.
         tokenizer: The model's tokenizer, to decode and for its end-of-sequence token. A padding
             token is not needed.
         prompts: Token ids of each prompt, at least one each, ids below the model's vocabulary.
@@ -90,21 +92,24 @@ def generate(
         One text per prompt, in the order of `prompts`.
 
     Raises:
-        SettingError: If `max_new_tokens` or `batch_size` is below 1.
+        SettingError: If `max_new_tokens` or `batch_size` is below 1, or a decoder cannot write so
+            many tokens.
         DataError: If a prompt is empty, holds an id outside the model's vocabulary, or leaves too
             little of the model's positions for the answer.
-        ModelError: If the model is an encoder-decoder.
+        ModelError: If an encoder-decoder does not say where it begins.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise SettingError(f"{name} must be at least 1, got {value}")
-    if model.config.is_encoder_decoder:
-        raise ModelError(
-            f"expected a decoder-only model, got the encoder-decoder {type(model).__name__}; "
-            "choose another model"
-        )
+    begun = decoder_start_of(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    _check_prompts(prompts, vocabulary, _positions(model) - max_new_tokens)
+    longest = _positions(model)
+    if begun and max_new_tokens > longest - len(begun):
+        raise SettingError(
+            f"max_new_tokens {max_new_tokens} is more than the {int(longest) - len(begun)} tokens "
+            "that the model's decoder can write; lower it"
+        )
+    _check_prompts(prompts, vocabulary, longest if begun else longest - max_new_tokens)
     stops = _end_tokens(model, tokenizer, vocabulary) | {*ends}
     padding = _padding_token(tokenizer, stops, vocabulary)
     greedy = GenerationConfig(
@@ -114,6 +119,7 @@ def generate(
         use_cache=True,
         eos_token_id=sorted(stops) or None,
         pad_token_id=padding,
+        decoder_start_token_id=begun[0] if begun else None,
     )
     newline = _NewlineSeen(tokenizer)
     criteria = StoppingCriteriaList([newline] if stop_at_newline else [])
@@ -137,12 +143,36 @@ def generate(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [prompts[index] for index in chosen]
-            for index, row in zip(
-                chosen, _continued(model, batch, padding, greedy, criteria, is_last), strict=True
-            ):
+            if begun:
+                rows = _from_decoder(model, batch, begun, greedy, criteria)
+            else:
+                rows = _continued(model, batch, padding, greedy, criteria, is_last)
+            for index, row in zip(chosen, rows, strict=True):
                 texts[index] = _text(tokenizer, row, stops, stop_at_newline)
             bar.update(len(chosen))
     return texts
+
+
+def _from_decoder(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    begun: tuple[int, ...],
+    greedy: GenerationConfig,
+    criteria: StoppingCriteriaList,
+) -> list[list[int]]:
+    """Tokens that the decoder of an encoder-decoder writes, as those of `_continued`."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=greedy.pad_token_id)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    written = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        decoder_input_ids=torch.tensor([begun] * len(rows), device=model.device),
+        generation_config=greedy,
+        stopping_criteria=criteria,
+    )
+    found: list[list[int]] = written[:, len(begun) :].tolist()
+    return found
 
 
 def _continued(

@@ -137,6 +137,11 @@ def write_converted(path: Path, folder: Path) -> None:
 def _read_model(path: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     check_causal(config, str(path))
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{path} is an encoder-decoder model ({config.model_type}), which is not read from "
+            "GGUF files; give its folder or hub id"
+        )
     # Later versions of transformers keep some architectures packed unless told otherwise.
     packing = getattr(transformers, "GgufConfig", None)
     with _bar_for_people_only():

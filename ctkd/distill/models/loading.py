@@ -1,7 +1,8 @@
 """Models and tokenizers by packaged name, folder, GGUF file or hub id.
 
-An adapter of peft stands for its model with it. Causal language models alone; code that ships in a
-model's repository is never run. Nothing here trains: gradients stay as transformers leaves them.
+An adapter of peft stands for its model with it. Language models alone, decoder-only and
+encoder-decoder; code that ships in a model's repository is never run. Nothing here trains:
+gradients stay as transformers leaves them.
 """
 
 import difflib
@@ -19,8 +20,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,6 +30,7 @@ from transformers import (
 from ctkd.distill.config import UNTRAINED
 from ctkd.distill.models import adapters
 from ctkd.distill.models.checks import (
+    auto_class,
     check_causal,
     check_complete,
     check_layers,
@@ -40,12 +42,14 @@ from ctkd.distill.models.packaged import PACKAGED, prepare
 from ctkd.distill.models.quantized import rounding_to
 from ctkd.distill.models.untrained import prepare_untrained
 from ctkd.distill.printable import NO_TEXT, is_text
-from ctkd.errors import ModelError
+from ctkd.errors import BatchError, ModelError
 
 __all__ = [
     "accepts_position_ids",
     "below_wrappers",
     "check_token_ids",
+    "decoder_start",
+    "decoder_start_of",
     "evaluating",
     "has_tokenizer",
     "head_width",
@@ -160,7 +164,7 @@ def load_model(
     trainable_adapter: bool = False,
     bits: int | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model, in evaluation mode.
+    """Load a language model, in evaluation mode.
 
     Args:
         name: as for `resolve`.
@@ -171,7 +175,7 @@ def load_model(
         bits: 8 or 4, to round the weights of linear layers but the head to; None to leave them.
 
     Raises:
-        ModelError: nothing goes by that name; it is no causal language model; its files are
+        ModelError: nothing goes by that name; it is no language model; its files are
             missing, damaged or incomplete; it does not fit on the device; or it cannot be rounded.
     """
     whole, *attached = reversed(sources(name))
@@ -215,7 +219,7 @@ def _load_whole(source: str, name: str, dtype: torch.dtype, **rounding: Any) -> 
         with quiet(show_downloads=sys.stderr.isatty()):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             check_causal(config, name)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class(config).from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
@@ -269,16 +273,14 @@ def head_width(model: PreTrainedModel) -> int:
     It can exceed the tokenizer's length: some models pad it to a round number.
 
     Args:
-        model: a causal language model.
+        model: a language model.
 
     Raises:
         ModelError: the model has no output embedding.
     """
     head = model.get_output_embeddings()
     if head is None:
-        raise ModelError(
-            f"{type(model).__name__} has no output embedding; give a causal language model"
-        )
+        raise ModelError(f"{type(model).__name__} has no output embedding; give a language model")
     # Not the weight's shape where it can be helped: a sharded or packed weight is smaller.
     width = getattr(head, "out_features", None)
     return int(head.weight.shape[0] if width is None else width)
@@ -292,7 +294,7 @@ def check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     A model wider than its tokenizer is fine.
 
     Args:
-        model: a causal language model.
+        model: a language model.
         tokenizer: the tokenizer that is to feed it.
 
     Raises:
@@ -385,10 +387,22 @@ def last_logits(
     Args:
         model: What is called, perhaps wrapped for training on several devices.
         unwrapped: The model itself.
-        inputs: ``input_ids``, and ``attention_mask`` and ``position_ids`` if there are such.
+        inputs: ``input_ids``, and ``attention_mask`` and ``position_ids`` if there are such. Of an
+            encoder-decoder also ``decoder_input_ids``, whose positions count.
         count: How many positions.
+
+    Raises:
+        BatchError: If the inputs are those of a model with an encoder and this one has none, or the
+            other way round.
     """
-    names = ["input_ids", "attention_mask"]
+    encodes = bool(cast(Any, unwrapped).config.is_encoder_decoder)
+    if encodes != ("decoder_input_ids" in inputs):
+        kinds = ("a decoder-only model", "an encoder-decoder")
+        raise BatchError(
+            f"{type(unwrapped).__name__} is {kinds[encodes]}, but the rows were encoded for "
+            f"{kinds[not encodes]}; encode them with a PromptForm of the model's decoder_start"
+        )
+    names = ["input_ids", "attention_mask", "decoder_input_ids"]
     if accepts_position_ids(unwrapped):
         names.append("position_ids")
     arguments: dict[str, Any] = {name: inputs[name] for name in names if name in inputs}
@@ -434,14 +448,7 @@ def most_positions(name: str) -> int | None:
     Raises:
         ModelError: If nothing goes by that name, or it has no configuration that can be read.
     """
-    source = sources(name)[-1]
-    if Path(source).is_dir():
-        _check_has_config(Path(source))
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"cannot read the configuration of {name}: {_cause(error)}") from error
+    _, config = _configuration(name)
     return positions_of(config)
 
 
@@ -449,6 +456,76 @@ def positions_of(config: PreTrainedConfig) -> int | None:
     """The most tokens that a model of this configuration can read; None if it does not say."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if positions is None else int(positions)
+
+
+def decoder_start(name: str) -> tuple[int, ...]:
+    """What a model's decoder reads in front of an answer, from its configuration alone.
+
+    Args:
+        name: As for `resolve`.
+
+    Returns:
+        Of an encoder-decoder ``decoder_start_token_id``, and ``forced_bos_token_id`` where it has
+        one, as BART has; of a decoder-only model nothing.
+
+    Raises:
+        ModelError: As in `most_positions`, or if an encoder-decoder does not say where it begins.
+    """
+    source, config = _configuration(name)
+    if not config.is_encoder_decoder:
+        return ()
+    with _reading_configuration(name):
+        try:
+            generation = GenerationConfig.from_pretrained(source)
+        except OSError:
+            generation = GenerationConfig.from_pretrained(
+                source, "config.json", _from_model_config=True
+            )
+    return _decoder_start(config, generation, name)
+
+
+def decoder_start_of(model: PreTrainedModel) -> tuple[int, ...]:
+    """The same of a model that is loaded."""
+    return _decoder_start(model.config, model.generation_config, type(model).__name__)
+
+
+def _decoder_start(
+    config: PreTrainedConfig, generation: GenerationConfig, name: str
+) -> tuple[int, ...]:
+    if not config.is_encoder_decoder:
+        return ()
+    # The last is where transformers begins without the others.
+    named = (
+        generation.decoder_start_token_id,
+        getattr(config, "decoder_start_token_id", None),
+        generation.bos_token_id,
+    )
+    first = next((one for one in named if one is not None), None)
+    if first is None:
+        raise ModelError(
+            f"{name} does not say which token its decoder begins with; write it as "
+            "decoder_start_token_id into its config.json: T5 begins with padding, BART with the end"
+        )
+    forced = generation.forced_bos_token_id
+    return (int(first),) if forced is None else (int(first), int(forced))
+
+
+def _configuration(name: str) -> tuple[str, PreTrainedConfig]:
+    """What a model is loaded from, and its configuration."""
+    source = sources(name)[-1]
+    if Path(source).is_dir():
+        _check_has_config(Path(source))
+    with _reading_configuration(name):
+        return source, AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+@contextmanager
+def _reading_configuration(name: str) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
+    except Exception as error:
+        raise ModelError(f"cannot read the configuration of {name}: {_cause(error)}") from error
 
 
 def _cause(error: Exception) -> str:

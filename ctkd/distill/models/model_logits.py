@@ -12,19 +12,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from ctkd.distill.models.loading import (
-    below_wrappers,
-    evaluating,
-    last_logits,
-    supports_logits_to_keep,
-)
+from ctkd.distill.models.loading import below_wrappers, evaluating, last_logits
 from ctkd.errors import ModelError
 from ctkd.logits import DenseLogits, HeadLogits, RowLogits
 
@@ -105,10 +100,12 @@ class ModelLogits:
         Args:
             input_ids: (B, L).
             logits_to_keep: How many of the last positions; default all.
-            **inputs: ``attention_mask`` and ``position_ids``, where the texts need them.
+            **inputs: ``attention_mask`` and ``position_ids``, where the texts need them. Of an
+                encoder-decoder ``decoder_input_ids`` (B, L), whose positions count.
         """
         self._warn_if_gradients_stay_here()
-        count = logits_to_keep or input_ids.shape[1]
+        read = inputs.get("decoder_input_ids", input_ids)
+        count = logits_to_keep or read.shape[1]
         return self.read(self._called, {"input_ids": input_ids, **inputs}, count)
 
     def _warn_if_gradients_stay_here(self) -> None:
@@ -129,7 +126,7 @@ class ModelLogits:
 
         Args:
             model: What is called: the model, perhaps wrapped for training on several devices.
-            inputs: ``input_ids``, and ``attention_mask`` and ``position_ids`` if there are such.
+            inputs: As `ctkd.distill.models.loading.last_logits` takes them.
             count: How many positions.
         """
         if self._head is None:
@@ -138,9 +135,9 @@ class ModelLogits:
 
     def hidden(self, model: nn.Module, inputs: Mapping[str, Tensor], count: int) -> Tensor:
         """What goes into the head at the last positions, (B, count, H), as `read` takes them."""
-        with _hidden_states(self.model) as hidden:
-            # The head's own logits, of one position, are dropped.
-            last_logits(model, self.model, inputs, 1)
+        # The head's own logits, of one position, are dropped.
+        with _head_inputs(self.model, passed_on=1) as hidden:
+            last_logits(model, self.model, inputs, count)
         return hidden[0][:, -count:]
 
     def from_hidden(
@@ -161,8 +158,8 @@ class ModelLogits:
         """
         if self._head is None:
             raise ModelError(f"the head cannot be taken apart: {self.why_whole}")
-        layer = self.model.get_output_embeddings()
-        return Head(layer.weight, layer.bias, self._head.scale, self._head.softcap)
+        weight, bias = _weight_and_bias(self.model)
+        return Head(weight, bias, self._head.scale, self._head.softcap)
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
@@ -174,27 +171,33 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         return "the weight of its head is not a plain tensor"
     if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
         return "its head is changed by hooks"
-    if not supports_logits_to_keep(model):
-        return f"{type(model).__name__} cannot leave out logits"
-    if model.base_model is model:
-        return f"{type(model).__name__} has no part below its head"
     return None
+
+
+def _weight_and_bias(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """Of the head, with what BART adds to its logits."""
+    layer = model.get_output_embeddings()
+    bias, added = layer.bias, getattr(model, "final_logits_bias", None)
+    if added is not None:
+        bias = added[0] if bias is None else bias + added[0]
+    return layer.weight, bias
 
 
 @torch.no_grad()
 def _find_head(model: PreTrainedModel) -> _Head | None:
     """The scale and softcap of its configuration that give a model's own logits, if any do."""
-    layer = model.get_output_embeddings()
-    width = min(layer.weight.shape[0], model.get_input_embeddings().weight.shape[0])
+    weight, bias = _weight_and_bias(model)
+    width = min(weight.shape[0], model.get_input_embeddings().weight.shape[0])
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(_TRIED_TOKENS, device=device).remainder(width).unsqueeze(0)
+    inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     # Dropout below the head would not matter, but may write to the state of random numbers.
-    with evaluating(model), _hidden_states(model) as hidden:
+    with evaluating(model), _head_inputs(model) as hidden:
         # Not by calling the model: hooks of others need not hear of it.
-        logits = model.forward(input_ids=ids, use_cache=False).logits
-    if not hidden or hidden[0].shape[-1] != layer.weight.shape[1] or not logits.isfinite().all():
+        logits = model.forward(input_ids=ids, **inputs, use_cache=False).logits
+    if len(hidden) != 1 or hidden[0].shape[:-1] != ids.shape or not logits.isfinite().all():
         return None
-    everything = torch.arange(layer.weight.shape[0], device=device).view(1, 1, -1)
+    everything = torch.arange(weight.shape[0], device=device).view(1, 1, -1)
     wanted = DenseLogits(logits).log_probs(everything)
     # Log-probabilities of a row differ by this much if each logit is rounded once.
     tolerance = 8.0 * torch.finfo(logits.dtype).eps * float(logits.abs().max().clamp_min(1))
@@ -202,7 +205,7 @@ def _find_head(model: PreTrainedModel) -> _Head | None:
         _Head(scale, softcap)
         for scale, softcap in itertools.product(_scales(model), _softcaps(model))
         if _largest_error(
-            HeadLogits(hidden[0], layer.weight, layer.bias, scale=scale, softcap=softcap),
+            HeadLogits(hidden[0], weight, bias, scale=scale, softcap=softcap),
             everything,
             wanted,
         )
@@ -231,19 +234,23 @@ def _softcaps(model: PreTrainedModel) -> list[float | None]:
 
 
 @contextmanager
-def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Catch what goes into the head of a model while it runs."""
+def _head_inputs(model: PreTrainedModel, *, passed_on: int = 0) -> Iterator[list[Tensor]]:
+    """Catch what goes into the head of a model while it runs.
+
+    Args:
+        model: The model.
+        passed_on: How many of the last positions the head itself sees; 0 for all.
+    """
     states: list[Tensor] = []
 
-    def catch(_: nn.Module, __: Any, output: Any) -> None:
-        hidden = getattr(output, "last_hidden_state", None)
-        hidden = output[0] if hidden is None else hidden
-        if torch.is_autocast_enabled(hidden.device.type):
-            # What the head itself would do.
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        states.append(hidden)
+    def catch(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        hidden, device = inputs[0], inputs[0].device.type
+        # What the head itself would do.
+        is_cast = torch.is_autocast_enabled(device)
+        states.append(hidden.to(torch.get_autocast_dtype(device)) if is_cast else hidden)
+        return hidden[:, -passed_on:]
 
-    handle = model.base_model.register_forward_hook(catch)
+    handle = model.get_output_embeddings().register_forward_pre_hook(catch)
     try:
         yield states
     finally:

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,7 +23,7 @@ from transformers import (
 from ctkd.cache_folder import building, cache_dir, locked, say
 from ctkd.distill.config import UNTRAINED
 from ctkd.distill.data.pydocs import read_pydocs
-from ctkd.distill.models.checks import quiet
+from ctkd.distill.models.checks import auto_class, quiet
 
 __all__ = [
     "LEAST_VOCABULARY",
@@ -118,16 +117,19 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 def draw_model(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreTrainedModel:
-    """A causal model with random weights, in float32.
+    """A language model with random weights, in float32.
 
     Args:
-        config: The model's; it gets the tokenizer's ids of the begin, the end and padding.
+        config: The model's; it gets the tokenizer's ids of the begin, the end and padding. The
+            decoder of an encoder-decoder begins with the end.
         tokenizer: The model's.
         seed: Of the draw, which leaves the state of torch's random numbers as it was.
     """
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = tokenizer.eos_token_id
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
     return model

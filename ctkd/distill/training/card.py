@@ -45,6 +45,7 @@ def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
         "trained": sum(one.numel() for one in weights if one.requires_grad),
         "vocabulary": len(tokenizer),
         "adapters": is_adapted(model),
+        "encoder-decoder": bool(model.config.is_encoder_decoder),
     }
 
 
@@ -83,12 +84,13 @@ def _shown_form(config: TrainConfig, forms: Forms, tokenizer: PreTrainedTokenize
     chats = [one.template == "chat" for one in asked]
     end = form.end_id(tokenizer)
     behind = "" if end is None else tokenizer.convert_ids_to_tokens(end)
+    target = "assistant" if task.is_chat else task.target
     shown = []
-    for body in task.bodies.values():
+    for body in ["{user}"] if task.is_chat else task.bodies.values():
         example = Example(id="", prompt=body, answer="", references=("",), group="")
         prompt = form.chat_text(tokenizer, example) if chats[0] else form.plain_text(example)
         space = "" if all(chats) else task.answer_prefix
-        shown.append(f"{prompt}{space}{{{task.target}}}{behind}")
+        shown.append(f"{prompt}{space}{{{target}}}{behind}")
     return shown
 
 
@@ -126,7 +128,7 @@ def card_text(folder: OutputFolder) -> str:
         "## Data",
         _data(config, folder.record["facts"]),
         "## How to use it",
-        _usage(config, name, folder.record["facts"]["form"], adapters=adapters),
+        _usage(config, name, folder.record["facts"], adapters=adapters),
         "## How to measure it",
         _measuring(config, name, adapters=adapters),
         "## How to repeat it",
@@ -135,11 +137,12 @@ def card_text(folder: OutputFolder) -> str:
         "## Licenses and limits",
         _limits(config, adapters=adapters),
     ]
-    front = _front_matter(config, adapters=adapters).to_yaml()
+    apart = folder.record["facts"]["student"]["encoder-decoder"]
+    front = _front_matter(config, adapters=adapters, apart=apart).to_yaml()
     return f"---\n{front}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _front_matter(config: TrainConfig, *, adapters: bool) -> ModelCardData:
+def _front_matter(config: TrainConfig, *, adapters: bool, apart: bool) -> ModelCardData:
     student = _origin(config.student, config.student_config)
     teacher = _origin(config.teacher) if config.needs_teacher else {}
     base = student.get("base_model")
@@ -156,7 +159,8 @@ def _front_matter(config: TrainConfig, *, adapters: bool) -> ModelCardData:
         more["base_model_relation"] = "adapter" if adapters else "finetune"
     return ModelCardData(
         library_name="peft" if adapters else "transformers",
-        pipeline_tag="text-generation",
+        # The hub has none for encoder-decoders any more.
+        pipeline_tag=None if apart else "text-generation",
         base_model=base,
         language="en" if english else None,
         datasets=_hub_data(config) or None,
@@ -291,8 +295,9 @@ def _data(config: TrainConfig, facts: Mapping[str, Any]) -> str:
     return text + f"Held out: {held_out}, cut off by passage with seed {config.seed}."
 
 
-def _usage(config: TrainConfig, name: str, forms: list[str], *, adapters: bool) -> str:
-    kind = "AutoPeftModelForCausalLM" if adapters else "AutoModelForCausalLM"
+def _usage(config: TrainConfig, name: str, facts: Mapping[str, Any], *, adapters: bool) -> str:
+    apart = facts["student"]["encoder-decoder"]
+    kind = f"Auto{'Peft' if adapters else ''}ModelFor{'Seq2SeqLM' if apart else 'CausalLM'}"
     imports = f"from transformers import {kind}, AutoTokenizer"
     if adapters:
         imports = f"from peft import {kind}\nfrom transformers import AutoTokenizer"
@@ -309,15 +314,16 @@ def _usage(config: TrainConfig, name: str, forms: list[str], *, adapters: bool) 
         )
     else:
         load += 'inputs = tokenizer(prompt, return_tensors="pt")\n'
+    answer = "0" if apart else "0, inputs.input_ids.shape[1] :"
     load += (
-        "ids = model.generate(**inputs, max_new_tokens=64)[0, inputs.input_ids.shape[1] :]\n"
+        f"ids = model.generate(**inputs, max_new_tokens=64)[{answer}]\n"
         "print(tokenizer.decode(ids, skip_special_tokens=True))"
     )
     kind_of_prompt = (
         "in its chat template" if config.student_template == "chat" else "as plain text"
     )
     parts = [f"```python\n{load}\n```", f"It was trained on prompts and answers {kind_of_prompt}:"]
-    return "\n\n".join([*parts, *(f"````text\n{form}\n````" for form in forms)])
+    return "\n\n".join([*parts, *(f"````text\n{form}\n````" for form in facts["form"])])
 
 
 def _measuring(config: TrainConfig, name: str, *, adapters: bool) -> str:

@@ -26,7 +26,7 @@ from ctkd.tokenization.pair import TokenizerPair
 
 __all__ = ["Distiller", "DistillerOutput"]
 
-_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
 # What may tell a row apart in an error message.
 _NAMING = ("id", "prompt", "text", "instruction")
 
@@ -88,6 +88,9 @@ class Distiller(nn.Module):
         student_vocab_size: Columns of the student's head, where it has fewer than its tokenizer has
             ids. What a head has beyond its tokenizer is cut by itself.
         teacher_vocab_size: The same for the teacher.
+        student_decoder_start: Of an encoder-decoder what its decoder reads in front of an answer,
+            see `ctkd.distill.models.loading.decoder_start_of`.
+        teacher_decoder_start: The same for the teacher.
         **settings: Of a loss that is given by name, as for `ctkd.get_loss`.
 
     Attributes:
@@ -136,6 +139,8 @@ class Distiller(nn.Module):
         teacher_template: Literal["plain", "chat"] = "plain",
         student_vocab_size: int | None = None,
         teacher_vocab_size: int | None = None,
+        student_decoder_start: Sequence[int] = (),
+        teacher_decoder_start: Sequence[int] = (),
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -153,8 +158,12 @@ class Distiller(nn.Module):
         self.student_tokenizer, self.teacher_tokenizer = student_tokenizer, teacher_tokenizer
         self.max_length, self.on_long, self.min_coverage = max_length, on_long, min_coverage
         self.score_eos = score_eos
-        self.student_form = PromptForm(template=student_template)
-        self.teacher_form = PromptForm(template=teacher_template)
+        self.student_form = PromptForm(
+            template=student_template, decoder_start=tuple(student_decoder_start)
+        )
+        self.teacher_form = PromptForm(
+            template=teacher_template, decoder_start=tuple(teacher_decoder_start)
+        )
         self.student_vocab_size, self.teacher_vocab_size = student_vocab_size, teacher_vocab_size
         self._pair: TokenizerPair | None = None
         if teacher_tokenizer is not None:
@@ -225,7 +234,8 @@ class Distiller(nn.Module):
 
         ``input_ids``, ``attention_mask``, ``position_ids``, and ``logits_to_keep``, by which it
         computes logits where answers are scored and nowhere else. Leave out what a model does not
-        take; `ctkd.distill.models.ModelLogits` does so by itself.
+        take; `ctkd.distill.models.ModelLogits` does so by itself. Of an encoder-decoder
+        ``input_ids``, ``attention_mask`` and ``decoder_input_ids``.
         """
         return _inputs(batch, "", "labels")
 
@@ -329,8 +339,10 @@ def _place(number: int, row: Mapping[str, Any]) -> str:
 
 
 def _inputs(batch: Mapping[str, Tensor], prefix: str, labels: str) -> dict[str, Any]:
-    inputs: dict[str, Any] = {name: batch[prefix + name] for name in _INPUTS}
-    inputs["logits_to_keep"] = batch[labels].shape[1]
+    named = {name: prefix + name for name in _INPUTS}
+    inputs: dict[str, Any] = {name: batch[one] for name, one in named.items() if one in batch}
+    if "decoder_input_ids" not in inputs:
+        inputs["logits_to_keep"] = batch[labels].shape[1]
     return inputs
 
 

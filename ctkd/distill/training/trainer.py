@@ -36,6 +36,7 @@ from ctkd.distill.data.encoding import EncodedExample
 from ctkd.distill.models.adapters import is_adapted, merged, quiet_peft, with_adapters
 from ctkd.distill.models.loading import (
     below_wrappers,
+    decoder_start_of,
     evaluating,
     head_width,
     positions_of,
@@ -600,6 +601,8 @@ def _distiller(
         max_length=min([_LONGEST, *(one for one in longest if one is not None)]),
         student_vocab_size=head_width(student),
         teacher_vocab_size=None if teacher is None else head_width(teacher),
+        student_decoder_start=decoder_start_of(student),
+        teacher_decoder_start=() if teacher is None else decoder_start_of(teacher),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import ctkd
 from ctkd.compare.plan.config import CompareConfig
@@ -255,13 +256,13 @@ def test_the_teacher_is_loaded_once_to_make_the_cache_and_models_are_kept_if_ask
     place, monkeypatch
 ):
     loaded = []
-    original = models.AutoModelForCausalLM.from_pretrained
+    original = AutoModelForCausalLM.from_pretrained
 
     def load(source, *rest, **settings):
         loaded.append(Path(source).name.split("-")[0])
         return original(source, *rest, **settings)
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     runner.compare(config(place, "once", keep_models=True), say=lambda line: None)
     # The student to know what it can read, then untrained, then trained and measured by each loss.
     assert loaded == [

@@ -6,7 +6,7 @@ from dataclasses import replace
 import click
 import pytest
 from tokenizers import normalizers
-from transformers import T5Config
+from transformers import BertConfig
 
 import ctkd
 from ctkd.cli.doctor_page import doctor_page
@@ -41,8 +41,8 @@ def place(tmp_path_factory) -> Workplace:
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     lower.save_pretrained(place.folder / "lower")
     tiny.tokenizer(300).save_pretrained(place.folder / "alone")
-    T5Config(vocab_size=280, d_model=8).save_pretrained(place.folder / "t5")
-    tiny.tokenizer(280).save_pretrained(place.folder / "t5")
+    BertConfig(vocab_size=280, hidden_size=24).save_pretrained(place.folder / "bert")
+    tiny.tokenizer(280).save_pretrained(place.folder / "bert")
     rows = {
         "shouting.jsonl": ["THE MAT", "THE CAT", "the rain"],
         "special.jsonl": [" the mat", " the <eos> mat", " the cat"],
@@ -181,7 +181,7 @@ def test_limit_takes_the_first_rows(place):
         (["--min-one-to-one", "-1"], "min_one_to_one must be from 0 to 1, got -1.0"),
         (["--student", "./nothing"], "there is no folder ./nothing"),
         (["--teacher", "gemma-3-271m"], "did you mean gemma-3-270m?"),
-        (["--teacher", "HERE/t5"], "is an encoder-decoder model (t5), which ctkd does not take"),
+        (["--teacher", "HERE/bert"], "has no causal language-model head (it is of the kind bert)"),
         (["--data", "HERE/nothing.jsonl"], "nothing.jsonl does not exist"),
         (["--task", "qaa"], "unknown task 'qaa', did you mean 'qa'?"),
         (["--column", "prompt"], "a column is FIELD=COLUMN"),
@@ -193,7 +193,7 @@ def test_what_cannot_be_used_is_one_line_with_a_way_out(place, options, message)
 
 
 def test_no_weights_are_loaded(place, monkeypatch):
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(models, "auto_class", None)
     (place.folder / "student" / "model.safetensors").rename(place.folder / "aside")
     try:
         finish(*words(place))

@@ -367,11 +367,11 @@ def test_refuses_settings(setting):
         texts_of(random_llama(), byte_tokenizer(), [[1]], **setting)
 
 
-def test_refuses_encoder_decoders():
+def test_an_encoder_decoder_that_does_not_say_where_it_begins():
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=SIZE, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     )
-    with pytest.raises(ModelError, match="encoder-decoder T5ForConditionalGeneration"):
+    with pytest.raises(ModelError, match="write it as decoder_start_token_id into its config"):
         texts_of(model, byte_tokenizer(), [[1]])
 
 

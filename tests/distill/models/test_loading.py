@@ -30,6 +30,7 @@ from ctkd.distill.models.loading import (
     head_width,
     load_model,
     load_tokenizer,
+    most_positions,
     resolve,
     supports_logits_to_keep,
 )
@@ -274,9 +275,14 @@ def test_a_configuration_with_fewer_layers_than_the_files(tmp_path, kind, layers
 
 
 def test_an_encoder_decoder(tmp_path):
-    config = T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    config = T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    assert "is an encoder-decoder model (t5)" in message(tmp_path)
+    assert type(load_model(str(tmp_path))) is T5ForConditionalGeneration
+    assert most_positions(str(tmp_path)) is None
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "num_decoder_layers": 1}))
+    said = message(tmp_path)
+    assert "hold 2 layers, but its config.json says num_decoder_layers 1" in said
 
 
 def test_an_encoder(tmp_path):

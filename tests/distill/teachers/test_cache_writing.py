@@ -37,12 +37,12 @@ def copied(place, made, tmp_path):
 def asked(monkeypatch) -> dict[str, list]:
     """The teachers that were loaded, the rows asked about, and the prompts answered."""
     found = {"loaded": [], "rows": [], "prompts": []}
-    load, kept = cache_writing.load_model, LazyTeacher.kept
+    load, kept = cache_writing.load_teacher, LazyTeacher.kept
     generate = teacher_texts.generate
 
-    def loading(name, **settings):
-        found["loaded"].append(name)
-        return load(name, **settings)
+    def loading(config, device):
+        found["loaded"].append(config.teacher)
+        return load(config, device)
 
     def asking(self, sides, record):
         found["rows"] += [tuple(side.answer_ids) for side in sides]
@@ -52,7 +52,7 @@ def asked(monkeypatch) -> dict[str, list]:
         found["prompts"] += [tuple(prompt) for prompt in prompts]
         return generate(model, tokenizer, prompts, **settings)
 
-    monkeypatch.setattr(cache_writing, "load_model", loading)
+    monkeypatch.setattr(cache_writing, "load_teacher", loading)
     monkeypatch.setattr(LazyTeacher, "kept", asking)
     monkeypatch.setattr(teacher_texts, "generate", answering)
     return found
