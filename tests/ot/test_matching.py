@@ -62,26 +62,26 @@ def long_inputs(seed: int, **settings) -> dict:
         for j, k in enumerate((1, 4, 8))
     ],
 )
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_oracle_finds_the_same_columns(matching, k, temperature, widths, seed):
-    inputs = long_inputs(seed, **widths)
-    result = match(matching, Batch.from_causal_lm(**inputs), k=k, temperature=temperature)
-    for b, (student, teacher) in enumerate(
-        zip(answer_rows(inputs, "student"), answer_rows(inputs, "teacher"), strict=True)
-    ):
-        teacher_ids, student_ids = multilevelot.match(
-            (student / temperature).softmax(-1),
-            (teacher / temperature).softmax(-1),
-            k=k,
-            matching=matching,
-            candidates=6,
-        )
-        assert result.teacher_ids[b].tolist() == teacher_ids
-        matched = [
-            j if known else None
-            for j, known in zip(result.student_ids[b].tolist(), result.matched[b], strict=True)
-        ]
-        assert matched == student_ids
+def test_the_oracle_finds_the_same_columns(matching, k, temperature, widths):
+    for seed in (1, 2, 3):
+        inputs = long_inputs(seed, **widths)
+        result = match(matching, Batch.from_causal_lm(**inputs), k=k, temperature=temperature)
+        for b, (student, teacher) in enumerate(
+            zip(answer_rows(inputs, "student"), answer_rows(inputs, "teacher"), strict=True)
+        ):
+            teacher_ids, student_ids = multilevelot.match(
+                (student / temperature).softmax(-1),
+                (teacher / temperature).softmax(-1),
+                k=k,
+                matching=matching,
+                candidates=6,
+            )
+            assert result.teacher_ids[b].tolist() == teacher_ids
+            matched = [
+                j if known else None
+                for j, known in zip(result.student_ids[b].tolist(), result.matched[b], strict=True)
+            ]
+            assert matched == student_ids
 
 
 @by_matching

@@ -53,19 +53,19 @@ def test_the_oracles_do_not_import_the_package() -> None:
 # Sinkhorn
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 20])
 @pytest.mark.parametrize("with_masses", [False, True])
 @pytest.mark.parametrize("shape", [(4, 4), (3, 5), (5, 2), (1, 3)])
-def test_plan_agrees_with_loops(shape: tuple[int, int], with_masses: bool, iterations: int) -> None:
+def test_plan_agrees_with_loops(shape: tuple[int, int], with_masses: bool) -> None:
     cost = normal(1, *shape).abs().requires_grad_()
     masses = [normal(2 + i, size).exp() if with_masses else None for i, size in enumerate(shape)]
-    plan = sinkhorn.plan(cost, 0.3, iterations, *masses)
-    loops = sinkhorn.plan_by_loops(cost, 0.3, iterations, *masses)
-    torch.testing.assert_close(plan, loops, rtol=1e-12, atol=1e-15)
-    columns = torch.ones(shape[1], dtype=torch.float64) if masses[1] is None else masses[1]
-    torch.testing.assert_close(plan.sum(0), columns, rtol=1e-12, atol=0)
-    gradients = [torch.autograd.grad((p * cost).sum(), cost)[0] for p in (plan, loops)]
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-14)
+    for iterations in (1, 2, 20):
+        plan = sinkhorn.plan(cost, 0.3, iterations, *masses)
+        loops = sinkhorn.plan_by_loops(cost, 0.3, iterations, *masses)
+        torch.testing.assert_close(plan, loops, rtol=1e-12, atol=1e-15)
+        columns = torch.ones(shape[1], dtype=torch.float64) if masses[1] is None else masses[1]
+        torch.testing.assert_close(plan.sum(0), columns, rtol=1e-12, atol=0)
+        gradients = [torch.autograd.grad((p * cost).sum(), cost)[0] for p in (plan, loops)]
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-14)
 
 
 def test_plan_gives_nothing_to_a_row_without_mass() -> None:
