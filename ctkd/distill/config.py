@@ -181,7 +181,9 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "Compute the student's activations twice, to keep fewer of them in memory."
     )
-    device: Device = option("auto", "auto, cpu or cuda.")
+    device: Device = option(
+        "auto", "auto, cpu or cuda: the GPU of CUDA_VISIBLE_DEVICES. Not mps: it has no float64."
+    )
     seed: int = option(0, "Seed of all random choices.")
     control: bool = option(
         None,
