@@ -269,7 +269,11 @@ def test_help_names_the_defaults():
     words = {
         "weight_decay": "0",
         **dict.fromkeys(
-            off := ("score_eos", "keep_checkpoints", "lora_merge", "gradient_checkpointing"), "no"
+            off := (
+                *("score_eos", "keep_checkpoints", "lora_merge", "gradient_checkpointing"),
+                *("teacher_load_in_4bit", "teacher_load_in_8bit", "push_to_hub", "hub_private"),
+            ),
+            "no",
         ),
         "teacher_memory": "1",
         "task": "lm for pydocs, else qa",

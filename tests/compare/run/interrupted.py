@@ -62,10 +62,10 @@ def watch(moments: Moments) -> None:
         if Path(target).name == output_folder.RECORD and '"finished"' in Path(target).read_text():
             moments.happened("finished")
 
-    def unlinked(self, *rest):
+    def unlinked(self, *rest, **settings):
         if self.suffix == ".safetensors":
             moments.happened("deleting weights")
-        unlink(self, *rest)
+        unlink(self, *rest, **settings)
 
     progress.StepReport.on_step_end = stepped
     teacher_texts.generate = generated
