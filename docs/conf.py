@@ -18,6 +18,8 @@ html_title = f"ctkd {release}"
 exclude_patterns = ["_build"]
 # Names between single backticks are code.
 default_role = "code"
+# Options keep their two dashes.
+smartquotes = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

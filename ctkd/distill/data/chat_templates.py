@@ -73,9 +73,12 @@ class ChatTemplate:
         """
         *earlier, last = [number for number, one in enumerate(messages) if one.scored]
         answers = [messages[number].content for number in (*earlier, last)]
+        probe = PROBE
+        while any(probe in message.content for message in messages):
+            probe += PROBE
         probed = list(messages[:last])
         for number in earlier:
-            probed[number] = replace(probed[number], content=f"{PROBE}{number}{PROBE}")
+            probed[number] = replace(probed[number], content=f"{probe}{number}{probe}")
         rest = self.prompt(probed)
         read = []
         for number in earlier:

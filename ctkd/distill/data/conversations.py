@@ -187,7 +187,7 @@ def _calls(message: Mapping[str, Any], where: str) -> list[str]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or "name" not in function:
             raise DataError(f"{where} has a tool call without the name of a function")
-        arguments = function.get("arguments")
+        arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)

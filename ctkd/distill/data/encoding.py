@@ -140,7 +140,8 @@ class EncodedExample:
     def cut_to(self, max_length: int, student_bytes: TokenBytes) -> "EncodedExample | None":
         """Cut the answer at the last place at which all sides fit; None if there is none.
 
-        Of a conversation the last answers are left away, and the last that is left is cut.
+        Of a conversation the last answers are left away, and the last that is left is cut. Where it
+        fits whole, its end is kept if that fits, too.
 
         Args:
             max_length: The most tokens a side may have.
@@ -152,12 +153,18 @@ class EncodedExample:
         kinds = self.student.kinds_with_end
         for ends in reversed(shared_ends(pieces, chunk_ids)):
             both = list(zip(sides, ends, strict=True))
-            fits = all(side.length(end) <= max_length for side, end in both)
-            if fits and kinds[ends[0] - 1] == "a":
-                student, *teacher = [side.cut_to(end) for side, end in both]
-                return EncodedExample(
-                    id=self.id, student=student, teacher=teacher[0] if teacher else None, cut=True
-                )
+            if kinds[ends[0] - 1] != "a":
+                continue
+            ended = all(side.kinds[end : end + 1] == "e" for side, end in both)
+            for more in (1, 0) if ended else (0,):
+                if all(side.length(end + more) <= max_length for side, end in both):
+                    student, *teacher = [side.cut_to(end + more) for side, end in both]
+                    return EncodedExample(
+                        id=self.id,
+                        student=student,
+                        teacher=teacher[0] if teacher else None,
+                        cut=True,
+                    )
         return None
 
 
@@ -372,10 +379,13 @@ def encode_examples(
             cut.append(f"{example.id} ({tokens})")
             rows.append(shorter)
     if not rows:
+        way_out = "cut them with --on-long cut, "
+        if on_long == "cut":
+            way_out = "no part of an answer fits behind its prompt: "
         raise DataError(
             f"all {len(examples)} examples are longer than {max_length} tokens, the first is "
-            f"row {too_long[0]}; cut them with --on-long cut, shorten them, or raise --max-length "
-            "as far as both models read"
+            f"row {too_long[0]}; {way_out}shorten them, or raise --max-length as far as both "
+            "models read"
         )
     return EncodedExamples(
         rows=rows,

@@ -292,7 +292,8 @@ def _data(config: TrainConfig, facts: Mapping[str, Any]) -> str:
         return text + f"Held out: {held_out} of {_shown(config.eval_data)}."
     if is_embedded(config.data):
         return text + f"Held out: {held_out} of its test split."
-    return text + f"Held out: {held_out}, cut off by passage with seed {config.seed}."
+    by = "" if get_task(config.task).is_chat else ", whole passages at a time"
+    return text + f"Held out: {held_out}, cut off with seed {config.seed}{by}."
 
 
 def _usage(config: TrainConfig, name: str, facts: Mapping[str, Any], *, adapters: bool) -> str:
@@ -305,6 +306,7 @@ def _usage(config: TrainConfig, name: str, facts: Mapping[str, Any], *, adapters
         f"{imports}\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'model = {kind}.from_pretrained("{name}")\n'
+        'prompt = "..."  # in the form below\n'
     )
     if config.student_template == "chat":
         load += (
@@ -322,7 +324,10 @@ def _usage(config: TrainConfig, name: str, facts: Mapping[str, Any], *, adapters
     kind_of_prompt = (
         "in its chat template" if config.student_template == "chat" else "as plain text"
     )
-    parts = [f"```python\n{load}\n```", f"It was trained on prompts and answers {kind_of_prompt}:"]
+    trained = f"It was trained on prompts and answers {kind_of_prompt}"
+    if apart:
+        trained += ", of which its encoder reads the prompts and its decoder writes the answers"
+    parts = [f"```python\n{load}\n```", f"{trained}:"]
     return "\n\n".join([*parts, *(f"````text\n{form}\n````" for form in facts["form"])])
 
 

@@ -27,6 +27,7 @@ from ctkd.tokenization.pair import TokenizerPair
 __all__ = ["Distiller", "DistillerOutput"]
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
+_COLUMNS = ("prompt", "answer", "completion", "instruction", "output", "text")
 # What may tell a row apart in an error message.
 _NAMING = ("id", "prompt", "text", "instruction")
 
@@ -320,12 +321,20 @@ def _examples(rows: list[Mapping[str, Any]]) -> list[Example]:
                 "prompt and completion, or text"
             )
     places = [_place(number, row) for number, row in enumerate(rows, 1)]
+    layout = [name for name in _COLUMNS if rows and name in rows[0]]
+    for place, row in zip(places, rows, strict=True):
+        for name in layout:
+            if name not in row:
+                raise DataError(
+                    f"{place} has no {name}, which the first row has; give rows of one layout"
+                )
     task = get_task("text")
     found = brought(Rows("the data", rows, places), task, {}, lambda _: None)
     if rows and not {"prompt", "answer"} <= set(found.columns):
         raise DataError(
             f"rows with {', '.join(found.columns) or 'nothing'} are of no layout that is known; "
-            "expected prompt and answer, prompt and completion, instruction and output, or text"
+            "expected prompt and answer, prompt and completion, instruction and output, or text "
+            "(`ctkd train --task chat` takes conversations)"
         )
     missing = [place for place in places if place not in set(found.places)]
     if missing:
@@ -339,6 +348,12 @@ def _place(number: int, row: Mapping[str, Any]) -> str:
 
 
 def _inputs(batch: Mapping[str, Tensor], prefix: str, labels: str) -> dict[str, Any]:
+    if labels not in batch:
+        whose = "teacher" if prefix else "student"
+        raise BatchError(
+            f"the batch has no {labels}, so it says nothing of a {whose}; make it with the collate "
+            f"of a distiller that has a {whose}'s tokenizer"
+        )
     named = {name: prefix + name for name in _INPUTS}
     inputs: dict[str, Any] = {name: batch[one] for name, one in named.items() if one in batch}
     if "decoder_input_ids" not in inputs:

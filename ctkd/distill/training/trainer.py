@@ -173,6 +173,10 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
                     "ctkd.distill.models.load_model"
                 )
         if loss is not None:
+            if not isinstance(loss, Loss):
+                raise SettingError(
+                    f"loss must be what ctkd.get_loss returns, got {type(loss).__name__} {loss!r}"
+                )
             check_needs(loss, type(loss).__name__)
         student = cast(PreTrainedModel, model)
         args = TrainingArguments() if args is None else args

@@ -189,15 +189,25 @@ def test_a_long_conversation_loses_its_last_turns_on_both_sides():
         answers = []
         for side, table in zip((row.student, row.teacher), tables, strict=True):
             assert len(side.prompt_ids) + len(side.answer_ids) <= length
-            assert len(side.kinds) == len(side.answer_ids) and side.kinds[-1] == "a"
+            assert len(side.kinds) == len(side.answer_ids) and side.kinds[-1] in "ae"
             answers.append([table.decode(ids).decode() for ids in side.answers])
         assert answers[0] == answers[1]
         *full, last = answers[0]
         assert full == texts[1::2][: len(full)] and texts[2 * len(full) + 1].startswith(last)
         kept.add(len(full))
         (alone,) = encoded(found, sides[0], max_length=length, on_long="cut").rows
-        assert alone.student.kinds[-1] == "a"
+        assert alone.student.kinds[-1] in "ae"
     assert kept >= {1, 2, 3}
+    # An answer that fits whole has its end, if that fits on both sides.
+    both = (whole.student, whole.teacher)
+    second = [[place for place, kind in enumerate(side.kinds) if kind == "e"][1] for side in both]
+    room = max(len(side.prompt_ids) + end + 1 for side, end in zip(both, second, strict=True))
+    for length, last in ((room, "e"), (room - 1, "a")):
+        (row,) = encoded(found, *sides, max_length=length, on_long="cut").rows
+        assert row.student.kinds[-1] == row.teacher.kinds[-1] == last
+        assert tables[0].decode(row.student.answers[1]).decode() == texts[3]
+    with pytest.raises(DataError, match="no part of an answer fits behind its prompt: shorten"):
+        encoded(found, *sides, max_length=12, on_long="cut")
 
 
 def test_what_a_template_lacks_is_written_otherwise_or_the_row_is_left_out_and_counted():

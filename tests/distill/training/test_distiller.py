@@ -145,6 +145,12 @@ def test_bad_rows_and_settings_say_what_is_wrong():
         ([ROWS[0], {"prompt": "And?", "answer": None}], {}, r"row 2 \(prompt 'And\?'\) has no ans"),
         ([{"prompt": "a"}], {}, "rows with prompt are of no layout that is known; expec"),
         ([ROWS[0], {"id": 7, **ROWS[0], "prompt": 3}], {}, r"row 2 \(id '7'\): column 'prompt' ho"),
+        (
+            [ROWS[0], {"text": "a"}],
+            {},
+            r"row 2 \(text 'a'\) has no prompt, which the first row has",
+        ),
+        ([{"messages": []}], {}, "ctkd train --task chat` takes conversations"),
         ([ROWS[0], "text"], {}, "row 2 is str; expected a mapping with prompt and answer"),
         ([{"instruction": "Do", "output": " "}], {}, "has no answers"),
         (
@@ -191,6 +197,8 @@ def test_outputs_of_another_batch_are_refused():
     ):
         with pytest.raises(BatchError, match=message):
             distiller.loss(*words)
+    with pytest.raises(BatchError, match="no teacher_distill_labels, so it says nothing of a teac"):
+        distiller.teacher_inputs(Distiller(None, setup.student_tokenizer).collate(ROWS))
     narrow = distiller_of(setup, "gold", teacher_vocab_size=300)
     assert narrow.teacher_vocab_size == narrow.distillation_loss.teacher_size == 300
     assert narrow.student_vocab_size == len(setup.student_tokenizer)
