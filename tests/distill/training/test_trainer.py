@@ -281,6 +281,8 @@ def test_a_loss_without_a_teacher_is_refused(tmp_path):
     setup = Setup()
     with pytest.raises(SettingError, match="give both or neither"):
         CrossTokenizerTrainer(setup.student, arguments(tmp_path), loss=ctkd.get_loss("uld"))
+    with pytest.raises(SettingError, match="what ctkd.get_loss returns, got str 'uld'"):
+        CrossTokenizerTrainer(setup.student, arguments(tmp_path), loss="uld", teacher=setup.teacher)
 
 
 def test_a_loss_on_hidden_states_is_refused(tmp_path):
