@@ -1,6 +1,6 @@
-"""Text from data, made safe to print."""
+"""Text from data, made safe to print, and time spans for people."""
 
-__all__ = ["NO_TEXT", "is_text", "printable", "visible"]
+__all__ = ["NO_TEXT", "duration", "is_text", "printable", "visible"]
 
 NO_TEXT = (
     "its name is not in the encoding of this locale, and tokenizers cannot open it; set the "
@@ -34,3 +34,18 @@ def visible(text: str) -> str:
         '␣two⏎lines\\x1b[0m'
     """
     return "".join(_MARKS.get(sign) or printable(sign) for sign in text)
+
+
+def duration(seconds: float) -> str:
+    """Write a time span for a person.
+
+    Example:
+        >>> duration(7.4), duration(100), duration(7500)
+        ('7 s', '2 min', '2 h 5 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"

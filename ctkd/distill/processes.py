@@ -41,8 +41,8 @@ def count() -> int:
 
 
 def number() -> int:
-    """The number of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    """The number of this process, from 0; a lone one is the first, whatever its RANK says."""
+    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 
 def is_first() -> bool:

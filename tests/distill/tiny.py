@@ -8,6 +8,19 @@ from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import encode_examples
 from ctkd.distill.data.tasks import Example
 
+# Chat templates: one that writes whatever comes, and one that knows no system and trims.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
+    "{% endif %}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<start_of_turn>"
+    "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
 TEXTS = [
     "The cat sat on the mat.",
     "A dog ran after the cat in the rain.",

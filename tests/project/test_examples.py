@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,8 +24,6 @@ from tests.distill.tiny_runs import Workplace, finish
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEWER_THAN = 25
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
-# Other trainers, by the package that each needs.
-PEERS = {"trl_sft": "trl", "lightning_module": "lightning"}
 WITHOUT_ACCELERATOR = "ignore:'pin_memory' argument is set as true but no accelerator:UserWarning"
 
 
@@ -87,8 +84,7 @@ def test_examples_that_need_nothing_else(place, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore")  # what other packages say of each other
 def test_examples_of_other_trainers(place, monkeypatch, tmp_path):
-    missing = [name for name, package in PEERS.items() if find_spec(package) is None]
-    for name in PEERS.keys() - missing:
+    for name in ("trl_sft", "lightning_module"):
         found = run(name, place, monkeypatch, tmp_path)
         expected = first_loss(place, found["rows"])
         if name == "trl_sft":
@@ -100,8 +96,6 @@ def test_examples_of_other_trainers(place, monkeypatch, tmp_path):
             # Of the second step.
             assert expected["ce"] > logged["ce"] == pytest.approx(expected["ce"], rel=0.05)
         assert has_learned(found["student"], place)
-    if missing:
-        pytest.skip(f"{', '.join(PEERS[name] for name in missing)} not installed (extra 'test')")
 
 
 def test_examples_are_short_and_recipes_are_settings():

@@ -30,6 +30,7 @@ from ctkd.distill.devices import give_back_freed_memory
 from ctkd.distill.evaluation.metrics import GIVEN_BITS
 from ctkd.distill.models.from_config import described
 from ctkd.distill.preparing import teacher_form
+from ctkd.distill.printable import duration
 from ctkd.distill.teachers.memory import KnownStates
 from ctkd.distill.training.card import CARD
 from ctkd.distill.training.checkpoints import Checkpoints
@@ -37,7 +38,7 @@ from ctkd.distill.training.output_folder import RECORD, OutputFolder
 from ctkd.distill.training.run import Interrupted, train
 from ctkd.errors import DataError, TrainingError
 
-__all__ = ["Outcome", "RunProgress", "compare", "duration"]
+__all__ = ["Outcome", "RunProgress", "compare"]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 # What a run reads, all of which the key in its folder's name stands for.
@@ -431,18 +432,3 @@ class RunProgress:
         yield
         self._seen.add(job.training.key)
         self._seconds.append(time.perf_counter() - began)
-
-
-def duration(seconds: float) -> str:
-    """Write a time span for a person.
-
-    Example:
-        >>> duration(7.4), duration(100), duration(7500)
-        ('7 s', '2 min', '2 h 5 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"

@@ -18,6 +18,7 @@ from ctkd.distill.data.encoding import EncodedExample, EncodedExamples, EncodedS
 from ctkd.distill.devices import PeakMemory, now
 from ctkd.distill.models.adapters import is_adapted
 from ctkd.distill.preparing import Models
+from ctkd.distill.printable import duration
 from ctkd.distill.training.card import model_facts, model_in_words
 from ctkd.distill.training.checkpoints import MOST_KEPT
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
@@ -194,7 +195,7 @@ def forecast(
         ("coverage", encoded.coverage.report()),
         ("steps", f"{steps:,} of {per_step} rows, {steps / an_epoch:.2f} epochs"),
     ]
-    time = f"about {_duration(steps * costs.step + (reading or 0.0))}, {costs.step:.2f} s per step"
+    time = f"about {duration(steps * costs.step + (reading or 0.0))}, {costs.step:.2f} s per step"
     if reading is not None:
         time += f", {reading:.0f} s for the teacher to read all rows once"
     table.append(("time", f"{time}; without what is measured before and after"))
@@ -230,16 +231,3 @@ def free_bytes(folder: Path) -> int:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    """Seconds in words.
-
-    Example:
-        >>> _duration(42.2), _duration(750), _duration(7500)
-        ('42 s', '13 min', '2 h 5 min')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

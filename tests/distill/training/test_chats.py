@@ -20,20 +20,9 @@ from ctkd.distill.teachers.cache_writing import write_cache
 from ctkd.distill.teachers.memory import KnownStates, TeacherMemory
 from ctkd.distill.training import measuring
 from tests.distill import tiny
+from tests.distill.tiny import CHATML, GEMMA
 from tests.distill.tiny_runs import Workplace, finish, record, weights
 from tests.distill.training.test_resume import same, signaled
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
-    "{% endif %}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}<start_of_turn>"
-    "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
-    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
 
 
 @pytest.fixture(autouse=True)

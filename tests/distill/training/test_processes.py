@@ -120,7 +120,9 @@ def test_what_is_wrong_is_said_once(place, forks, monkeypatch):
     assert "are longer than 2 tokens" in said[0]
     assert said[0].endswith("exit code 1")
     assert said[1] == "exit code 0"
-    finish(*place.train("alone"))
+    monkeypatch.setenv("RANK", "1")  # of a launcher that says nothing of others
+    assert "held-out, 2 examples" in finish(*place.train("alone")).stdout
+    monkeypatch.delenv("RANK")
     said = of_two(forks, train, place.train("alone", "--resume"), "sgd", "", output=place.folder)
     assert "is finished already" in said[0]
     assert said[1] == "exit code 0"
