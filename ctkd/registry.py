@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ctkd.errors import DuplicateLossError, PluginError, SettingError, UnknownLossError
-from ctkd.loss import Loss, Need, Paper, TeacherNeed, Unit, Weights
+from ctkd.loss import Loss, Measured, Need, Paper, TeacherNeed, Unit, Weights
 from ctkd.tokenizers import Pair
 
 __all__ = [
@@ -63,6 +63,7 @@ class LossFacts:
     needs: frozenset[Need]
     teacher_needs: TeacherNeed
     default_weights: Weights
+    measured: Measured | None
     settings: dict[str, Any]
     doc: str
 
@@ -208,6 +209,8 @@ def describe(name: str) -> LossFacts:
         needs=cls.needs,
         teacher_needs=cls.teacher_needs,
         default_weights=cls.default_weights,
+        # Not one that a class has from the loss that it changes.
+        measured=vars(cls).get("measured"),
         settings=_settings(cls),
         doc=inspect.getdoc(cls) or "",
     )

@@ -160,15 +160,15 @@ def test_a_setting_out_of_range_is_the_loss_s_own_error():
         ctkd.get_loss("uld", top_k=0)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_facts(name):
-    cls, facts = ctkd.get_loss_class(name), ctkd.describe(name)
-    assert facts.name == name
-    for field in ("matches", "paper", "unit", "needs", "default_weights"):
-        assert getattr(facts, field) == getattr(cls, field)
-    assert cls(**facts.settings).extra_repr() == cls().extra_repr()
-    assert facts.doc.splitlines()[0].endswith(".")
-    assert not facts.doc.splitlines()[-1].startswith(" ") or "References:" in facts.doc
+def test_facts():
+    for name in BUILT_IN:
+        cls, facts = ctkd.get_loss_class(name), ctkd.describe(name)
+        assert facts.name == name
+        for field in ("matches", "paper", "unit", "needs", "default_weights", "measured"):
+            assert getattr(facts, field) == getattr(cls, field)
+        assert cls(**facts.settings).extra_repr() == cls().extra_repr()
+        assert facts.doc.splitlines()[0].endswith(".")
+        assert not facts.doc.splitlines()[-1].startswith(" ") or "References:" in facts.doc
 
 
 def test_a_class_may_be_registered_twice_under_one_name_but_not_two_classes():
@@ -307,6 +307,11 @@ def test_the_list_survives_a_broken_plugin(install):
     shown = CliRunner().invoke(main, ["losses"])
     assert shown.exit_code == 0
     assert "warning: plugin 'broken' (no_such_package:Loss) failed to import" in shown.stderr
-    rows = {line.split()[0]: line for line in shown.stdout.splitlines()}
+    table, note = shown.stdout.split("\n\n")
+    assert note.startswith("Of the gap: ")
+    rows = {line.split()[0]: line for line in table.splitlines()}
     assert "cannot be loaded" in rows["broken"]
+    assert rows["bpm"].endswith("  11.2 %") and rows["uld"].endswith("  nothing seen")
+    shown = CliRunner().invoke(main, ["losses", "bpm"]).stdout
+    assert "-0.0951 bits per byte to fine-tuning alone, 95 % from -0.1076 to -0.0827" in shown
     assert {"uld", "multilevelot"} <= rows.keys()

@@ -48,6 +48,11 @@ def doctor_page(report: DoctorReport) -> str:
         lines.append(_warning(note))
     lines += [_heading(f"ANSWERS ({examination.answers.answers})"), *_answers(examination.answers)]
     lines += [_heading("LOSSES"), *_losses(losses)]
+    if report.first is not None:
+        lines.append(
+            f"  try {report.first.name} first: of those that suit best it closed most of the gap "
+            "to a teacher (ctkd losses)"
+        )
     return "\n".join([*lines, *_verdict(examination, losses, verdict)])
 
 

@@ -12,7 +12,7 @@ from ctkd.chunks import chunk_sums, chunk_tables, chunks_on_both_sides, flat_pos
 from ctkd.divergences import LOG_FLOOR, jsd, sorted_l1
 from ctkd.errors import SettingError
 from ctkd.logits import map_rows
-from ctkd.loss import Loss, LossOutput, Paper, Weights, average
+from ctkd.loss import Loss, LossOutput, Measured, Paper, Weights, average
 from ctkd.losses.shared_kl import columns_outside
 from ctkd.ops import RowLoss
 from ctkd.registry import register
@@ -114,6 +114,7 @@ class GOLD(Loss):
     unit = "chunk"
     needs = frozenset({"chunks", "pair"})
     default_weights = Weights(ce=0.0, kd=1.0)
+    measured = Measured(kd=0.3, difference=-0.0033, low=-0.0127, high=0.0061, share=0.004)
 
     student_columns: Tensor
     teacher_columns: Tensor

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ctkd.batch import Batch
 from ctkd.chunks import AlignedPositions, chunk_tables, pick
 from ctkd.logits import map_rows
-from ctkd.loss import Loss, LossOutput, Paper, TeacherNeed, Weights, average, masked_sum
+from ctkd.loss import Loss, LossOutput, Measured, Paper, TeacherNeed, Weights, average, masked_sum
 from ctkd.ops import kernels_for
 from ctkd.registry import register
 from ctkd.settings import check_choice, check_count, check_positive
@@ -178,6 +178,7 @@ class MinED(Loss):
     needs = frozenset({"chunks", "pair"})
     teacher_needs: TeacherNeed = "top_k"
     default_weights = Weights(ce=0.9, kd=0.1)
+    measured = Measured(kd=0.01, difference=-0.0011, low=-0.0109, high=0.0088, share=0.001)
 
     nearest_student_ids: Tensor
     sources: Tensor

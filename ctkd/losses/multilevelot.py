@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ctkd.batch import Batch, Side
 from ctkd.chunks import PAIRINGS, AlignedPositions, align_positions
-from ctkd.loss import Loss, LossOutput, Paper, Weights, average, masked_sum
+from ctkd.loss import Loss, LossOutput, Measured, Paper, Weights, average, masked_sum
 from ctkd.ops import kernels_for
 from ctkd.ot.matching import (
     MATCHINGS,
@@ -174,6 +174,7 @@ class MultiLevelOT(Loss):
     unit = "position"
     teacher_needs = "top_k"
     default_weights = Weights(ce=1.0, kd=0.15)
+    measured = Measured(kd=0.15, difference=-0.0094, low=-0.0262, high=0.0075, share=0.011)
 
     def __init__(
         self,
@@ -387,6 +388,7 @@ class MultiLevelOTToken(MultiLevelOT):
 
     paper = Paper(_TITLE, "2412.14528", "eqs. 9-16")
     matches = "ranked columns per token"
+    measured = Measured(kd=0.045, difference=-0.0039, low=-0.0172, high=0.0093, share=0.005)
 
     def __init__(
         self,
@@ -470,6 +472,7 @@ class MultiLevelOTSequence(MultiLevelOT):
 
     paper = Paper(_TITLE, "2412.14528", "eqs. 17-20")
     matches = "tokens per sequence by Sinkhorn transport over ranked columns"
+    measured = Measured(kd=0.045, difference=0.0007, low=-0.0033, high=0.0046, share=-0.001)
 
     def __init__(
         self,

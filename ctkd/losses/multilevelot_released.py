@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctkd.batch import Batch, Side
-from ctkd.loss import Loss, LossOutput, Paper, Weights, average
+from ctkd.loss import Loss, LossOutput, Measured, Paper, Weights, average
 from ctkd.ops import Rows, top_k
 from ctkd.ot.sinkhorn import l1_cost, sinkhorn
 from ctkd.registry import register
@@ -101,6 +101,7 @@ class MultiLevelOTReleased(Loss):
     unit = "sequence"
     teacher_needs = "top_k"
     default_weights = Weights(ce=1.0, kd=1.5)
+    measured = Measured(kd=5.0, difference=-0.0561, low=-0.0655, high=-0.0467, share=0.066)
 
     def __init__(
         self, *, student_temperature: float = 1.0, teacher_temperature: float = 1.0

@@ -5,6 +5,7 @@ import re
 import signal
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,10 +32,12 @@ from benchmarks.arena.texts import cut, python_rows
 from benchmarks.arena.transfer import give_vocabulary
 from ctkd.distill.config import SFT
 from ctkd.errors import DataError
+from ctkd.registry import describe, list_losses
 from ctkd.tokenization.token_bytes import TokenBytes
 from tests.distill import tiny
 from tests.distill.tiny_runs import Workplace
 
+ROOT = Path(__file__).parents[2]
 METHODS = [Method(SFT, SFT), *(Method(f"uld, {one}", "uld") for one in ("position", "chunk"))]
 # Of each method the weight that is best.
 BEST = {SFT: 0.0, "uld, position": 0.045, "uld, chunk": 0.45}
@@ -249,3 +252,24 @@ def test_an_arena_without_rows_has_no_report(tmp_path):
     result = CliRunner().invoke(command.main, ["transfer", "--report", "--results", str(tmp_path)])
     assert result.exit_code == 0
     assert "no two seeds of a method and of sft in transfer yet: no report" in result.output
+
+
+def test_what_losses_say_of_themselves_was_measured_in_scratch():
+    path = ROOT / "benchmarks/results/arena_scratch.jsonl"
+    data = json.loads(path.read_text().splitlines()[-1])["data"]
+    methods = scratch.all_methods()
+    report = Report(methods, *read_runs(path, data, methods))
+    teacher = report.models["teacher"]
+    for name in list_losses():
+        facts = describe(name)
+        label = f"{name}, position" if "pairing" in facts.settings else name
+        found, measured = report.against_sft[label], facts.measured
+        assert measured.kd == report.weights[label], name
+        sft = report.mean(label) - found.mean
+        figures = found.mean, *found.interval(), -found.mean / (sft - teacher)
+        said = measured.difference, measured.low, measured.high, measured.share
+        assert said == tuple(round(one, 4) for one in figures[:3]) + (round(figures[3], 3),), name
+        assert measured.helped == (name in ("alm", "bpm", "multilevelot_released", "shared_kl"))
+        if name not in ("multilevelot_token", "multilevelot_sequence"):
+            row = f"| `{name}` | {measured.kd:g} ({facts.default_weights.kd:g}) | "
+            assert row in (ROOT / "README.md").read_text(), name

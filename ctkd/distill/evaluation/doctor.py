@@ -19,6 +19,7 @@ from ctkd.distill.data.tasks import Example, examples
 from ctkd.distill.models.checks import check_causal, one_line, quiet
 from ctkd.distill.models.loading import load_tokenizer, sources
 from ctkd.errors import CtkdError, DataError, ModelError
+from ctkd.loss import Measured
 from ctkd.registry import LossFacts, describe, list_losses
 from ctkd.tokenization.answer_facts import AnswerIds
 from ctkd.tokenization.doctor import Examination, Verdict, examine, judge, percent
@@ -42,11 +43,19 @@ Suits = Literal["good", "careful", "unsuited"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossAdvice:
-    """A judgment of one loss for the pair, and its reason."""
+    """A judgment of one loss for the pair, and its reason.
+
+    Args:
+        name: The loss's.
+        suits: The judgment.
+        reason: What it rests on.
+        measured: What the loss did with another pair, where all were compared.
+    """
 
     name: str
     suits: Suits
     reason: str
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +78,18 @@ class DoctorReport:
     def sound(self) -> bool:
         """True if distillation with this pair would be sound."""
         return self.verdict.sound
+
+    @property
+    def first(self) -> LossAdvice | None:
+        """Of the losses that suit the pair best, what helped most where all were compared."""
+        levels = {loss.suits for loss in self.losses}
+        best = "good" if "good" in levels else "careful"
+        helped = {
+            loss.measured.share: loss
+            for loss in self.losses
+            if loss.suits == best and loss.measured is not None and loss.measured.helped
+        }
+        return helped[max(helped)] if helped else None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything in values that JSON has."""
@@ -250,7 +271,9 @@ def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float
     order: tuple[Suits, ...] = ("unsuited", "careful", "good")
     suits = min((level for level, _ in judged), key=order.index)
     reasons = [reason for level, reason in judged if level == suits]
-    return LossAdvice(name=facts.name, suits=suits, reason="; ".join(reasons))
+    return LossAdvice(
+        name=facts.name, suits=suits, reason="; ".join(reasons), measured=facts.measured
+    )
 
 
 def _of_coverage(examination: Examination, min_coverage: float) -> list[tuple[Suits, str]]:

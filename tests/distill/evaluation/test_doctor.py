@@ -13,6 +13,7 @@ from ctkd.cli.doctor_page import doctor_page
 from ctkd.distill.config import DoctorRequest
 from ctkd.distill.evaluation import doctor as doctor
 from ctkd.distill.evaluation.doctor import (
+    LossAdvice,
     advise,
     advise_on,
     read_head_width,
@@ -21,7 +22,7 @@ from ctkd.distill.evaluation.doctor import (
 from ctkd.distill.models import loading as models
 from ctkd.distill.printable import printable, visible
 from ctkd.errors import ModelError, PluginError, SettingError
-from ctkd.loss import Paper, Weights
+from ctkd.loss import Measured, Paper, Weights
 from ctkd.registry import LossFacts, describe
 from ctkd.tokenization.answer_facts import AlignedRow, DifferingRow, Piece
 from tests.distill import tiny
@@ -111,6 +112,24 @@ def test_every_registered_loss_has_a_line(place, report):
     assert all(loss.reason for loss in report.losses)
     page = doctor_page(report)
     assert all(f"  {loss.name} " in page for loss in report.losses)
+    measured = Measured(kd=1.0, difference=-0.1, low=-0.2, high=-0.01, share=0.1)
+    less, unclear = replace(measured, share=0.05), replace(measured, high=0.01, share=0.5)
+    losses = [
+        LossAdvice(name=name, suits=suits, reason="", measured=one)
+        for name, suits, one in (
+            ("less", "good", less),
+            ("more", "good", measured),
+            ("unclear", "good", unclear),
+            ("unmeasured", "good", None),
+            ("unsuited", "unsuited", measured),
+            ("careful", "careful", measured),
+        )
+    ]
+    found = replace(report, losses=tuple(losses))
+    assert "  try more first: " in doctor_page(found)
+    assert replace(found, losses=tuple(losses[2:])).first is None
+    assert replace(found, losses=tuple(losses[4:])).first == losses[5]
+    assert "try" not in doctor_page(replace(found, losses=tuple(losses[4:5])))
 
 
 def test_json_is_one_object_and_nothing_else(place, report):
@@ -285,6 +304,7 @@ def test_plugins_are_judged_by_their_needs(report, monkeypatch):
         needs=frozenset(),
         teacher_needs="rows",
         default_weights=Weights(1.0, 1.0),
+        measured=None,
         settings={},
         doc="",
     )
