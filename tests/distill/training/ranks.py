@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctkd.cli import main
-from ctkd.distill.training import progress, run
+from ctkd.distill.models import ModelLogits
+from ctkd.distill.training import Distiller, progress, run
+from ctkd.distill.training.sums import Counts
+from tests.distill import tiny
 from tests.forks import Forks
 
 
@@ -66,3 +73,82 @@ def of_two(forks: Forks, function: Callable[..., Any], *arguments: Any, output: 
     ]
     ends = [forks.wait(rank) for rank in ranks]
     return [f"{said.read_text()}exit code {end}" for end, said in zip(ends, outputs, strict=True)]
+
+
+def steps(
+    setup: tiny.Setup, device: torch.device, own: slice = slice(None), count: int = 20
+) -> None:
+    """Train in a loop of one's own by plain gradient descent, each rank on its rows."""
+    distiller = Distiller("shared_kl", setup.student_tokenizer, setup.teacher_tokenizer)
+    rows = [{"prompt": one.prompt, "answer": one.answer} for one in tiny.examples()[own]]
+    batch = {name: value.to(device) for name, value in distiller.collate(rows).items()}
+    counts, ranks = torch.stack(distiller.counts(batch)), 1
+    if distributed.is_initialized():
+        distributed.all_reduce(counts)
+        ranks = distributed.get_world_size()
+    student, teacher = ModelLogits(setup.student), ModelLogits(setup.teacher)
+    optimizer = torch.optim.SGD(setup.student.parameters(), lr=0.02)
+    for _ in range(count):
+        with torch.no_grad():
+            taught = teacher(**distiller.teacher_inputs(batch))
+        logits = student(**distiller.student_inputs(batch))
+        output = distiller.loss(logits, taught, batch, counts=Counts(*counts))
+        (output.value * ranks).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def on(device: torch.device) -> tiny.Setup:
+    """Models in float32 on a device."""
+    setup = tiny.Setup()
+    for model in (setup.student, setup.teacher):
+        model.to(device, torch.float32)
+    return setup
+
+
+class Gathers(TorchDispatchMode):
+    """Counts how often tensors are gathered from all ranks."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_between_ranks = function.namespace in ("c10d", "_c10d_functional")
+        self.count += is_between_ranks and "gather" in function.name()
+        return function(*args, **(kwargs or {}))
+
+
+def train_in_parts(kind: str, found: str) -> None:
+    """Train a student in parts on that kind of device, its teacher whole and then in parts.
+
+    The first rank leaves the weights, and how often parts were gathered in one more step, of a
+    whole teacher and a loss that reads its rows one at a time.
+    """
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    mesh, own = init_device_mesh(kind, (ranks,)), slice(rank, None, ranks)
+    weights = []
+    for in_parts in (["student"], ["student", "teacher"]):
+        setup = on(device)
+        for name in in_parts:
+            _share_out(getattr(setup, name), mesh)
+        steps(setup, device, own)
+        parameters = setup.student.named_parameters()
+        weights.append({name: one.detach().full_tensor().cpu() for name, one in parameters})
+    os.environ["CTKD_BLOCK_ELEMENTS"] = "1"
+    setup = on(device)
+    _share_out(setup.student, mesh)
+    with Gathers() as gathers:
+        steps(setup, device, own, count=1)
+    if rank == 0:
+        torch.save({"weights": weights, "ranks": ranks, "gathers": gathers.count}, found)
+    distributed.destroy_process_group()
+
+
+def _share_out(model: nn.Module, mesh: Any) -> None:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,24 +12,35 @@ import torch
 from torch import Tensor
 
 from tests.distill.tiny_runs import error_of, finish, invoke, record, weights, write_rows
-from tests.distill.training.ranks import of_two, train
+from tests.distill.training.ranks import of_two, on, steps, train, train_in_parts
 from tests.forks import ROOT, python
 
 pytestmark = pytest.mark.slow
 
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node"]
 # On a machine without a GPU, too, that is what it takes to have several processes started.
 ACCELERATE = [
     *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"),
     *("--mixed_precision=no", "--dynamo_backend=no", "--no_python", "--main_process_port=0"),
 ]
 
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-def together(launcher: list[str], *arguments: object) -> tuple[int, str]:
-    """Let two processes train; the exit code, and what all of them said."""
-    called = json.dumps(["tests.distill.training.ranks", "train", arguments])
+
+def together(
+    launcher: list[str], function: Callable[..., None], *arguments: object, forked: bool = True
+) -> tuple[int, str]:
+    """Call a function in several processes; the exit code, and what all of them said.
+
+    Args:
+        launcher: What starts them.
+        function: What each of them calls.
+        arguments: That JSON can hold.
+        forked: Whether they may find imports done, which may have asked for a GPU.
+    """
+    called = json.dumps([function.__module__, function.__name__, arguments])
     code = f"import json; from tests.forks import call; call(*json.loads({called!r}))"
-    command = [*python(), "-c", code]
+    command = [*(python() if forked else [sys.executable]), "-c", code]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, *command],
         cwd=ROOT,
@@ -79,7 +91,7 @@ def test_torchrun_trains_like_one_process(place, forks):
     """Plain gradient descent sums the same gradients, in another order."""
     one, two = runs(place, 13, "--max-steps", "20", "--learning-rate", "0.5", "--control")
     expected = alone(forks, place.folder, one, "sgd")
-    code, said = together(TORCHRUN, two, "sgd", str(place.folder / "two-"))
+    code, said = together([*TORCHRUN, "2"], train, two, "sgd", str(place.folder / "two-"))
     assert code == 0, said
     found = of_both(place.folder, "two-")
     assert largest(expected, weights(place.student)) > 0.01
@@ -97,7 +109,7 @@ def test_accelerate_trains_like_one_process_and_is_stopped_and_resumed(place, fo
     one, two = runs(place, 7, *settings)
     expected = alone(forks, place.folder, one, "adamw_torch")
     kept = str(place.folder / "stopped-")
-    code, said = together(ACCELERATE, [*two, "--resume"], "adamw_torch", kept, 4)
+    code, said = together(ACCELERATE, train, [*two, "--resume"], "adamw_torch", kept, 4)
     assert code == 1, said
     assert said.count("Error: stopped at step 4 of 6; repeat the command with --resume") == 1, said
     assert said.count("Error:") == 1 + said.count("ChildFailedError:"), said
@@ -112,6 +124,28 @@ def test_accelerate_trains_like_one_process_and_is_stopped_and_resumed(place, fo
         forks, train, straight, "adamw_torch", str(place.folder / "straight-"), output=place.folder
     )
     assert largest(of_both(place.folder, "straight-"), found) == 0
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, on_cuda])])
+def test_models_in_parts_train_like_whole_ones(kind, tmp_path):
+    """`fully_shard` in a loop of one's own; what differs is the order of sums in float32."""
+    count = 2 if kind == "cpu" else min(2, torch.cuda.device_count())
+    launcher, kept = [*TORCHRUN, str(count)], tmp_path / "kept.pt"
+    code, said = together(launcher, train_in_parts, kind, str(kept), forked=kind == "cpu")
+    assert code == 0, said
+    whole, fresh = (on(torch.device(kind)) for _ in range(2))
+    steps(whole, torch.device(kind))
+    expected, before = (
+        {name: one.detach().cpu() for name, one in setup.student.named_parameters()}
+        for setup in (whole, fresh)
+    )
+    assert largest(expected, before) > 0.05
+    found = torch.load(kept)
+    for ended in found["weights"]:
+        torch.testing.assert_close(ended, expected, rtol=1e-6, atol=1e-6)
+    # Each of two layers in the forward and in the backward pass; once all else, and the head in it.
+    assert found["ranks"] == count
+    assert found["gathers"] == (5 if count > 1 else 0)
 
 
 def test_what_is_wrong_is_said_once(place, forks, monkeypatch):
