@@ -9,13 +9,14 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ctkd.distill.config import check_needs
+from ctkd.distill.config import check_needs, usual_template
 from ctkd.distill.data.collator import Collator, padding_id
+from ctkd.distill.data.conversations import COLUMNS, are_messages
 from ctkd.distill.data.encoding import EncodedExample, EncodedExamples, encode_examples
 from ctkd.distill.data.layouts import brought
 from ctkd.distill.data.prompts import PromptForm
 from ctkd.distill.data.rows import Rows
-from ctkd.distill.data.tasks import Example, examples, get_task
+from ctkd.distill.data.tasks import Example, Task, examples, get_task
 from ctkd.distill.training.sums import Counts, causal_side, scored, sums_of
 from ctkd.errors import BatchError, DataError, SettingError
 from ctkd.logits import DenseLogits, RowLogits
@@ -27,7 +28,7 @@ from ctkd.tokenization.pair import TokenizerPair
 __all__ = ["Distiller", "DistillerOutput"]
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
-_COLUMNS = ("prompt", "answer", "completion", "instruction", "output", "text")
+_COLUMNS = (*COLUMNS, "prompt", "answer", "completion", "instruction", "output", "text")
 # What may tell a row apart in an error message.
 _NAMING = ("id", "prompt", "text", "instruction")
 
@@ -58,9 +59,12 @@ class Distiller(nn.Module):
 
     Rows are mappings, or a `datasets.Dataset`, in one of these layouts: ``prompt`` and ``answer``;
     ``prompt`` and ``completion``; ``instruction``, ``input`` and ``output``; or ``text``, trained
-    on as a whole. An answer is read as it is, with the space in front of it. Prompts are padded on
-    the left; models that read padding in spite of its mask, as some recurrent ones do, need batches
-    of one row.
+    on as a whole. An answer is read as it is, with the space in front of it. Or they are
+    conversations, as for ``ctkd train --task chat``: ``messages``, where they are there, or
+    ``conversations``, or ``prompt`` and ``completion`` as lists of messages. Each side writes them
+    in its own chat template, and every answer of the assistant is scored. Prompts are padded on the
+    left; models that read padding in spite of its mask, as some recurrent ones do, need batches of
+    one row.
 
     ``loss(...).value`` is a mean over one batch. Where gradients are accumulated, dividing it by
     the number of micro-batches weighs short ones like long ones; with ``counts=`` of the whole
@@ -84,7 +88,8 @@ class Distiller(nn.Module):
         min_coverage: Least share of the answers' bytes, of the rows that are encoded together, that
             both tokenizers must spell alike.
         score_eos: Whether distillation scores the end of sequence, on both sides.
-        student_template: Form of the student's prompts, "plain" or "chat".
+        student_template: Form of the student's prompts, "plain" or "chat"; by default plain, and
+            chat for conversations, which are refused in plain text.
         teacher_template: The same for the teacher.
         student_vocab_size: Columns of the student's head, where it has fewer than its tokenizer has
             ids. What a head has beyond its tokenizer is cut by itself.
@@ -136,8 +141,8 @@ class Distiller(nn.Module):
         on_long: Literal["drop", "cut", "refuse"] = "drop",
         min_coverage: float = 0.95,
         score_eos: bool = False,
-        student_template: Literal["plain", "chat"] = "plain",
-        teacher_template: Literal["plain", "chat"] = "plain",
+        student_template: Literal["plain", "chat"] | None = None,
+        teacher_template: Literal["plain", "chat"] | None = None,
         student_vocab_size: int | None = None,
         teacher_vocab_size: int | None = None,
         student_decoder_start: Sequence[int] = (),
@@ -156,15 +161,13 @@ class Distiller(nn.Module):
                 "one has its settings, leave them out"
             )
         check_choice("on_long", on_long, ("drop", "cut", "refuse"))
+        check_choice("student_template", student_template or "plain", ("plain", "chat"))
+        check_choice("teacher_template", teacher_template or "plain", ("plain", "chat"))
         self.student_tokenizer, self.teacher_tokenizer = student_tokenizer, teacher_tokenizer
         self.max_length, self.on_long, self.min_coverage = max_length, on_long, min_coverage
         self.score_eos = score_eos
-        self.student_form = PromptForm(
-            template=student_template, decoder_start=tuple(student_decoder_start)
-        )
-        self.teacher_form = PromptForm(
-            template=teacher_template, decoder_start=tuple(teacher_decoder_start)
-        )
+        self._templates = student_template, teacher_template
+        self._decoder_starts = tuple(student_decoder_start), tuple(teacher_decoder_start)
         self.student_vocab_size, self.teacher_vocab_size = student_vocab_size, teacher_vocab_size
         self._pair: TokenizerPair | None = None
         if teacher_tokenizer is not None:
@@ -222,6 +225,8 @@ class Distiller(nn.Module):
             if encoded:
                 raise BatchError("a batch holds rows of text or encoded ones, got both")
             found = self._encoded(texts, "cut" if self.on_long == "cut" else "refuse")
+            if found.refused:
+                raise DataError(f"{found.refused[0]}; leave such rows out with encode(rows)")
             if found.too_long:
                 raise DataError(
                     f"of row {found.too_long[0]} nothing fits into {self.max_length} tokens; raise "
@@ -298,28 +303,45 @@ class Distiller(nn.Module):
     def _encoded(
         self, rows: Iterable[Mapping[str, Any]], on_long: Literal["drop", "cut", "refuse"]
     ) -> EncodedExamples:
+        rows = list(rows)
+        task = _task(rows)
+        student_form, teacher_form = (
+            PromptForm(template=template or usual_template(task.name), decoder_start=start)
+            for template, start in zip(self._templates, self._decoder_starts, strict=True)
+        )
         return encode_examples(
-            _examples(list(rows)),
+            _examples(rows, task),
             self.student_tokenizer,
             self.teacher_tokenizer,
             max_length=self.max_length,
             score_eos=self.score_eos,
             on_long=on_long,
             min_coverage=self.min_coverage,
-            student_form=self.student_form,
-            teacher_form=self.teacher_form,
+            student_form=student_form,
+            teacher_form=teacher_form,
             pair=self._pair,
         )
 
 
-def _examples(rows: list[Mapping[str, Any]]) -> list[Example]:
-    """Rows of text as examples, each called by its number and by what tells it apart."""
+def _task(rows: list[Mapping[str, Any]]) -> Task:
+    """The task of rows in the layout of the first one.
+
+    Raises:
+        DataError: If one is no row.
+    """
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise DataError(
                 f"row {number} is {type(row).__name__}; expected a mapping with prompt and answer, "
-                "prompt and completion, or text"
+                "prompt and completion, messages, or text"
             )
+    first = rows[0] if rows else {}
+    is_chat = any(name in first for name in COLUMNS) or are_messages(first.get("completion"))
+    return get_task("chat" if is_chat else "text")
+
+
+def _examples(rows: list[Mapping[str, Any]], task: Task) -> list[Example]:
+    """Rows as examples, each called by its number and by what tells it apart."""
     places = [_place(number, row) for number, row in enumerate(rows, 1)]
     layout = [name for name in _COLUMNS if rows and name in rows[0]]
     for place, row in zip(places, rows, strict=True):
@@ -328,17 +350,21 @@ def _examples(rows: list[Mapping[str, Any]]) -> list[Example]:
                 raise DataError(
                     f"{place} has no {name}, which the first row has; give rows of one layout"
                 )
-    task = get_task("text")
     found = brought(Rows("the data", rows, places), task, {}, lambda _: None)
-    if rows and not {"prompt", "answer"} <= set(found.columns):
+    if rows and not task.is_chat and not {"prompt", "answer"} <= set(found.columns):
         raise DataError(
             f"rows with {', '.join(found.columns) or 'nothing'} are of no layout that is known; "
-            "expected prompt and answer, prompt and completion, instruction and output, or text "
-            "(`ctkd train --task chat` takes conversations)"
+            "expected prompt and answer, prompt and completion, instruction and output, messages, "
+            "or text"
         )
-    missing = [place for place in places if place not in set(found.places)]
-    if missing:
-        raise DataError(f"{missing[0]} has a blank output; write an answer, or remove the row")
+    kept = set(found.places)
+    missing = next((number for number, place in enumerate(places) if place not in kept), None)
+    if missing is not None:
+        place = places[missing]
+        if task.is_chat:
+            # By itself it is refused with the reason.
+            brought(Rows(place, [rows[missing]], [place]), task, {}, lambda _: None)
+        raise DataError(f"{place} has a blank output; write an answer, or remove the row")
     return examples(found, task)
 
 

@@ -77,12 +77,13 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
     labels, KD a mean over the loss's own units, both over the whole optimizer step: all
     micro-batches and all ranks. So any split of a batch gives the same gradient.
 
-    Given both tokenizers it takes rows of text, as `Distiller` does: they are encoded before
-    training, those longer than 1,024 tokens or than a model reads are left out with a warning.
-    Other settings of texts are those of a `Distiller`, whose ``collate`` is the data collator, or
-    batches come from `ctkd.distill.data.collator.Collator`. Logs hold ``ce``, ``kd`` (unweighted)
-    and ``kd/<part>`` for each part of the loss. TensorBoard's files go into ``tensorboard`` in the
-    output folder, unless the environment variable ``TENSORBOARD_LOGGING_DIR`` says otherwise.
+    Given both tokenizers it takes rows of text and conversations, as `Distiller` does: they are
+    encoded before training, those longer than 1,024 tokens or than a model reads are left out with
+    a warning. Other settings of texts are those of a `Distiller`, whose ``collate`` is the data
+    collator, or batches come from `ctkd.distill.data.collator.Collator`. Logs hold ``ce``, ``kd``
+    (unweighted) and ``kd/<part>`` for each part of the loss. TensorBoard's files go into
+    ``tensorboard`` in the output folder, unless the environment variable
+    ``TENSORBOARD_LOGGING_DIR`` says otherwise.
 
     Why it is a subclass: the ``compute_loss_func`` of `Trainer` is given outputs and labels, but
     not the inputs, which hold the teacher's side. A collator that stashes them for it is a batch

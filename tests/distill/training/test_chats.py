@@ -3,6 +3,7 @@
 import json
 import signal
 
+import datasets
 import pytest
 import torch
 from torch.nn import functional as F
@@ -18,11 +19,14 @@ from ctkd.distill.data.tasks import examples
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.teachers.cache_writing import write_cache
 from ctkd.distill.teachers.memory import KnownStates, TeacherMemory
-from ctkd.distill.training import measuring
+from ctkd.distill.training import CrossTokenizerTrainer, Distiller, measuring
+from ctkd.errors import DataError, SettingError
+from ctkd.registry import get_loss
 from tests.distill import tiny
 from tests.distill.tiny import CHATML, GEMMA
 from tests.distill.tiny_runs import Workplace, finish, record, weights
 from tests.distill.training.test_resume import same, signaled
+from tests.distill.training.test_trainer import arguments
 
 
 @pytest.fixture(autouse=True)
@@ -177,3 +181,64 @@ def test_stored_teachers_answer_at_the_scored_tokens_of_conversations(place):
                 one.logits.log_probs(one.token_ids.unsqueeze(-1))[one.mask] for one in (side, live)
             )
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_in_a_loop_of_ones_own_they_are_what_they_are_to_the_command(place, tmp_path):
+    """Rows in each layout, the values of a `Distiller`, and those of the trainer."""
+    finish(*place.train("command", "--loss", "alm", "--max-steps", "1"))
+    expected = record(place.folder / "command")["results"]["losses before"]
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (place.student, place.teacher)]
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (place.student, place.teacher)
+    )
+    rows = [json.loads(line) for line in place.held_out.read_text().splitlines()]
+    distiller = Distiller("alm", *tokenizers)
+    batches = [distiller.collate(rows[:1]), distiller.collate(rows[1:])]
+    counts = distiller.counts(*batches)
+    with torch.no_grad():
+        parts = [
+            distiller.loss(
+                student(**distiller.student_inputs(batch)),
+                teacher(**distiller.teacher_inputs(batch)),
+                batch,
+                counts=counts,
+            ).parts
+            for batch in batches
+        ]
+    run = CrossTokenizerTrainer(
+        student,
+        arguments(tmp_path),
+        loss=get_loss("alm"),
+        teacher=teacher,
+        eval_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizers[0],
+        teacher_processing_class=tokenizers[1],
+    )
+    evaluated = run.evaluate()
+    assert {"ce", "kd"} <= parts[0].keys()
+    for name in parts[0]:
+        for value in (sum(float(one[name]) for one in parts), evaluated[f"eval_{name}"]):
+            assert value == pytest.approx(expected[name], rel=1e-5), name
+
+    # ShareGPT's names, and prompts of which nothing is scored.
+    names = {"role": "from", "content": "value"}
+    shared = [
+        {"conversations": [{names[k]: one[k] for k in names} for one in row["messages"]]}
+        for row in rows
+    ]
+    assert distiller.encode(shared).rows[1].student == distiller.encode(rows).rows[1].student
+    split = [{"prompt": one["messages"][:-1], "completion": one["messages"][-1:]} for one in rows]
+    (last,) = distiller.encode(split).rows[1].student.answers
+    assert last == distiller.encode(rows).rows[1].student.answers[-1]
+    refused = {"messages": [*conversation(0)[:1], *conversation(0)]}
+    for row, message in (
+        ({"messages": [{"role": "user", "content": "Who?"}]}, "row 2 has no answer of an assistan"),
+        ({"id": "x", **refused}, r"row 2 \(id 'x'\): the teacher's chat template .* alternate"),
+        ({"text": "cat"}, r"row 2 \(text 'cat'\) has no messages, which the first row has"),
+    ):
+        with pytest.raises(DataError, match=message):
+            distiller.collate([rows[0], row])
+    assert "left out 1 of 2 conversations" in distiller.encode([rows[0], refused]).report()
+    with pytest.raises(SettingError, match="leave the templates of both sides at chat"):
+        Distiller("alm", *tokenizers, student_template="plain").collate(rows)

@@ -150,7 +150,7 @@ def test_bad_rows_and_settings_say_what_is_wrong():
             {},
             r"row 2 \(text 'a'\) has no prompt, which the first row has",
         ),
-        ([{"messages": []}], {}, "ctkd train --task chat` takes conversations"),
+        ([{"messages": []}], {}, "row 1 has no answer of an assistant to train on"),
         ([ROWS[0], "text"], {}, "row 2 is str; expected a mapping with prompt and answer"),
         ([{"instruction": "Do", "output": " "}], {}, "has no answers"),
         (
