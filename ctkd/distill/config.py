@@ -181,6 +181,11 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "Compute the student's activations twice, to keep fewer of them in memory."
     )
+    torch_compile: bool = option(
+        False,
+        "Compile the student's training steps with torch.compile; its logits are then computed all "
+        "at once.",
+    )
     device: Device = option(
         "auto", "auto, cpu or cuda: the GPU of CUDA_VISIBLE_DEVICES. Not mps: it has no float64."
     )

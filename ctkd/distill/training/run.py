@@ -210,6 +210,8 @@ def dry_run(
         elsewhere = OutputFolder(Path(place), {"settings": {}, "results": {}})
         trainer = _make_trainer(quiet, inputs, memory, elsewhere, device)
         _tell_how_logits_are_read(trainer, say)
+        if config.torch_compile:
+            say("what follows is of steps that are not compiled")
         costs = measure_costs(config, trainer, sample)
     _check_room(config.folder, costs.saved)
     output = "new"
@@ -688,6 +690,7 @@ def _make_trainer(
         seed=config.seed,
         data_seed=config.seed,
         bf16=config.dtype == "bfloat16",
+        torch_compile=config.torch_compile,
         use_cpu=is_cpu(device),
         remove_unused_columns=False,
         report_to=config.report_to,

@@ -242,10 +242,11 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         self.student_vocab_size = student_vocab_size
         self.teacher_vocab_size = teacher_vocab_size
         self._check_padding()
-        refuse = self._why_whole_logits()
-        self.student_logits = ModelLogits(self.model, refuse=refuse)
+        self.student_logits = self._reader_of_student()
         self.teacher_logits = (
-            None if self.teacher is None else ModelLogits(self.teacher, refuse=refuse)
+            None
+            if self.teacher is None
+            else ModelLogits(self.teacher, refuse=self._why_whole_logits())
         )
         self._step_counts: Counts | None = None
         self._logged = torch.zeros(0, dtype=torch.float64)
@@ -265,7 +266,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
     def merge_adapters(self) -> PreTrainedModel:
         """Make the student's adapters part of its weights, for good; it is returned."""
         self.model = self.model_wrapped = merged(self.model)
-        self.student_logits = ModelLogits(self.model, refuse=self._why_whole_logits())
+        self.student_logits = self._reader_of_student()
         student: PreTrainedModel = self.model
         return student
 
@@ -442,6 +443,13 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
                     "it; give both batch sizes as 1, and accumulate gradients"
                 )
 
+    def _reader_of_student(self) -> ModelLogits:
+        refuse = self._why_whole_logits()
+        if self.args.torch_compile:
+            # Its head, which is compiled as well, shows nobody what goes into it.
+            refuse = refuse or "the model is compiled"
+        return ModelLogits(self.model, refuse=refuse)
+
     def _why_whole_logits(self) -> str | None:
         """Why a model's head must not be taken apart, whatever it is."""
         if self.whole_logits:
@@ -452,8 +460,6 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             return "the model is copied to several devices in one process"
         if self.args.ddp_static_graph:
             return "the graph of DistributedDataParallel is static"
-        if self.args.torch_compile:
-            return "the model is compiled"
         return None
 
     def _teacher_side(self, inputs: Mapping[str, Tensor]) -> Side:
