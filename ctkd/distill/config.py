@@ -114,6 +114,11 @@ class TrainConfig:
         "qa, summarization, text, chat: conversations, or lm: documents.",
         unset="lm for pydocs, else qa",
     )
+    streaming: bool = option(
+        False,
+        "Read and encode rows while training, for data of any size, shuffled within a buffer of "
+        "1,024 examples; needs --max-steps.",
+    )
     columns: dict[str, str] = option(
         {},
         "Name of a field's column in the data, such as context=passage. Repeatable.",
@@ -311,6 +316,7 @@ class TrainConfig:
                 "a teacher cache was given, but loss 'sft' on the data's own answers learns from "
                 "no teacher; leave the cache out, choose a loss, or set answers to teacher"
             )
+        self._check_streaming()
         # Fails here, before anything is fetched, if the loss or a setting of it is wrong.
         weights = self.weights()
         loss = self.make_loss()
@@ -336,6 +342,24 @@ class TrainConfig:
             )
         if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
             raise SettingError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
+
+    def _check_streaming(self) -> None:
+        """Refuse what must know all rows before training."""
+        if not self.streaming:
+            return
+        if self.max_steps is None:
+            raise SettingError(
+                "streaming needs max_steps: how many rows there are is not known before they end"
+            )
+        if self.teacher_cache is not None:
+            raise SettingError(
+                "a teacher cache holds all rows, which streaming never does; leave one of them out"
+            )
+        if self.answers == "teacher":
+            raise SettingError(
+                "streaming reads rows while training, and the teacher answers all of them before "
+                "it; leave one of them out"
+            )
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, source: str = "settings") -> TrainConfig:

@@ -39,6 +39,7 @@ _FACTORIES = (dict, list)
 _OTHER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing",
     "dataset_name": "data",
+    "dataset_streaming": "streaming",
     "gradient_accumulation_steps": "grad_accumulation",
     "hub_private_repo": "hub_private",
     "lora_r": "lora_rank",

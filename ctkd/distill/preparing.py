@@ -41,6 +41,7 @@ __all__ = [
     "load_examples",
     "load_models",
     "load_teacher",
+    "read_held_out",
     "teacher_form",
     "teacher_precision",
     "with_student",
@@ -96,23 +97,12 @@ def load_examples(
     config: TrainConfig, say: Callable[[str], None]
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples, the latter cut off by group where none were given."""
-
-    def read(source: Source, held_out: bool) -> list[Example]:
-        rows = read_rows(source, config.task, config.columns, say=say, held_out=held_out)
-        return examples(rows, config.task, config.columns)
-
-    training = read(config.data, False)
-    held_out_data = config.eval_data
-    if held_out_data is None and is_embedded(config.data):
-        held_out_data = config.data
-    if held_out_data is not None:
-        held_out = read(held_out_data, True)
-    else:
+    training = _read(config.data, config, say)
+    held_out = read_held_out(config, say)
+    if held_out is None:
         training, held_out = split_off(training, HELD_OUT_FRACTION, config.seed)
         say(f"no evaluation data given: cut off {len(held_out)} of the training examples")
-    if len(held_out) > config.eval_limit:
-        say(f"held-out examples: the first {config.eval_limit} of {len(held_out)} (--eval-limit)")
-        held_out = held_out[: config.eval_limit]
+        held_out = _limited(held_out, config, say)
     asked = {(one.prompt, one.answer) for one in held_out}
     copies = sum((one.prompt, one.answer) in asked for one in training)
     if copies:
@@ -126,6 +116,31 @@ def load_examples(
     return training, held_out
 
 
+def read_held_out(config: TrainConfig, say: Callable[[str], None]) -> list[Example] | None:
+    """As many held-out examples as may be used, of the data for that; None if there are none."""
+    source = config.eval_data
+    if source is None and is_embedded(config.data):
+        source = config.data
+    if source is None:
+        return None
+    return _limited(_read(source, config, say, held_out=True), config, say)
+
+
+def _read(
+    source: Source, config: TrainConfig, say: Callable[[str], None], *, held_out: bool = False
+) -> list[Example]:
+    rows = read_rows(source, config.task, config.columns, say=say, held_out=held_out)
+    return examples(rows, config.task, config.columns)
+
+
+def _limited(
+    held_out: list[Example], config: TrainConfig, say: Callable[[str], None]
+) -> list[Example]:
+    if len(held_out) > config.eval_limit:
+        say(f"held-out examples: the first {config.eval_limit} of {len(held_out)} (--eval-limit)")
+    return held_out[: config.eval_limit]
+
+
 def with_student(
     config: TrainConfig, training: Sequence[Example], say: Callable[[str], None]
 ) -> TrainConfig:
@@ -133,7 +148,8 @@ def with_student(
 
     Args:
         config: The settings; the weights are drawn from their seed.
-        training: The training examples. A vocabulary is learned from their prompts and answers.
+        training: The training examples. A vocabulary is learned from their prompts and answers,
+            but not where they are streamed, and these are only the first.
         say: Prints one line of progress.
 
     Raises:
@@ -141,7 +157,7 @@ def with_student(
     """
     if config.student_config is None:
         return config
-    texts = [one.prompt + one.answer for one in training]
+    texts = None if config.streaming else [one.prompt + one.answer for one in training]
     made = prepare_student(config.student_config, texts, config.seed)
     drawn = f"{config.student_config}, {described(made)}, drawn with seed {config.seed}"
     say(f"student: {drawn}, in {made}")

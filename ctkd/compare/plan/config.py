@@ -56,6 +56,7 @@ NOT_SHARED = {
     "measure": "the comparison measures by itself",
     "control": "compare the method sft",
     "eval_steps": "set curve_points",
+    "streaming": "its runs share rows that are read once",
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_private"), "send the folder of a run (`hf upload`)"
     ),

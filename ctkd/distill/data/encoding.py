@@ -21,6 +21,7 @@ from ctkd.distill.data.conversations import RefusedRow, shortened
 from ctkd.distill.data.coverage import Coverage, RowCoverage, kept_bytes, shared_ends, shown
 from ctkd.distill.data.exact_ids import check_unicode, exact_ids, tokenized
 from ctkd.distill.data.prompts import PLAIN, PromptForm, encode_prompt
+from ctkd.distill.data.rows import NothingLeft
 from ctkd.distill.data.tasks import Example
 from ctkd.errors import DataError, SettingError
 from ctkd.tokenization.pair import TokenizerPair
@@ -382,9 +383,9 @@ def encode_examples(
         way_out = "cut them with --on-long cut, "
         if on_long == "cut":
             way_out = "no part of an answer fits behind its prompt: "
-        raise DataError(
+        raise NothingLeft(
             f"all {len(examples)} examples are longer than {max_length} tokens, the first is "
-            f"row {too_long[0]}; {way_out}shorten them, or raise --max-length as far as both "
+            f"{too_long[0]}; {way_out}shorten them, or raise --max-length as far as both "
             "models read"
         )
     return EncodedExamples(
@@ -408,7 +409,7 @@ def _without_refused(
     kept = [number for number, reason in enumerate(reasons) if reason is None]
     refused = [reason for reason in reasons if reason is not None]
     if not kept:
-        raise DataError(
+        raise NothingLeft(
             f"all {len(examples)} conversations are refused: {shortened(refused)}; rewrite them, "
             "or choose other models"
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ctkd.distill.data.conversations import RefusedRow, messages_of, shortened
-from ctkd.distill.data.rows import Rows, Source, joined, kind_of, load_parts
+from ctkd.distill.data.rows import NothingLeft, Rows, Source, joined, kind_of, load_parts
 from ctkd.distill.data.tasks import Task, get_task
 from ctkd.errors import DataError
 
@@ -150,7 +150,7 @@ def _conversations(rows: Rows, columns: Mapping[str, str], target: str, say: Say
             kept.append(None)
             refused.append(str(error))
     if len(refused) == len(rows):
-        raise DataError(f"no conversation of {rows.name} can be trained on; {refused[0]}")
+        raise NothingLeft(f"no conversation of {rows.name} can be trained on; {refused[0]}")
     return _kept(rows, kept, f"conversations: {shortened(refused)}", say)
 
 
@@ -242,7 +242,7 @@ def _kept(rows: Rows, changed: Sequence[_Row | None], what: str, say: Say) -> Ro
     """The rows that are not None, with their numbers as they were; the others are counted."""
     kept = [(row, rows.place(n)) for n, row in enumerate(changed, 1) if row is not None]
     if not kept:
-        raise DataError(f"{rows.name} has no answers; all of its {len(rows)} rows lack one")
+        raise NothingLeft(f"{rows.name} has no answers; all of its {len(rows)} rows lack one")
     if len(kept) < len(changed):
         say(f"{rows.name}: left out {len(changed) - len(kept)} of {len(changed)} {what}")
     return Rows(rows.name, [row for row, _ in kept], [place for _, place in kept])

@@ -4,18 +4,21 @@ A row is a mapping from column name to whatever the file holds; what the columns
 business of `ctkd.distill.data.tasks`. JSON, JSON Lines, CSV and TSV are read here rather than by
 `datasets`, which turns text into other things where it can: "1999-12-31" becomes a date, a CSV
 answer "None" becomes nothing, and "1945" becomes 1945.0 where a cell of that column is empty.
-Folders written by `save_to_disk` and the Hub are read by `datasets`.
+Folders written by `save_to_disk` and the Hub are read by `datasets`. A stream of rows is read by
+the same functions, so that a row is the same in it.
 """
 
 import csv
 import difflib
 import glob
 import gzip
+import itertools
 import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +28,8 @@ from ctkd.errors import DataError
 
 __all__ = [
     "EMBEDDED",
+    "NothingLeft",
+    "RowStream",
     "Rows",
     "Source",
     "is_embedded",
@@ -34,6 +39,7 @@ __all__ = [
     "load_rows",
     "names_of",
     "paths_of",
+    "stream_parts",
 ]
 
 Source = str | Sequence[str]
@@ -51,6 +57,12 @@ _HUB_ID = re.compile(
 )
 # A C long is no longer than this on some systems.
 _LONGEST_CELL = 2**31 - 1
+# Rows of Parquet that are decoded together.
+_DECODED = 256
+
+
+class NothingLeft(DataError):
+    """All rows that were read together were left out, each for a reason that concerns it alone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +103,34 @@ class Rows:
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return iter(self.rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowStream:
+    """Rows of one file, folder or split that are read as they are needed, as often as they are.
+
+    Args:
+        name: As that of `Rows`.
+        read: Begins to read them.
+        all_text: As that of `Rows`.
+
+    Example:
+        >>> stream = RowStream("colors", lambda: iter([{"name": "red"}, {"name": "blue"}]))
+        >>> [(rows.place(1), list(rows)) for rows in stream.blocks(1)]
+        [('colors row 1', [{'name': 'red'}]), ('colors row 2', [{'name': 'blue'}])]
+    """
+
+    name: str
+    read: Callable[[], Iterator[Mapping[str, Any]]]
+    all_text: bool = False
+
+    def blocks(self, size: int) -> Iterator[Rows]:
+        """Read all of them, so many at a time."""
+        rows, read = self.read(), 0
+        while block := list(itertools.islice(rows, size)):
+            places = [f"{self.name} row {read + number}" for number in range(1, len(block) + 1)]
+            read += len(block)
+            yield Rows(self.name, block, places, self.all_text)
 
 
 def is_embedded(source: Source) -> bool:
@@ -165,8 +205,42 @@ def load_rows(source: Source, *, split: str | None = None, held_out: bool = Fals
 
 def load_parts(source: Source, *, split: str | None = None, held_out: bool = False) -> list[Rows]:
     """As `load_rows`, with the rows of each file by themselves."""
+    parts = []
+    for place, named in _places(source, split):
+        rows = _read(place, named, held_out)
+        if not len(rows):
+            raise DataError(f"{rows.name} has no rows; expected at least one")
+        parts.append(rows)
+    return parts
+
+
+def stream_parts(source: Source) -> list[RowStream]:
+    """As `load_parts`, with rows that are read when they are asked for, never all at once.
+
+    Embedded sets, which are small, are held. A folder of `save_to_disk` is mapped into memory.
+
+    Raises:
+        DataError: As `load_rows` does, as far as it is seen without reading; if a file can only be
+            read as a whole, as JSON is, or only once. Other errors come while rows are read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "facts.jsonl")
+        ...     _ = path.write_text('{"prompt": "1 + 1 =", "answer": " 2"}')
+        ...     (stream,) = stream_parts(str(path))
+        ...     [list(rows) for rows in stream.blocks(256)]
+        [[{'prompt': '1 + 1 =', 'answer': ' 2'}]]
+    """
+    return [_stream(place, named) for place, named in _places(source, None)]
+
+
+def _places(source: Source, split: str | None) -> Iterator[tuple[Path | str, str | None]]:
+    """The files and folders that a source means, or names of other sets, each with its split."""
     if not isinstance(source, str):
-        return [part for one in source for part in load_parts(one, split=split, held_out=held_out)]
+        for one in source:
+            yield from _places(one, split)
+        return
     if not source.strip():
         raise DataError("the name of the data is empty; name a file, a folder or a hub id")
     path = Path(source).expanduser()
@@ -175,25 +249,48 @@ def load_parts(source: Source, *, split: str | None = None, held_out: bool = Fal
         source, split = with_split.groups()
         path = Path(source).expanduser()
     if path.is_dir():
-        rows = _read_folder(path, split, held_out)
+        yield path, split
     elif path.exists():
         if split is not None:
             raise DataError(f"{source} is one file and has no splits; leave out {split!r}")
-        rows = _read_file(path)
+        yield path, None
     elif source in EMBEDDED:
-        rows = _read_embedded(source, split or ("test" if held_out else "train"))
+        yield source, split
     elif glob.has_magic(source):
         found = sorted(glob.glob(str(path)))
         if not found:
             raise DataError(f"no file matches the pattern {source}; expected at least one")
-        return [part for one in found for part in load_parts(one, split=split, held_out=held_out)]
+        for one in found:
+            yield from _places(one, split)
     elif _looks_like_path(source):
         raise DataError(f"{source} does not exist{_near(path)}")
     else:
-        rows = _read_hub(source, split, held_out)
-    if not len(rows):
-        raise DataError(f"{rows.name} has no rows; expected at least one")
-    return [rows]
+        yield source, split
+
+
+def _read(place: Path | str, split: str | None, held_out: bool) -> Rows:
+    if isinstance(place, Path):
+        return _read_folder(place, split, held_out) if place.is_dir() else _read_file(place)
+    if place in EMBEDDED:
+        return _read_embedded(place, split or ("test" if held_out else "train"))
+    return _read_hub(place, split, held_out)
+
+
+def _stream(place: Path | str, split: str | None) -> RowStream:
+    if isinstance(place, Path) and not place.is_dir():
+        return _stream_file(place)
+    if isinstance(place, Path) or place in EMBEDDED:
+        rows = _read(place, split, held_out=False)
+    else:
+        rows = _read_hub(place, split, held_out=False, streaming=True)
+
+    def read() -> Iterator[Mapping[str, Any]]:
+        try:
+            yield from rows
+        except Exception as error:  # the Hub's client and datasets raise many kinds
+            raise DataError(f"{rows.name} cannot be read any further: {_cause(error)}") from error
+
+    return RowStream(rows.name, read)
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -215,33 +312,76 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 
 def _read_file(path: Path) -> Rows:
+    suffix = _suffix_of_rows(path)
+    if suffix == ".parquet":
+        return Rows(path.name, list(_parquet_rows(path)))
+    delimiter = _delimiter(suffix)
+    if delimiter is not None:
+        return Rows(path.name, list(_csv_rows(path, delimiter)), all_text=True)
+    with _reading(path) as file:
+        text = file.read()
+    return Rows(path.name, _json_rows(path, text, in_lines=suffix.startswith(".jsonl")))
+
+
+def _stream_file(path: Path) -> RowStream:
+    suffix = _suffix_of_rows(path)
+    if _is_read_once(path):
+        raise DataError(
+            f"{path} can be read only once, so it cannot be streamed; save it as a file first"
+        )
+    if suffix == ".parquet":
+        return RowStream(path.name, lambda: _parquet_rows(path))
+    delimiter = _delimiter(suffix)
+    if delimiter is not None:
+        return RowStream(path.name, lambda: _csv_rows(path, delimiter), all_text=True)
+    if not suffix.startswith(".jsonl"):
+        raise DataError(
+            f"{path} is JSON, which is read as a whole, so it cannot be streamed; write one object "
+            "a line, as .jsonl"
+        )
+
+    def lines() -> Iterator[Mapping[str, Any]]:
+        with _reading(path, newline="\n") as file:
+            yield from _json_lines(path, file)
+
+    return RowStream(path.name, lines)
+
+
+def _suffix_of_rows(path: Path) -> str:
+    """The end of a file's name, if it is one that is read."""
     suffix = _suffix(path)
-    is_stream = not path.is_file() or path.parts[:2] == ("/", "dev")
-    if suffix not in _SUFFIXES and not is_stream:
+    if suffix not in _SUFFIXES and not _is_read_once(path):
         raise DataError(
             f"{path} does not say what it holds; expected a file that ends in one of "
             f"{', '.join(_SUFFIXES)}"
         )
-    if suffix == ".parquet":
-        return _read_parquet(path)
+    return suffix
+
+
+def _is_read_once(path: Path) -> bool:
+    return not path.is_file() or path.parts[:2] == ("/", "dev")
+
+
+def _delimiter(suffix: str) -> str | None:
+    return "," if suffix.startswith(".csv") else "\t" if suffix.startswith(".tsv") else None
+
+
+@contextmanager
+def _reading(path: Path, newline: str = "") -> Iterator[IO[str]]:
     try:
-        with _opened(path) as file:
-            if suffix.startswith((".csv", ".tsv")):
-                delimiter = "," if suffix.startswith(".csv") else "\t"
-                return Rows(path.name, _csv_rows(path, file, delimiter), all_text=True)
-            text = file.read()
+        with _opened(path, newline) as file:
+            yield file
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
     except (OSError, EOFError, zlib.error) as error:
         cause = getattr(error, "strerror", None) or error
         raise DataError(f"{path} cannot be read: {cause}") from error
-    return Rows(path.name, _json_rows(path, text, in_lines=suffix.startswith(".jsonl")))
 
 
-def _opened(path: Path) -> IO[str]:
+def _opened(path: Path, newline: str) -> IO[str]:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return path.open(encoding="utf-8-sig", newline=newline)
 
 
 def _suffix(path: Path) -> str:
@@ -250,31 +390,39 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() + suffix if suffix == ".gz" else suffix
 
 
-def _csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> list[dict[str, str]]:
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    limit = csv.field_size_limit(_LONGEST_CELL)
-    try:
-        header = next(reader, [])
+def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
+    with _reading(path) as file:
+        lines = _csv_lines(path, file, delimiter)
+        _, header = next(lines, (0, []))
         twice = sorted(name for name, count in Counter(header).items() if count > 1)
         if twice:
             raise DataError(f"{path} has two columns named {twice[0]!r}; rename one")
-        rows: list[dict[str, str]] = []
-        for cells in reader:
-            if not cells:  # an empty line
-                continue
+        for number, (line, cells) in enumerate(lines, 1):
             if len(cells) != len(header):
                 between = "tabs" if delimiter == "\t" else "commas"
                 raise DataError(
-                    f"{path.name} row {len(rows) + 1} (line {reader.line_num}) has {len(cells)} "
-                    f"cells, but the header has {len(header)}; quote cells that hold {between}"
+                    f"{path.name} row {number} (line {line}) has {len(cells)} cells, but the "
+                    f"header has {len(header)}; quote cells that hold {between}"
                 )
-            rows.append(dict(zip(header, cells, strict=True)))
-    except csv.Error as error:
-        kind = "TSV" if delimiter == "\t" else "CSV"
-        raise DataError(f"{path} line {reader.line_num} is not {kind}: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
-    return rows
+            yield dict(zip(header, cells, strict=True))
+
+
+def _csv_lines(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each line that is not empty, with the number of the line they end in."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        limit = csv.field_size_limit(_LONGEST_CELL)
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            kind = "TSV" if delimiter == "\t" else "CSV"
+            raise DataError(f"{path} line {reader.line_num} is not {kind}: {error}") from error
+        finally:
+            csv.field_size_limit(limit)
+        if cells is None:
+            return
+        if cells:
+            yield reader.line_num, cells
 
 
 def _json_rows(path: Path, text: str, *, in_lines: bool) -> list[dict[str, Any]]:
@@ -297,8 +445,12 @@ def _json_rows(path: Path, text: str, *, in_lines: bool) -> list[dict[str, Any]]
                     'with such a list under "data"'
                 )
             return [_object(path, row, number) for number, row in enumerate(content, 1)]
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(text.split("\n"), 1):
+    return list(_json_lines(path, text.split("\n")))
+
+
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    read = 0
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -308,8 +460,8 @@ def _json_rows(path: Path, text: str, *, in_lines: bool) -> list[dict[str, Any]]
                 f"{path} line {number} is not JSON: {error.msg} (column {error.colno}); expected "
                 "one object a line"
             ) from error
-        rows.append(_object(path, row, len(rows) + 1))
-    return rows
+        read += 1
+        yield _object(path, row, read)
 
 
 def _parsed(where: str, text: str) -> Any:
@@ -340,13 +492,14 @@ def kind_of(value: object) -> str:
     return names.get(type(value), "empty" if value is None else "a number")
 
 
-def _read_parquet(path: Path) -> Rows:
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     # What `datasets` reads Parquet with; `datasets` itself would first copy the file to its cache.
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            return Rows(path.name, file.read().to_pylist())
+            for batch in file.iter_batches(batch_size=_DECODED):
+                yield from batch.to_pylist()
     except Exception as error:  # pyarrow raises many kinds
         raise DataError(f"{path} cannot be read as Parquet: {_cause(error)}") from error
 
@@ -394,7 +547,7 @@ def _read_embedded(name: str, split: str) -> Rows:
     return Rows(f"{name}:{split}", _read_file(path).rows)
 
 
-def _read_hub(source: str, split: str | None, held_out: bool) -> Rows:
+def _read_hub(source: str, split: str | None, held_out: bool, *, streaming: bool = False) -> Rows:
     near = difflib.get_close_matches(source, EMBEDDED, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     parts = _HUB_ID.fullmatch(source)
@@ -407,9 +560,10 @@ def _read_hub(source: str, split: str | None, held_out: bool) -> Rows:
 
     if split is None and not held_out:
         split = "train"
-    options = {name: value for name, value in parts.groupdict().items() if value is not None}
+    options: dict[str, Any] = {"split": split, **({"streaming": True} if streaming else {})}
+    options.update({name: value for name, value in parts.groupdict().items() if value is not None})
     try:
-        loaded = datasets.load_dataset(**options, split=split)
+        loaded = datasets.load_dataset(**options)
     except Exception as error:  # the Hub's client and datasets raise many kinds
         what = "its splits" if split is None else f"split {split!r}"
         raise DataError(

@@ -32,7 +32,7 @@ __all__ = ["described", "prepare_student"]
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 
-def prepare_student(source: str, texts: Sequence[str], seed: int) -> Path:
+def prepare_student(source: str, texts: Sequence[str] | None, seed: int) -> Path:
     """Return the folder of a model with random weights, which is made on first use.
 
     Its name stands for the configuration, the vocabulary and the seed. A folder's own tokenizer is
@@ -42,12 +42,12 @@ def prepare_student(source: str, texts: Sequence[str], seed: int) -> Path:
     Args:
         source: A configuration of transformers as a JSON file, a folder with a ``config.json``, or
             "pocket-llama" for the shape of that model.
-        texts: To learn the vocabulary from.
+        texts: To learn the vocabulary from; None if it is not to be learned.
         seed: Of the weights.
 
     Raises:
         ModelError: If the configuration cannot be read or is none of a language model, its
-            vocabulary is too small, or the cache cannot be written.
+            vocabulary is too small or would have to be learned, or the cache cannot be written.
     """
     settings, folder = _read(source)
     config = _configured(settings, source)
@@ -58,6 +58,11 @@ def prepare_student(source: str, texts: Sequence[str], seed: int) -> Path:
             for path in sorted(folder.iterdir())
             if path.suffix in _TOKENIZER_SUFFIXES
         ]
+    elif texts is None:
+        raise ModelError(
+            f"{source} has no tokenizer, and none is learned from rows that are streamed; name a "
+            "folder that holds one beside its config.json"
+        )
     else:
         place = _learned(config, source, texts)
         vocabulary = [place.name]

@@ -126,7 +126,7 @@ def card_text(folder: OutputFolder) -> str:
         "## Results",
         _results(config, folder.results),
         "## Data",
-        _data(config, folder.record["facts"]),
+        _data(config, folder),
         "## How to use it",
         _usage(config, name, folder.record["facts"], adapters=adapters),
         "## How to measure it",
@@ -285,13 +285,19 @@ def _results(config: TrainConfig, results: Mapping[str, Any]) -> str:
     return "\n\n".join(text)
 
 
-def _data(config: TrainConfig, facts: Mapping[str, Any]) -> str:
-    text = f"Trained on {facts['rows']:,} rows of {_shown(config.data)}, task `{config.task}`. "
+def _data(config: TrainConfig, folder: OutputFolder) -> str:
+    facts, count = folder.record["facts"], folder.record["facts"]["rows"]
+    if config.streaming:
+        count = folder.results["steps"] * _rows_a_step(config, folder)
+    how = "streamed from" if config.streaming else "of"
+    text = f"Trained on {count:,} rows {how} {_shown(config.data)}, task `{config.task}`. "
     held_out = f"{facts['held-out rows']:,} rows"
     if config.eval_data is not None:
         return text + f"Held out: {held_out} of {_shown(config.eval_data)}."
     if is_embedded(config.data):
         return text + f"Held out: {held_out} of its test split."
+    if config.streaming:
+        return text + f"Held out: {held_out}, the first; no row about the same was trained on."
     by = "" if get_task(config.task).is_chat else ", whole passages at a time"
     return text + f"Held out: {held_out}, cut off with seed {config.seed}{by}."
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ctkd.distill.data.conversations import COLUMNS, are_messages
 from ctkd.distill.data.encoding import EncodedExample, EncodedExamples, encode_examples
 from ctkd.distill.data.layouts import brought
 from ctkd.distill.data.prompts import PromptForm
-from ctkd.distill.data.rows import Rows
+from ctkd.distill.data.rows import NothingLeft, Rows
 from ctkd.distill.data.tasks import Example, Task, examples, get_task
 from ctkd.distill.training.sums import Counts, causal_side, scored, sums_of
 from ctkd.errors import BatchError, DataError, SettingError
@@ -197,16 +197,20 @@ class Distiller(nn.Module):
             score_eos=score_eos,
         )
 
-    def encode(self, rows: Iterable[Mapping[str, Any]]) -> EncodedExamples:
+    def encode(self, rows: Iterable[Mapping[str, Any]], *, first: int = 1) -> EncodedExamples:
         """Tokenize rows once, ahead of training: `collate` takes the ``rows`` of the result too.
 
         What is left out or cut says its ``report()``, how much is aligned its
         ``coverage.report()``.
 
+        Args:
+            rows: The rows of text.
+            first: The number by which messages call the first of them, where others went before.
+
         Raises:
             DataError: If a row cannot be used; the message names it. See `encode_examples`.
         """
-        return self._encoded(rows, self.on_long)
+        return self._encoded(rows, self.on_long, first)
 
     def collate(self, rows: Sequence[Mapping[str, Any] | EncodedExample]) -> dict[str, Tensor]:
         """Make a batch of tensors on the CPU, of rows of text or of encoded ones.
@@ -301,16 +305,19 @@ class Distiller(nn.Module):
         return DistillerOutput(sums.value(self.weights, counts), parts, counts)
 
     def _encoded(
-        self, rows: Iterable[Mapping[str, Any]], on_long: Literal["drop", "cut", "refuse"]
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        on_long: Literal["drop", "cut", "refuse"],
+        first: int = 1,
     ) -> EncodedExamples:
         rows = list(rows)
-        task = _task(rows)
+        task = _task(rows, first)
         student_form, teacher_form = (
             PromptForm(template=template or usual_template(task.name), decoder_start=start)
             for template, start in zip(self._templates, self._decoder_starts, strict=True)
         )
         return encode_examples(
-            _examples(rows, task),
+            _examples(rows, task, first),
             self.student_tokenizer,
             self.teacher_tokenizer,
             max_length=self.max_length,
@@ -323,26 +330,26 @@ class Distiller(nn.Module):
         )
 
 
-def _task(rows: list[Mapping[str, Any]]) -> Task:
+def _task(rows: list[Mapping[str, Any]], first: int) -> Task:
     """The task of rows in the layout of the first one.
 
     Raises:
         DataError: If one is no row.
     """
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows, first):
         if not isinstance(row, Mapping):
             raise DataError(
                 f"row {number} is {type(row).__name__}; expected a mapping with prompt and answer, "
                 "prompt and completion, messages, or text"
             )
-    first = rows[0] if rows else {}
-    is_chat = any(name in first for name in COLUMNS) or are_messages(first.get("completion"))
+    layout = rows[0] if rows else {}
+    is_chat = any(name in layout for name in COLUMNS) or are_messages(layout.get("completion"))
     return get_task("chat" if is_chat else "text")
 
 
-def _examples(rows: list[Mapping[str, Any]], task: Task) -> list[Example]:
+def _examples(rows: list[Mapping[str, Any]], task: Task, first: int) -> list[Example]:
     """Rows as examples, each called by its number and by what tells it apart."""
-    places = [_place(number, row) for number, row in enumerate(rows, 1)]
+    places = [_place(number, row) for number, row in enumerate(rows, first)]
     layout = [name for name in _COLUMNS if rows and name in rows[0]]
     for place, row in zip(places, rows, strict=True):
         for name in layout:
@@ -362,10 +369,15 @@ def _examples(rows: list[Mapping[str, Any]], task: Task) -> list[Example]:
     if missing is not None:
         place = places[missing]
         if task.is_chat:
-            # By itself it is refused with the reason.
-            brought(Rows(place, [rows[missing]], [place]), task, {}, lambda _: None)
+            # By itself it is refused with the reason, but the others are sound.
+            try:
+                brought(Rows(place, [rows[missing]], [place]), task, {}, lambda _: None)
+            except NothingLeft as error:
+                raise DataError(str(error)) from error
         raise DataError(f"{place} has a blank output; write an answer, or remove the row")
-    return examples(found, task)
+    made = examples(found, task)
+    # Numbers of their own begin at 1.
+    return made if first == 1 else [replace(one, id=one.where) for one in made]
 
 
 def _place(number: int, row: Mapping[str, Any]) -> str:

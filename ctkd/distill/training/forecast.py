@@ -175,7 +175,7 @@ def forecast(
     Args:
         config: The settings.
         models: Its models.
-        encoded: Its training rows.
+        encoded: Its training rows; the first block of them if they are streamed.
         costs: What it costs.
         steps: Its optimizer steps.
         reading: Seconds in which a teacher that is remembered reads all rows; None without one.
@@ -184,16 +184,18 @@ def forecast(
     rows = encoded.rows
     per_step = config.batch_size * config.grad_accumulation
     an_epoch = math.ceil(math.ceil(len(rows) / config.batch_size) / config.grad_accumulation)
+    epochs = "" if config.streaming else f", {steps / an_epoch:.2f} epochs"
+    counted = "streamed; this is of the first " if config.streaming else ""
     table = [("student", f"{config.student}, {_model(models.student, models.student_tokenizer)}")]
     if models.teacher_tokenizer is not None:
         which = f" from {config.teacher_cache}" if models.teacher is None else ""
         words = _model(models.teacher, models.teacher_tokenizer)
         table.append(("teacher", f"{config.teacher}{which}, {words}"))
     table += [
-        ("training rows", "; ".join(filter(None, (f"{len(rows):,}", encoded.report())))),
+        ("training rows", "; ".join(filter(None, (f"{counted}{len(rows):,}", encoded.report())))),
         ("tokens", "; ".join(_tokens(rows, side) for side in ("student", "teacher"))),
         ("coverage", encoded.coverage.report()),
-        ("steps", f"{steps:,} of {per_step} rows, {steps / an_epoch:.2f} epochs"),
+        ("steps", f"{steps:,} of {per_step} rows{epochs}"),
     ]
     time = f"about {duration(steps * costs.step + (reading or 0.0))}, {costs.step:.2f} s per step"
     if reading is not None:

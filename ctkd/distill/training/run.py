@@ -31,6 +31,7 @@ from ctkd.distill import processes
 from ctkd.distill.config import SFT, TrainConfig
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExample, EncodedExamples
+from ctkd.distill.data.example_stream import ExampleStream
 from ctkd.distill.data.rows import Source, paths_of
 from ctkd.distill.data.tasks import Example, get_task
 from ctkd.distill.devices import PeakMemory, choose_device, is_cpu, now
@@ -52,6 +53,7 @@ from ctkd.distill.preparing import (
     with_student,
     writable,
 )
+from ctkd.distill.streaming import StreamedData
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.memory import KnownStates, TeacherMemory, memory_bytes
 from ctkd.distill.teachers.texts import TeacherTexts
@@ -244,7 +246,10 @@ def _checked(config: TrainConfig, *, resume: bool, overwrite: bool) -> OutputFol
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Inputs:
-    """Everything that a run needs, loaded and checked; the student by the name it is loaded by."""
+    """Everything that a run needs, loaded and checked; the student by the name it is loaded by.
+
+    Of rows that are streamed, `encoded` holds the first block.
+    """
 
     student_name: str
     models: Models
@@ -257,6 +262,8 @@ class _Inputs:
     encoded_held_out: EncodedExamples
     held_out: Sequence[Example]
     date: str
+    data: StreamedData | None = None
+    stream: ExampleStream | None = None
 
 
 def _load(
@@ -266,7 +273,8 @@ def _load(
 
     Without `answering`, a live teacher that is to answer is spared it: the answers are the data's.
     """
-    training, held_out = load_examples(config, say)
+    data = StreamedData(config, say) if config.streaming else None
+    training, held_out = load_examples(config, say) if data is None else (data.first, data.held_out)
     cache, day = None, begun
     if config.teacher_cache is not None:
         cache = TeacherCache.open(config.teacher_cache, say=say)
@@ -312,6 +320,8 @@ def _load(
         encoded_held_out,
         held_out,
         day,
+        data,
+        None if data is None else data.encoded(config, models, forms),
     )
 
 
@@ -349,7 +359,8 @@ def _run(
     _tell_how_logits_are_read(trainer, say)
     _warn_about_precision(config, student, say)
     if checkpoint is not None:
-        say(f"going on from {checkpoint.name}")
+        again = "" if inputs.stream is None else "; the rows before it are read again"
+        say(f"going on from {checkpoint.name}{again}")
     peak = PeakMemory(device)
     try:
         _train_from(trainer, checkpoint)
@@ -362,6 +373,8 @@ def _run(
     if report.seconds_per_step is not None:
         folder.results["seconds per step"] = report.seconds_per_step
     keep_history(folder, trainer)
+    if inputs.data is not None:
+        say(f"training: {inputs.data.tally.report()}")
     if stop.stopped:
         if not processes.is_first():
             raise SystemExit(0)
@@ -536,6 +549,9 @@ def _remembered(
     """
     teacher, tokenizer = inputs.models.teacher, inputs.models.teacher_tokenizer
     if teacher is None or tokenizer is None or inputs.pair is None:
+        return None
+    if inputs.stream is not None:
+        say("teacher: rows that are streamed are not remembered, it reads them in every pass")
         return None
     rows = inputs.encoded.rows
     passes = config.epochs
@@ -714,7 +730,7 @@ def _make_trainer(
             score_eos=config.score_eos,
             teacher_cache=cache,
         ),
-        train_dataset=inputs.encoded.rows,
+        train_dataset=inputs.encoded.rows if inputs.stream is None else inputs.stream,
         eval_dataset=inputs.encoded_held_out.rows,
         processing_class=models.student_tokenizer,
     )

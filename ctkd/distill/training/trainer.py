@@ -6,6 +6,7 @@ the student's labels plus a weighted `ctkd.Loss` between both models' answers.
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
@@ -33,6 +35,8 @@ from ctkd.batch import IGNORE_INDEX, Side
 from ctkd.distill.config import check_needs
 from ctkd.distill.data.collator import KEPT, StoredTeacher, stored_side
 from ctkd.distill.data.encoding import EncodedExample
+from ctkd.distill.data.example_stream import BLOCK, ExampleStream
+from ctkd.distill.data.rows import NothingLeft
 from ctkd.distill.models.adapters import is_adapted, merged, quiet_peft, with_adapters
 from ctkd.distill.models.loading import (
     below_wrappers,
@@ -78,10 +82,12 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
     micro-batches and all ranks. So any split of a batch gives the same gradient.
 
     Given both tokenizers it takes rows of text and conversations, as `Distiller` does: they are
-    encoded before training, those longer than 1,024 tokens or than a model reads are left out with
-    a warning. Other settings of texts are those of a `Distiller`, whose ``collate`` is the data
-    collator, or batches come from `ctkd.distill.data.collator.Collator`. Logs hold ``ce``, ``kd``
-    (unweighted) and ``kd/<part>`` for each part of the loss. TensorBoard's files go into
+    encoded before training, or while they are read where the data set is an iterable one; those
+    longer than 1,024 tokens or than a model reads are left out with a warning. Iterable rows keep
+    their order, begin again where they end, and need ``max_steps``; each process reads all, and
+    trains on its own. Other settings of texts are those of a `Distiller`, whose ``collate`` is the
+    data collator, or batches come from `ctkd.distill.data.collator.Collator`. Logs hold ``ce``,
+    ``kd`` (unweighted) and ``kd/<part>`` for each part of the loss. TensorBoard's files go into
     ``tensorboard`` in the output folder, unless the environment variable
     ``TENSORBOARD_LOGGING_DIR`` says otherwise.
 
@@ -195,7 +201,9 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
                 )
             texts = _distiller(student, teacher, loss, processing_class, teacher_processing_class)
             data_collator = texts.collate
-            train_dataset, eval_dataset = _encoded(texts, train_dataset, eval_dataset)
+            of_training = _streamed if isinstance(train_dataset, IterableDataset) else _encoded
+            train_dataset = of_training(texts, train_dataset)
+            eval_dataset = _encoded(texts, eval_dataset)
             student_vocab_size = student_vocab_size or texts.student_vocab_size
             teacher_vocab_size = teacher_vocab_size or texts.teacher_vocab_size
         if peft_config is not None:
@@ -544,6 +552,9 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
 def _check_arguments(args: TrainingArguments) -> None:
     # The teacher's columns would be dropped silently.
     args.remove_unused_columns = False
+    # Batches of iterable rows are as long as their longest row, so no process can send them out.
+    if args.accelerator_config.dispatch_batches is None:
+        args.accelerator_config.dispatch_batches = False
     for name in _BYPASSED:
         if getattr(args, name, None):
             raise SettingError(
@@ -617,20 +628,38 @@ def _distiller(
     )
 
 
-def _encoded(texts: Distiller, *datasets: Any) -> list[Any]:
-    """Data sets of texts, encoded ahead where they have a length; others as they are."""
-    return [
-        {name: _encoded(texts, one)[0] for name, one in dataset.items()}
-        if isinstance(dataset, dict)
-        else _encoded_rows(texts, dataset)
-        for dataset in datasets
-    ]
-
-
-def _encoded_rows(texts: Distiller, dataset: Any) -> Any:
+def _encoded(texts: Distiller, dataset: Any) -> Any:
+    """A data set of texts, or several by name, encoded ahead; others as they are."""
+    if isinstance(dataset, dict):
+        return {name: _encoded(texts, one) for name, one in dataset.items()}
+    if isinstance(dataset, IterableDataset):
+        dataset = list(dataset)
     if not hasattr(dataset, "__len__") or (len(dataset) and isinstance(dataset[0], EncodedExample)):
         return dataset
-    encoded = texts.encode(dataset)
+    return _rows_of(texts, dataset)
+
+
+def _streamed(texts: Distiller, dataset: Any) -> ExampleStream:
+    """An iterable data set of texts, encoded while it is read."""
+
+    def blocks(number: int) -> Iterator[Sequence[EncodedExample]]:
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(number)
+        rows, first = iter(dataset), 1
+        while block := list(itertools.islice(rows, BLOCK)):
+            try:
+                yield (
+                    block if isinstance(block[0], EncodedExample) else _rows_of(texts, block, first)
+                )
+            except NothingLeft as error:
+                warnings.warn(str(error), stacklevel=2)
+            first += len(block)
+
+    return ExampleStream(blocks)
+
+
+def _rows_of(texts: Distiller, rows: Any, first: int = 1) -> list[EncodedExample]:
+    encoded = texts.encode(rows, first=first)
     if encoded.report():
         warnings.warn(encoded.report(), stacklevel=2)
     return encoded.rows

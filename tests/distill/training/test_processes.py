@@ -101,6 +101,14 @@ def test_torchrun_trains_like_one_process(place, forks):
     ours, theirs = (record(place.folder / f"{name} of 13")["results"] for name in ("one", "two"))
     for stage in ("student before", "teacher", "student after", "control", "losses after"):
         assert theirs[stage] == pytest.approx(ours[stage], rel=1e-5), stage
+    # Streamed rows are given out as those that were read at once.
+    stream = ("--streaming", "--measure", "nothing", "--no-control", "--overwrite")
+    expected = alone(forks, place.folder, [*one, *stream], "sgd")
+    said = of_two(
+        forks, train, [*two, *stream], "sgd", str(place.folder / "streamed-"), output=place.folder
+    )
+    assert "training: 91 rows read" in said[0] and said[1] == "exit code 0", said
+    assert largest(of_both(place.folder, "streamed-"), expected) < 1e-6
 
 
 def test_accelerate_trains_like_one_process_and_is_stopped_and_resumed(place, forks):
