@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctkd.distill.data.rows import EMBEDDED, Rows, load_rows, paths_of
+from ctkd.distill.data.rows import EMBEDDED, Rows, load_rows, paths_of, stream_parts
 from ctkd.distill.data.tasks import Example, split_off
 from ctkd.errors import DataError, SettingError
 
@@ -105,6 +105,15 @@ def test_every_file_format_keeps_text_as_text(name, fill, tmp_path, capfd):
     assert rows.columns == ["prompt", "answer"]
     assert rows.name == name
     assert len(rows) == len(ROWS)
+    if ".json" not in name.lower() or ".jsonl" in name:
+        (stream,) = stream_parts(str(tmp_path / name))
+        for _ in range(2):
+            blocks = list(stream.blocks(3))
+            assert [row for block in blocks for row in block] == ROWS
+            assert blocks[1].place(2) == f"{name} row 5" and blocks[1].all_text == rows.all_text
+    else:
+        with pytest.raises(DataError, match="is read as a whole, so it cannot be streamed"):
+            stream_parts(str(tmp_path / name))
     assert capfd.readouterr().err == ""
 
 
@@ -380,6 +389,9 @@ def test_a_hub_id_may_name_configuration_and_revision(monkeypatch):
     ]
     measured = load_rows("org/name", held_out=True)
     assert (measured.name, list(measured)) == ("org/name:validation", ROWS[1:2])
+    (stream,) = stream_parts("org/name@v1:en:train")
+    assert asked[-1] == ("org/name", {"revision": "v1", "name": "en", "streaming": True}, "train")
+    assert stream.name == "org/name@v1:en:train" and list(stream.read()) == ROWS
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
