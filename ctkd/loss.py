@@ -62,6 +62,7 @@ class Measured:
         low: Of its 95 % interval over seeds and texts.
         high: Of the same.
         share: Of the gap between fine-tuning alone and the teacher, what the loss closed.
+        at_default: The difference at the default weight, of one seed on development texts.
     """
 
     kd: float
@@ -69,6 +70,7 @@ class Measured:
     low: float
     high: float
     share: float
+    at_default: float
 
     @property
     def helped(self) -> bool:

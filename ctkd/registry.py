@@ -41,7 +41,7 @@ _TRAINER_MODES = {
     "sft": "'sft' is cross-entropy alone: leave the distillation loss out of your loop, "
     "or run `ctkd train --loss sft`",
     "seqkd": "'seqkd' is cross-entropy on text that the teacher wrote: generate the answers "
-    "first, then train on them as on any data",
+    "first, then train on them as on any data, or run `ctkd train --loss sft --answers teacher`",
 }
 
 # What a class has no defaults for.

@@ -314,4 +314,5 @@ def test_the_list_survives_a_broken_plugin(install):
     assert rows["bpm"].endswith("  11.2 %") and rows["uld"].endswith("  nothing seen")
     shown = CliRunner().invoke(main, ["losses", "bpm"]).stdout
     assert "-0.0951 bits per byte to fine-tuning alone, 95 % from -0.1076 to -0.0827" in shown
+    assert "+0.0978 at the default kd" in CliRunner().invoke(main, ["losses", "uld"]).stdout
     assert {"uld", "multilevelot"} <= rows.keys()

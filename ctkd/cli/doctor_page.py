@@ -50,8 +50,8 @@ def doctor_page(report: DoctorReport) -> str:
     lines += [_heading("LOSSES"), *_losses(losses)]
     if report.first is not None:
         lines.append(
-            f"  try {report.first.name} first: of those that suit best it closed most of the gap "
-            "to a teacher (ctkd losses)"
+            f"  try {report.first.name} first: of those that suit best it helped most where all "
+            "were compared, of other models (ctkd losses)"
         )
     return "\n".join([*lines, *_verdict(examination, losses, verdict)])
 

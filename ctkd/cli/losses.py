@@ -23,7 +23,8 @@ Examples:
 """
 _GAP = """
 Of the gap: what a loss closed of that between fine-tuning alone and the teacher, where a small
-Llama of random weights learned stories. With other models it may be otherwise: try ctkd compare."""
+Llama of random weights learned stories, at the best of several weights (ctkd losses NAME); nothing
+seen: no more than seeds differ. With other models it may be otherwise: try ctkd compare."""
 # Contents of a teacher cache that a loss needs.
 _TEACHER_NEEDS = {"rows": "whole rows", "top_k": "top k", "observed": "observed tokens"}
 
@@ -63,7 +64,7 @@ def losses(name: str | None) -> None:
         show(
             f"where all were compared: {found.difference:+.4f} bits per byte to fine-tuning alone, "
             f"95 % from {found.low:+.4f} to {found.high:+.4f}, beside ce 1 at kd {found.kd:g}, the "
-            "best weight of those tried"
+            f"best of several weights; {found.at_default:+.4f} at the default kd, with one seed"
         )
     show("")
     settings = list(facts.settings.items())

@@ -7,12 +7,13 @@ nothing but call where there is one process. torch and accelerate are loaded whe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from ctkd.distill.devices import is_cpu
-from ctkd.errors import SettingError
+from ctkd.errors import SettingError, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ __all__ = [
     "is_first",
     "join",
     "no_bar",
+    "noticing_losses",
     "number",
     "of_first",
     "wait_for_all",
@@ -55,13 +57,23 @@ def no_bar() -> bool | None:
     return None if is_first() else True
 
 
-def join(device: torch.device) -> None:
-    """Meet the other processes, if there are any, to work on devices of that type.
+def join(device: torch.device, dtype: str) -> None:
+    """Meet the other processes, if there are any.
+
+    Args:
+        device: They work on devices of its type.
+        dtype: What the settings say of precision.
 
     Raises:
-        SettingError: If accelerate was told to shard the model: the first process, which measures
-            alone, would have a part of it.
+        SettingError: If accelerate was told to compute in another precision, or to shard the model:
+            the first process, which measures alone, would have a part of it.
     """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked not in ("no", "bf16" if dtype == "bfloat16" else "no"):
+        raise SettingError(
+            f"accelerate was told to compute in {asked} (mixed_precision), and dtype is {dtype}; "
+            "leave precision to ctkd: set mixed_precision to no, and dtype to bfloat16 for bf16"
+        )
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
             raise SettingError(
@@ -72,6 +84,25 @@ def join(device: torch.device) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=is_cpu(device), timeout=_PATIENCE)
+
+
+@contextmanager
+def noticing_losses() -> Iterator[None]:
+    """Say so if another process is gone.
+
+    Raises:
+        TrainingError: If it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # torch has a class for errors of NCCL, and none for those of gloo.
+        if count() == 1 or not ("gloo" in f"{error}" or type(error).__name__.startswith("Dist")):
+            raise
+        raise TrainingError(
+            "another process has ended: by an error of its own, which stands above, or killed, as "
+            "for want of memory; repeat the command with --resume to go on from the last checkpoint"
+        ) from error
 
 
 def wait_for_all() -> None:

@@ -271,7 +271,7 @@ def test_help_names_the_defaults():
         **dict.fromkeys(
             off := (
                 *("score_eos", "keep_checkpoints", "lora_merge", "gradient_checkpointing"),
-                "torch_compile",
+                *("streaming", "torch_compile"),
                 *("teacher_load_in_4bit", "teacher_load_in_8bit", "push_to_hub", "hub_private"),
             ),
             "no",

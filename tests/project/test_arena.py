@@ -26,6 +26,7 @@ from benchmarks.arena.runs import (
     bits_per_byte,
     next_weight,
     read_runs,
+    tried_weights,
     wanted,
 )
 from benchmarks.arena.texts import cut, python_rows
@@ -269,6 +270,9 @@ def test_what_losses_say_of_themselves_was_measured_in_scratch():
         figures = found.mean, *found.interval(), -found.mean / (sft - teacher)
         said = measured.difference, measured.low, measured.high, measured.share
         assert said == tuple(round(one, 4) for one in figures[:3]) + (round(figures[3], 3),), name
+        tried = tried_weights(report.runs)
+        at_default = tried[label][facts.default_weights.kd] - tried[SFT][0.0]
+        assert measured.at_default == round(at_default, 4), name
         assert measured.helped == (name in ("alm", "bpm", "multilevelot_released", "shared_kl"))
         if name not in ("multilevelot_token", "multilevelot_sequence"):
             row = f"| `{name}` | {measured.kd:g} ({facts.default_weights.kd:g}) | "

@@ -14,6 +14,7 @@ __all__ = [
     "Message",
     "RefusedRow",
     "are_messages",
+    "has_calls",
     "messages_of",
     "shortened",
     "transcript",
@@ -175,6 +176,14 @@ def _text(content: object, where: str) -> str:
             raise RefusedRow(f"{where} holds a part that is no text ({kind})")
         texts.append(text)
     return "".join(texts)
+
+
+def has_calls(value: object) -> bool:
+    """True if a message in this list calls a tool."""
+    return isinstance(value, list) and any(
+        isinstance(one, Mapping) and (one.get("tool_calls") or one.get("function_call"))
+        for one in value
+    )
 
 
 def _calls(message: Mapping[str, Any], where: str) -> list[str]:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ctkd.distill.data.conversations import RefusedRow, messages_of, shortened
+from ctkd.distill.data.conversations import RefusedRow, has_calls, messages_of, shortened
 from ctkd.distill.data.rows import NothingLeft, Rows, Source, joined, kind_of, load_parts
 from ctkd.distill.data.tasks import Task, get_task
 from ctkd.errors import DataError
@@ -140,6 +140,8 @@ def _conversations(rows: Rows, columns: Mapping[str, str], target: str, say: Say
             return rows
     if "tools" in present:
         say(f"{rows.name}: its column 'tools' is not read; describe tools in a system message")
+    if any(has_calls(row.get(column)) for row in rows):
+        say(f"{rows.name}: tool calls are written as JSON, not in the templates' own forms")
     kept: list[_Row | None] = []
     refused: list[str] = []
     for number, row in enumerate(rows, 1):

@@ -246,8 +246,8 @@ def advise_on(facts: LossFacts, examination: Examination, *, min_coverage: float
     A loss that needs chunks and both vocabularies compares shared tokens; `mined` compares the
     tokens of one-to-one chunks, and `bpm` does without shared ones. A loss that needs chunks alone
     compares chunks. A loss that needs neither matches positions by their index, which is never
-    worse than careful where it has another `pairing`. One that needs what training does not give
-    is unsuited.
+    worse than careful: where all losses were compared, few positions were in step, and such losses
+    did no worse than with chunks. One that needs what training does not give is unsuited.
 
     Args:
         facts: The loss's.
@@ -319,10 +319,11 @@ def _of_overlap(examination: Examination) -> list[tuple[Suits, str]]:
 def _of_positions(facts: LossFacts, examination: Examination) -> tuple[Suits, str]:
     answers = examination.answers
     reason = f"{percent(answers.in_step)} of positions paired by index in step"
-    suits = _level(answers.in_step, _GOOD, _ENOUGH)
-    if suits == "good" or "pairing" not in facts.settings:
-        return suits, reason
-    return "careful", f"{reason}; use --loss-option pairing=chunk"
+    if answers.in_step >= _GOOD:
+        return "good", reason
+    if "pairing" in facts.settings:
+        reason += "; --loss-option pairing=chunk pairs all of them"
+    return "careful", reason
 
 
 def _level(share: float, good: float, enough: float) -> Suits:

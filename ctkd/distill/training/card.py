@@ -132,7 +132,7 @@ def card_text(folder: OutputFolder) -> str:
         "## How to measure it",
         _measuring(config, name, adapters=adapters),
         "## How to repeat it",
-        f"```sh\n{_command(config, folder.record['date'])}\n```",
+        f"```sh\n{_command(config, folder)}\n```",
         _versions(folder),
         "## Licenses and limits",
         _limits(config, adapters=adapters),
@@ -266,8 +266,12 @@ def _settings(config: TrainConfig, folder: OutputFolder) -> str:
 
 
 def _rows_a_step(config: TrainConfig, folder: OutputFolder) -> int:
-    processes: int = folder.record.get("processes", 1)
-    return config.batch_size * config.grad_accumulation * processes
+    return config.batch_size * config.grad_accumulation * _processes(folder)
+
+
+def _processes(folder: OutputFolder) -> int:
+    count: int = folder.record.get("processes", 1)
+    return count
 
 
 def _results(config: TrainConfig, results: Mapping[str, Any]) -> str:
@@ -351,11 +355,11 @@ def _measuring(config: TrainConfig, name: str, *, adapters: bool) -> str:
     return f"```sh\n{harness}\n{own}\n```"
 
 
-def _command(config: TrainConfig, day: str) -> str:
+def _command(config: TrainConfig, folder: OutputFolder) -> str:
     """The command that repeats a run, without what is a default; places are names alone."""
     settings = {name: value for name, value in config.as_dict().items() if name not in FREE}
     if "chat" in (config.student_template, config.teacher_template):
-        settings["date"] = day
+        settings["date"] = folder.record["date"]
     whole = TrainConfig(**settings)
     for name in list(settings):
         fewer = {one: value for one, value in settings.items() if one != name}
@@ -364,7 +368,9 @@ def _command(config: TrainConfig, day: str) -> str:
                 settings = fewer
     fields = {one.name: one for one in dataclasses.fields(TrainConfig)}
     words = [_option(fields[name], value) for name, value in settings.items()]
-    return " \\\n    ".join(["ctkd train", *words])
+    processes = _processes(folder)
+    launcher = f"torchrun --nproc_per_node {processes} -m " if processes > 1 else ""
+    return " \\\n    ".join([f"{launcher}ctkd train", *words])
 
 
 def _option(field: dataclasses.Field[Any], value: Any) -> str:

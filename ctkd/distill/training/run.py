@@ -84,6 +84,7 @@ class Interrupted(CtkdError):
     """Training was stopped by the user; a checkpoint was written."""
 
 
+@processes.noticing_losses()
 def train(
     config: TrainConfig,
     *,
@@ -110,7 +111,7 @@ def train(
             checkpoint is there.
     """
     device = choose_device(config.device)
-    processes.join(device)
+    processes.join(device, config.dtype)
     if not processes.is_first():
         say = _say_nothing
     folder_before = processes.of_first(lambda: _checked(config, resume=resume, overwrite=overwrite))

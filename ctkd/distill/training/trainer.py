@@ -206,6 +206,13 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
             eval_dataset = _encoded(texts, eval_dataset)
             student_vocab_size = student_vocab_size or texts.student_vocab_size
             teacher_vocab_size = teacher_vocab_size or texts.teacher_vocab_size
+        if args.train_sampling_strategy not in ("random", "sequential") and _is_encoded(
+            train_dataset
+        ):
+            raise SettingError(
+                f"TrainingArguments(train_sampling_strategy={args.train_sampling_strategy!r}) asks "
+                "each row for its length, and rows of two tokenizers have two; leave it out"
+            )
         if peft_config is not None:
             if optimizers[0] is not None:
                 raise SettingError(
@@ -335,8 +342,8 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         reader, gathered = self.student_logits, None
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
-        if self.compute_metrics is not None and not prediction_loss_only:
-            reader = ModelLogits(self.model, refuse="metrics are computed of whole logits")
+        if not prediction_loss_only:
+            reader = ModelLogits(self.model, refuse="predictions are whole logits")
             gathered = _Predictions(self)
         total: Tensor | None = None
         samples = 0
@@ -373,11 +380,15 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
         In the last batch of an epoch, accelerate gives all ranks as many rows as the first has.
         """
         state = self.accelerator.gradient_state
-        ranks = self.accelerator.num_processes
-        if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        ranks, loader = self.accelerator.num_processes, state.active_dataloader
+        if ranks == 1 or not state.end_of_dataloader or self.args.dataloader_drop_last:
+            return inputs
+        if isinstance(loader.dataset, IterableDataset):
             return inputs
         size = len(inputs["labels"])
-        kept = max(0, min(size, state.remainder - self.accelerator.process_index * size))
+        # Of a loader that skips what a resumed run was trained on, state.remainder says nothing.
+        last = len(loader.dataset) % (size * ranks) or size * ranks
+        kept = max(0, min(size, last - self.accelerator.process_index * size))
         unscored = {"labels": IGNORE_INDEX, "chunk_ids": -1}
         cut = {
             name: torch.cat([value[:kept], torch.full_like(value[kept:], none)])
@@ -561,6 +572,12 @@ def _check_arguments(args: TrainingArguments) -> None:
                 f"TrainingArguments({name}={getattr(args, name)}) would have no effect: the loss "
                 "and its evaluation are computed in another way here; leave it out"
             )
+    best = (args.metric_for_best_model or "").removeprefix("eval_")
+    if args.greater_is_better and (best in ("ce", "kd") or best.startswith("kd/")):
+        raise SettingError(
+            f"of {best} lower is better, and transformers takes the highest unless it is told so; "
+            "set greater_is_better=False"
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise SettingError(
@@ -596,6 +613,8 @@ class _Predictions:
             container.to_cpu_and_numpy()
 
     def metrics(self) -> dict[str, Any]:
+        if self._trainer.compute_metrics is None:
+            return {}
         found: dict[str, Any] = denumpify_detensorize(
             self._trainer.compute_metrics(
                 EvalPrediction(
@@ -634,9 +653,15 @@ def _encoded(texts: Distiller, dataset: Any) -> Any:
         return {name: _encoded(texts, one) for name, one in dataset.items()}
     if isinstance(dataset, IterableDataset):
         dataset = list(dataset)
-    if not hasattr(dataset, "__len__") or (len(dataset) and isinstance(dataset[0], EncodedExample)):
+    if not hasattr(dataset, "__len__") or _is_encoded(dataset):
         return dataset
     return _rows_of(texts, dataset)
+
+
+def _is_encoded(dataset: Any) -> bool:
+    return bool(
+        hasattr(dataset, "__len__") and len(dataset) and isinstance(dataset[0], EncodedExample)
+    )
 
 
 def _streamed(texts: Distiller, dataset: Any) -> ExampleStream:

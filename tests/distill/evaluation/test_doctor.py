@@ -112,7 +112,7 @@ def test_every_registered_loss_has_a_line(place, report):
     assert all(loss.reason for loss in report.losses)
     page = doctor_page(report)
     assert all(f"  {loss.name} " in page for loss in report.losses)
-    measured = Measured(kd=1.0, difference=-0.1, low=-0.2, high=-0.01, share=0.1)
+    measured = Measured(kd=1.0, difference=-0.1, low=-0.2, high=-0.01, share=0.1, at_default=0.0)
     less, unclear = replace(measured, share=0.05), replace(measured, high=0.01, share=0.5)
     losses = [
         LossAdvice(name=name, suits=suits, reason="", measured=one)
@@ -251,10 +251,10 @@ def suits(report, name: str, **figures) -> tuple[str, str]:
         ("alm", {"coverage": 0.94}, "unsuited", "94 % of bytes in chunks"),
         ("bpm", {"coverage": 1.0}, "good", "100 % of bytes in chunks"),
         ("uld", {"in_step": 0.9}, "good", "90 % of positions"),
-        ("uld", {"in_step": 0.89}, "careful", "use --loss-option pairing=chunk"),
-        ("multilevelot", {"in_step": 0.1}, "careful", "use --loss-option pairing=chunk"),
+        ("uld", {"in_step": 0.89}, "careful", "--loss-option pairing=chunk pairs all"),
+        ("multilevelot", {"in_step": 0.1}, "careful", "--loss-option pairing=chunk pairs all"),
         ("multilevelot_released", {"in_step": 1.0}, "careful", "published runs"),
-        ("multilevelot_released", {"in_step": 0.1}, "unsuited", "10 % of positions"),
+        ("multilevelot_released", {"in_step": 0.1}, "careful", "10 % of positions"),
         ("mined", {"coverage": 1.0, "one_to_one": 0.7}, "good", "70 % of chunks one to one"),
         ("mined", {"coverage": 1.0, "one_to_one": 0.3}, "careful", "on the labels alone"),
         ("mined", {"coverage": 1.0, "one_to_one": 0.29}, "unsuited", "29 % of chunks"),
@@ -308,7 +308,7 @@ def test_plugins_are_judged_by_their_needs(report, monkeypatch):
         settings={},
         doc="",
     )
-    assert advise_on(facts, found, min_coverage=0.95).suits == "unsuited"
+    assert advise_on(facts, found, min_coverage=0.95).suits == "careful"
     chunks = replace(facts, needs=frozenset({"chunks"}))
     assert advise_on(chunks, found, min_coverage=0.95).suits == "good"
     hidden = replace(facts, needs=frozenset({"chunks", "hidden"}))

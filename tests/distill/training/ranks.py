@@ -21,14 +21,17 @@ from tests.distill import tiny
 from tests.forks import Forks
 
 
-def train(words: list[str], optimizer: str, weights: str, stops: int = 0) -> None:
+def train(
+    words: list[str], optimizer: str, weights: str, stops: int = 0, by: int = signal.SIGINT
+) -> None:
     """A training run that leaves this rank's weights in a file, those of a control aside.
 
     Args:
         words: Of the command line.
         optimizer: As transformers calls it.
         weights: The beginning of the name of the file.
-        stops: The step in which the last rank is interrupted, 0 for none.
+        stops: The step in which the last rank gets a signal, 0 for none.
+        by: The signal.
     """
     number, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     train_from, step_end = run._train_from, progress.StepReport.on_step_end
@@ -42,7 +45,7 @@ def train(words: list[str], optimizer: str, weights: str, stops: int = 0) -> Non
 
     def step(self, args, state, control, **rest):
         if state.global_step == stops and number == count - 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), by)
         return step_end(self, args, state, control, **rest)
 
     run._train_from = train_and_keep

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,12 +118,12 @@ def test_accelerate_trains_like_one_process_and_is_stopped_and_resumed(place, fo
     one, two = runs(place, 7, *settings)
     expected = alone(forks, place.folder, one, "adamw_torch")
     kept = str(place.folder / "stopped-")
-    code, said = together(ACCELERATE, train, [*two, "--resume"], "adamw_torch", kept, 4)
+    code, said = together(ACCELERATE, train, [*two, "--resume"], "adamw_torch", kept, 3)
     assert code == 1, said
-    assert said.count("Error: stopped at step 4 of 6; repeat the command with --resume") == 1, said
+    assert said.count("Error: stopped at step 3 of 6; repeat the command with --resume") == 1, said
     assert said.count("Error:") == 1 + said.count("ChildFailedError:"), said
     said = of_two(forks, train, [*two, "--resume"], "adamw_torch", kept, output=place.folder)
-    assert "going on from checkpoint-4\n" in said[0], said
+    assert "going on from checkpoint-3\n" in said[0], said
     assert said[1] == "exit code 0"
     update = largest(expected, weights(place.student))
     found = of_both(place.folder, "stopped-")
@@ -132,6 +133,8 @@ def test_accelerate_trains_like_one_process_and_is_stopped_and_resumed(place, fo
         forks, train, straight, "adamw_torch", str(place.folder / "straight-"), output=place.folder
     )
     assert largest(of_both(place.folder, "straight-"), found) == 0
+    card = (place.folder / "two of 7" / "README.md").read_text()
+    assert "torchrun --nproc_per_node 2 -m ctkd train \\\n" in card
 
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, on_cuda])])
@@ -157,6 +160,10 @@ def test_models_in_parts_train_like_whole_ones(kind, tmp_path):
 
 
 def test_what_is_wrong_is_said_once(place, forks, monkeypatch):
+    killed = place.train("killed", "--measure", "nothing", "--max-steps", "4")
+    said = of_two(forks, train, killed, "sgd", "", 2, signal.SIGKILL, output=place.folder)
+    assert "Error: another process has ended" in said[0] and "--resume" in said[0], said
+    assert [one.rpartition("exit code ")[2] for one in said] == ["1", "-9"]
     words = place.train("wrong", "--max-length", "2")
     said = of_two(forks, train, words, "sgd", "", output=place.folder)
     assert "are longer than 2 tokens" in said[0]
@@ -168,6 +175,12 @@ def test_what_is_wrong_is_said_once(place, forks, monkeypatch):
     said = of_two(forks, train, place.train("alone", "--resume"), "sgd", "", output=place.folder)
     assert "is finished already" in said[0]
     assert said[1] == "exit code 0"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "told to compute in bf16 (mixed_precision), and dtype is float32" in error_of(
+        invoke(*words)
+    )
+    assert "mixed" not in error_of(invoke(*words, "--dtype", "bfloat16"))
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "in parts (FSDP) is not trained by the command" in error_of(invoke(*words))
     monkeypatch.setenv("WORLD_SIZE", "2")

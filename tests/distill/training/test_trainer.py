@@ -264,17 +264,36 @@ def test_a_losss_own_parameters_are_trained_saved_and_restored(tmp_path):
     assert restored.scale.item() == loss.scale.item()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_arguments_that_train_wrongly_are_refused(tmp_path):
+    for changes, message in (
         ({"include_for_metrics": ["loss"]}, r"\(include_for_metrics=\['loss'\]\) would have no"),
         ({"label_smoothing_factor": 0.1}, r"\(label_smoothing_factor=0.1\) would have no effect"),
         ({"bf16_full_eval": True}, r"\(bf16_full_eval=True\) would have no effect"),
-    ],
-)
-def test_arguments_that_train_wrongly_are_refused(tmp_path, changes, message):
-    with pytest.raises(SettingError, match=message):
-        trainer(Setup(), tmp_path, **changes)
+        ({"train_sampling_strategy": "group_by_length"}, "asks each row for its length"),
+        ({"metric_for_best_model": "eval_kd"}, "of kd lower is better, and transformers takes the"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            trainer(Setup(), tmp_path, **changes)
+    settings = {"metric_for_best_model": "ce", "greater_is_better": False}
+    trainer(Setup(), tmp_path, **settings, train_sampling_strategy="sequential")
+
+
+def test_predictions_are_the_student_s_logits(tmp_path):
+    setup = Setup()
+    run = trainer(setup, tmp_path, "uld")
+    found = run.predict(run.train_dataset)
+    assert run.compute_metrics is None and found.metrics["test_ce"] > 0
+    batch = run.data_collator(list(run.train_dataset))
+    with torch.no_grad():
+        logits = setup.student(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits[:, -batch["labels"].shape[1] :]
+    labels = batch["labels"][:, 1:]
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+    ours, kept = (torch.from_numpy(one) for one in (found.predictions, found.label_ids))
+    assert len(ours) == len(run.train_dataset)
+    values = F.cross_entropy(ours[:, :-1].flatten(0, 1), kept[:, 1:].flatten())
+    torch.testing.assert_close(values, expected.to(values.dtype), rtol=1e-5, atol=1e-6)
 
 
 def test_a_loss_without_a_teacher_is_refused(tmp_path):
