@@ -143,7 +143,7 @@ class TrainConfig:
         1024, "Most tokens of prompt and answer; of each in an encoder-decoder."
     )
     on_long: Literal["drop", "cut", "refuse"] = option(
-        "drop", "Longer training rows: drop, cut (on both sides, at one byte), refuse."
+        "drop", "Longer training rows: drop, cut (answers, on both sides at one byte), refuse."
     )
     min_coverage: float = option(
         0.95, "Least share of the answers' bytes that both tokenizers must spell alike."

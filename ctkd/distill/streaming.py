@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.data.encoding import EncodedExample
-from ctkd.distill.data.example_stream import BLOCK, ExampleStream
+from ctkd.distill.data.example_stream import BLOCK, BUFFER, ExampleStream
 from ctkd.distill.data.layouts import brought
 from ctkd.distill.data.rows import NothingLeft, names_of, stream_parts
 from ctkd.distill.data.tasks import Example, examples, get_task
@@ -95,7 +95,8 @@ class StreamedData:
         cut = f"; documents are cut into pieces of up to {size} bytes" if size else ""
         say(
             f"training examples are streamed, {len(self.held_out)} held out{cut}; what is said of "
-            f"those to train on is of the first {BLOCK} rows"
+            f"those to train on is of the first {BLOCK} rows, and the first step waits until "
+            f"{BUFFER:,} are read to draw from"
         )
 
     def encoded(self, config: TrainConfig, models: Models, forms: Forms) -> ExampleStream:

@@ -105,8 +105,8 @@ def words_of(place: CachePlace, command: str, options: list[str]) -> list[str]:
 
 CASES = {
     # Data.
-    "encoding": ("train --data HERE/latin.jsonl", "latin.jsonl is not UTF-8 text (byte 13)"),
-    "binary": ("train --eval-data HERE/binary.jsonl", "binary.jsonl is not UTF-8 text (byte 128)"),
+    "encoding": ("train --data HERE/latin.jsonl", "latin.jsonl is not UTF-8 text (line 1)"),
+    "binary": ("train --eval-data HERE/binary.jsonl", "binary.jsonl is not UTF-8 text (line 2)"),
     "line 3": ("train --data HERE/third.jsonl", "third.jsonl line 3 is not JSON: Expecting value"),
     "no answer": ("train --data HERE/blank.jsonl", "blank.jsonl row 1 has no answer in column"),
     "number": ("train --data HERE/number.jsonl", "holds int 1945 as an answer; expected text"),

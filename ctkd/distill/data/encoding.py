@@ -375,7 +375,8 @@ def encode_examples(
             )
         shorter = row.cut_to(max_length, table) if on_long == "cut" else None
         if shorter is None:
-            too_long.append(f"{example.id} ({tokens})")
+            why = "; its prompt leaves no room" if on_long == "cut" else ""
+            too_long.append(f"{example.id} ({tokens}{why})")
         else:
             cut.append(f"{example.id} ({tokens})")
             rows.append(shorter)

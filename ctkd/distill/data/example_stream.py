@@ -56,7 +56,10 @@ class ExampleStream(IterableDataset):  # type: ignore[misc]
                 # datasets gives nothing to a worker for which there is no file.
                 if get_worker_info() is not None:
                     return
-                raise DataError("the data have no rows to train on; expected at least one")
+                raise DataError(
+                    "no row is left to train on: the data have none, all of theirs were left out, "
+                    "or they can be read only once and max_steps asks for more of them"
+                )
             yield first
             yield from examples
 

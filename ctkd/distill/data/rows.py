@@ -372,10 +372,23 @@ def _reading(path: Path, newline: str = "") -> Iterator[IO[str]]:
         with _opened(path, newline) as file:
             yield file
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+        # Of a file the decoder tells a place in its buffer alone; a stream was read at once.
+        where = f"byte {error.start}" if _is_read_once(path) else f"line {_broken_line(path)}"
+        raise DataError(f"{path} is not UTF-8 text ({where}); convert it") from error
     except (OSError, EOFError, zlib.error) as error:
         cause = getattr(error, "strerror", None) or error
         raise DataError(f"{path} cannot be read: {cause}") from error
+
+
+def _broken_line(path: Path) -> int:
+    """The first line that is not UTF-8."""
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 def _opened(path: Path, newline: str) -> IO[str]:

@@ -342,7 +342,9 @@ def _task(rows: list[Mapping[str, Any]], first: int) -> Task:
                 f"row {number} is {type(row).__name__}; expected a mapping with prompt and answer, "
                 "prompt and completion, messages, or text"
             )
-    layout = rows[0] if rows else {}
+    if not rows:
+        raise DataError("there are no rows; expected at least one")
+    layout = rows[0]
     is_chat = any(name in layout for name in COLUMNS) or are_messages(layout.get("completion"))
     return get_task("chat" if is_chat else "text")
 
@@ -350,7 +352,7 @@ def _task(rows: list[Mapping[str, Any]], first: int) -> Task:
 def _examples(rows: list[Mapping[str, Any]], task: Task, first: int) -> list[Example]:
     """Rows as examples, each called by its number and by what tells it apart."""
     places = [_place(number, row) for number, row in enumerate(rows, first)]
-    layout = [name for name in _COLUMNS if rows and name in rows[0]]
+    layout = [name for name in _COLUMNS if name in rows[0]]
     for place, row in zip(places, rows, strict=True):
         for name in layout:
             if name not in row:
@@ -358,7 +360,7 @@ def _examples(rows: list[Mapping[str, Any]], task: Task, first: int) -> list[Exa
                     f"{place} has no {name}, which the first row has; give rows of one layout"
                 )
     found = brought(Rows("the data", rows, places), task, {}, lambda _: None)
-    if rows and not task.is_chat and not {"prompt", "answer"} <= set(found.columns):
+    if not task.is_chat and not {"prompt", "answer"} <= set(found.columns):
         raise DataError(
             f"rows with {', '.join(found.columns) or 'nothing'} are of no layout that is known; "
             "expected prompt and answer, prompt and completion, instruction and output, messages, "

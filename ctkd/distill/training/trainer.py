@@ -201,6 +201,7 @@ class CrossTokenizerTrainer(Trainer):  # type: ignore[misc]
                 )
             texts = _distiller(student, teacher, loss, processing_class, teacher_processing_class)
             data_collator = texts.collate
+            _check_datasets(train_dataset, eval_dataset)
             of_training = _streamed if isinstance(train_dataset, IterableDataset) else _encoded
             train_dataset = of_training(texts, train_dataset)
             eval_dataset = _encoded(texts, eval_dataset)
@@ -645,6 +646,20 @@ def _distiller(
         student_decoder_start=decoder_start_of(student),
         teacher_decoder_start=() if teacher is None else decoder_start_of(teacher),
     )
+
+
+def _check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    if isinstance(train_dataset, dict):
+        raise SettingError(
+            f"train_dataset has the parts {', '.join(map(str, train_dataset))}; give one of them"
+        )
+    every = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for dataset in (train_dataset, *every):
+        if isinstance(dataset, Iterator):
+            raise SettingError(
+                f"rows were given as {type(dataset).__name__}, which is read only once; give a "
+                "list, a datasets.Dataset, or an IterableDataset of torch or datasets"
+            )
 
 
 def _encoded(texts: Distiller, dataset: Any) -> Any:

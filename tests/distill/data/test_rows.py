@@ -348,7 +348,11 @@ def test_a_zipped_file_that_was_cut_short_is_refused(tmp_path):
 
 def test_text_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "a.csv").write_bytes("prompt,answer\nWo?,Köln".encode("latin-1"))
-    assert "a.csv is not UTF-8 text" in refused(tmp_path / "a.csv")
+    assert "a.csv is not UTF-8 text (line 2)" in refused(tmp_path / "a.csv")
+    rows = b'{"a": 1}\n' * 9000
+    (tmp_path / "b.jsonl").write_bytes(rows + b"\xff\n" + rows)
+    with pytest.raises(DataError, match=r"b.jsonl is not UTF-8 text \(line 9001\)"):
+        list(stream_parts(str(tmp_path / "b.jsonl"))[0].blocks(256))
 
 
 def test_a_hub_id_goes_to_datasets(monkeypatch):

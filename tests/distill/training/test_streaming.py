@@ -130,7 +130,7 @@ def test_every_pass_draws_each_example_once_from_its_buffer(monkeypatch):
     assert orders[0] != orders[1] != orders[2]
     assert drawn == list(itertools.islice(ExampleStream(blocks, seed=3), 60))
     assert drawn != list(itertools.islice(ExampleStream(blocks, seed=4), 60))
-    with pytest.raises(DataError, match="no rows to train on"):
+    with pytest.raises(DataError, match="no row is left to train on"):
         next(iter(ExampleStream(lambda number: [[], []])))
 
 
@@ -222,5 +222,14 @@ def test_a_trainer_streams_texts(tmp_path, monkeypatch, in_order):
     with pytest.warns(UserWarning, match=r"left out 1 of . examples as longer than 128 tokens"):
         ours, measured = trained(stream)
     theirs, wanted = trained([row for order in orders[:2] for row in order])
+    for given, message in (
+        ((row for row in ROWS), "rows were given as generator, which is read only once"),
+        (
+            {"train": ROWS, "test": ROWS},
+            "train_dataset has the parts train, test; give one of them",
+        ),
+    ):
+        with pytest.raises(SettingError, match=message):
+            trained(given)
     assert same_weights(ours, theirs) and measured == pytest.approx(wanted)
     assert not same_weights(ours, weights_of(tiny.Setup().student), 1e-6)
