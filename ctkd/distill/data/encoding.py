@@ -375,7 +375,7 @@ def encode_examples(
             )
         shorter = row.cut_to(max_length, table) if on_long == "cut" else None
         if shorter is None:
-            why = "; its prompt leaves no room" if on_long == "cut" else ""
+            why = "; no part of its answer fits" if on_long == "cut" else ""
             too_long.append(f"{example.id} ({tokens}{why})")
         else:
             cut.append(f"{example.id} ({tokens})")

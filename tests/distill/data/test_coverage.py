@@ -156,7 +156,8 @@ def test_a_cut_keeps_the_same_bytes_on_both_sides(answer, room, words, score_eos
         assert kept == whole
         assert found.report() == ""
         return
-    shown = f"q1 (student {ours_whole}, teacher {theirs_whole})"
+    why = "" if kept.id == "q1" else "; no part of its answer fits"
+    shown = f"q1 (student {ours_whole}, teacher {theirs_whole}{why})"
     told = f"1 of 2 examples as longer than {longest} tokens: {shown}"
     if kept.id != "q1":
         assert (found.too_long, found.cut) == ((shown,), ())

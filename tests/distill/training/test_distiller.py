@@ -163,7 +163,7 @@ def test_bad_rows_and_settings_say_what_is_wrong():
         (
             [ROWS[0], {**long, "prompt": "Well? " * 9}],
             {"max_length": 30, "on_long": "cut"},
-            r"of row 2 \(student \d+, teacher \d+; its prompt leaves no room\) nothing fits",
+            r"of row 2 \(student \d+, teacher \d+; no part of its answer fits\) nothing fits",
         ),
         ([], {}, "at least one"),
     ):

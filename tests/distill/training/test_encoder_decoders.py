@@ -337,5 +337,5 @@ def test_encoder_and_decoder_count_apart(tmp_path):
     most = len(row.student.prompt_ids)
     assert most > 2 + len(row.student.answer_ids) + 1 and row.student.decoder_start == (1, 3)
     encode_examples([example], tokenizer, max_length=most, student_form=form)
-    with pytest.raises(DataError, match=f"is row 0 \\(student {most}\\)"):
+    with pytest.raises(DataError, match=f"first is 0 \\(student {most}\\)"):
         encode_examples([example], tokenizer, max_length=most - 1, student_form=form)
