@@ -1,6 +1,6 @@
 """Text from data, made safe to print, and time spans for people."""
 
-__all__ = ["NO_TEXT", "duration", "is_text", "printable", "visible"]
+__all__ = ["NO_TEXT", "duration", "is_text", "printable", "say_nothing", "visible"]
 
 NO_TEXT = (
     "its name is not in the encoding of this locale, and tokenizers cannot open it; set the "
@@ -49,3 +49,7 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def say_nothing(line: str) -> None:
+    """Take a line of progress that is not to be printed."""

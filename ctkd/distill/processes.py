@@ -25,7 +25,7 @@ __all__ = [
     "is_first",
     "join",
     "no_bar",
-    "noticing_losses",
+    "noticing_lost_processes",
     "number",
     "of_first",
     "wait_for_all",
@@ -87,8 +87,8 @@ def join(device: torch.device, dtype: str) -> None:
 
 
 @contextmanager
-def noticing_losses() -> Iterator[None]:
-    """Say so if another process is gone.
+def noticing_lost_processes() -> Iterator[None]:
+    """Turn what torch says of a process that is gone into a sentence.
 
     Raises:
         TrainingError: If it is.

@@ -17,6 +17,7 @@ from ctkd.distill.data.layouts import brought
 from ctkd.distill.data.rows import NothingLeft, names_of, stream_parts
 from ctkd.distill.data.tasks import Example, examples, get_task
 from ctkd.distill.preparing import Forms, Models, encode, read_held_out
+from ctkd.distill.printable import say_nothing
 from ctkd.errors import DataError
 
 __all__ = ["StreamedData", "Tally"]
@@ -114,10 +115,10 @@ class StreamedData:
             if number == 0:
                 self.tally = Tally()
             tally = self.tally
-            for block in self._blocks(_say_nothing, tally):
+            for block in self._blocks(say_nothing, tally):
                 tally.examples += len(block)
                 try:
-                    found = encode(config, models, block, forms, "training", _say_nothing)
+                    found = encode(config, models, block, forms, "training", say_nothing)
                 except NothingLeft:
                     continue
                 tally.kept += len(found)
@@ -130,7 +131,7 @@ class StreamedData:
 
     def _first_examples(self, count: int) -> list[Example]:
         found: list[Example] = []
-        for block in self._blocks(_say_nothing):
+        for block in self._blocks(say_nothing):
             found += block
             if len(found) >= count:
                 break
@@ -154,7 +155,7 @@ class StreamedData:
             except NothingLeft as error:
                 reason = error
                 continue
-            empty, say = False, _say_nothing
+            empty, say = False, say_nothing
             block = [one for one in found if one.group not in self._held_out_groups]
             if block:
                 yield [replace(one, id=one.where) for one in block]
@@ -162,7 +163,3 @@ class StreamedData:
             raise reason or DataError(
                 f"{names_of(self._config.data)} has no rows; expected at least one"
             )
-
-
-def _say_nothing(line: str) -> None:
-    """What was said of the first block is not repeated."""

@@ -17,6 +17,7 @@ BUFFER = 1024
 """Examples among which the next one is drawn."""
 
 
+# torch does not type what it exports as IterableDataset.
 class ExampleStream(IterableDataset):  # type: ignore[misc]
     """Examples without an end: where they end they begin again.
 

@@ -53,6 +53,7 @@ from ctkd.distill.preparing import (
     with_student,
     writable,
 )
+from ctkd.distill.printable import say_nothing
 from ctkd.distill.streaming import StreamedData
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.memory import KnownStates, TeacherMemory, memory_bytes
@@ -84,7 +85,7 @@ class Interrupted(CtkdError):
     """Training was stopped by the user; a checkpoint was written."""
 
 
-@processes.noticing_losses()
+@processes.noticing_lost_processes()
 def train(
     config: TrainConfig,
     *,
@@ -113,7 +114,7 @@ def train(
     device = choose_device(config.device)
     processes.join(device, config.dtype)
     if not processes.is_first():
-        say = _say_nothing
+        say = say_nothing
     folder_before = processes.of_first(lambda: _checked(config, resume=resume, overwrite=overwrite))
     if "finished" in folder_before.results:
         if processes.is_first():
@@ -137,10 +138,6 @@ def train(
         processes.of_first(lambda: _finish(config, folder, say))
         processes.of_first(lambda: upload(config, folder, say))
     return folder
-
-
-def _say_nothing(line: str) -> None:
-    """Of several processes the first one speaks."""
 
 
 def _begin(
@@ -598,7 +595,7 @@ def _remembered_sample(
     if _remembered(config, inputs, device, say, None, read=read) is None:
         return None, None
     started = now()
-    memory = _remembered(config, inputs, device, lambda line: None, None, read=read)
+    memory = _remembered(config, inputs, device, say_nothing, None, read=read)
     every = (*inputs.encoded.rows, *inputs.encoded_held_out.rows)
     return memory, (now() - started) * teacher_tokens(every) / teacher_tokens(read)
 
