@@ -322,7 +322,7 @@ def _of_positions(facts: LossFacts, examination: Examination) -> tuple[Suits, st
     if answers.in_step >= _GOOD:
         return "good", reason
     if "pairing" in facts.settings:
-        reason += "; --loss-option pairing=chunk pairs all of them"
+        reason += "; --loss-option pairing=chunk pairs what has read the same"
     return "careful", reason
 
 

@@ -691,6 +691,8 @@ def _streamed(texts: Distiller, dataset: Any) -> ExampleStream:
                 yield (
                     block if isinstance(block[0], EncodedExample) else _rows_of(texts, block, first)
                 )
+                # A block of few rows may lie below what the first one was checked for.
+                texts.min_coverage = 0.0
             except NothingLeft as error:
                 warnings.warn(str(error), stacklevel=2)
             first += len(block)

@@ -18,7 +18,7 @@ from ctkd.distill import streaming
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.data import example_stream
 from ctkd.distill.data.example_stream import ExampleStream
-from ctkd.distill.training import CrossTokenizerTrainer, checkpoints, measuring, progress
+from ctkd.distill.training import CrossTokenizerTrainer, Distiller, checkpoints, measuring, progress
 from ctkd.distill.training import trainer as trainers
 from ctkd.errors import DataError, SettingError
 from tests.distill import tiny
@@ -219,8 +219,17 @@ def test_a_trainer_streams_texts(tmp_path, monkeypatch, in_order):
         assert run.accelerator.dispatch_batches is False
         return weights_of(setup.student), run.evaluate()["eval_kd"]
 
+    encode, thresholds = Distiller.encode, []
+
+    def noted(self, rows, **options):
+        thresholds.append(self.min_coverage)
+        return encode(self, rows, **options)
+
+    monkeypatch.setattr(Distiller, "encode", noted)
     with pytest.warns(UserWarning, match=r"left out 1 of . examples as longer than 128 tokens"):
         ours, measured = trained(stream)
+    # Of the evaluation data and the first block; a later one may be a row.
+    assert thresholds[:2] == [0.95, 0.95] and set(thresholds[2:]) == {0.0}
     theirs, wanted = trained([row for order in orders[:2] for row in order])
     for given, message in (
         ((row for row in ROWS), "rows were given as generator, which is read only once"),
