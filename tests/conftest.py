@@ -1,12 +1,14 @@
 """What holds for all tests."""
 
 import gc
+import logging
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from logging.handlers import BufferingHandler
 from typing import Any
 
 import pytest
@@ -123,6 +125,18 @@ def forks() -> Iterator[Forks]:
     yield Forks()
     if server:
         server.close()
+
+
+@pytest.fixture
+def transformers_log() -> Iterator[list[logging.LogRecord]]:
+    """Warnings of transformers, as they come."""
+    logger, handler = logging.getLogger("transformers"), BufferingHandler(1_000)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    yield handler.buffer
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -304,7 +304,7 @@ def answerable(
         raise ModelError(f"the tokenizer of {config.teacher} was not loaded")
     chosen = writable(models, chosen, forms, what, say)
     prompts = forms.teacher.ids(models.teacher_tokenizer, chosen, side="teacher")
-    longest = _longest(config, models, config.max_new_tokens)
+    longest = _longest(config, models, forms, config.max_new_tokens)
     prompted = list(zip(chosen, prompts, strict=True))
     short = [(example, prompt) for example, prompt in prompted if len(prompt) <= longest]
     too_long = [example.id for example, prompt in prompted if len(prompt) > longest]
@@ -408,7 +408,7 @@ def encode(
         models.student_tokenizer,
         # A teacher that only wrote the answers scores nothing.
         models.teacher_tokenizer if config.distils else None,
-        max_length=_longest(config, models, config.max_new_tokens if answered else 0),
+        max_length=_longest(config, models, forms, config.max_new_tokens if answered else 0),
         score_eos=config.score_eos,
         # The references of a held-out row are whole answers.
         on_long=config.on_long if what == "training" else "drop",
@@ -469,11 +469,13 @@ def _check_ids(encoded: EncodedExamples, models: Models) -> None:
                 )
 
 
-def _longest(config: TrainConfig, models: Models, reserved: int) -> int:
+def _longest(config: TrainConfig, models: Models, forms: Forms, reserved: int) -> int:
     """The most tokens of a row that leave all models so many positions."""
     longest = config.max_length
-    names = [config.student, config.teacher] if models.teacher_tokenizer else [config.student]
-    for name in names:
+    sides = [(config.student, forms.student)]
+    if models.teacher_tokenizer is not None:
+        sides.append((config.teacher, forms.teacher))
+    for name, form in sides:
         positions = most_positions(name)
         if positions is None:
             continue
@@ -483,5 +485,5 @@ def _longest(config: TrainConfig, models: Models, reserved: int) -> int:
                 f"{positions} positions of {name}; lower it"
             )
         # What a decoder writes takes no positions from its encoder.
-        longest = min(longest, positions - (0 if decoder_start(name) else reserved))
+        longest = min(longest, positions - (0 if form.decoder_start else reserved))
     return longest

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ctkd.cli import main
+from ctkd.distill.training import measuring
 from tests.distill import tiny
 
 WORDS = ["cat", "dog", "rain", "bridge", "train", "night", "mat"]
@@ -68,6 +70,11 @@ def write_rows(path: Path, count: int) -> None:
         for number in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def undrawn() -> AbstractContextManager[object]:
+    """Curves of runs are empty files: to draw them takes as long as a short run."""
+    return mock.patch.object(measuring, "plot_curves", lambda _, path: path.write_bytes(b""))
 
 
 def invoke(*words: str, environment: dict[str, str] | None = None) -> Result:

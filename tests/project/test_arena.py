@@ -36,6 +36,7 @@ from ctkd.errors import DataError
 from ctkd.registry import describe, list_losses
 from ctkd.tokenization.token_bytes import TokenBytes
 from tests.distill import tiny
+from tests.distill.conftest import curves_are_not_drawn as curves_are_not_drawn
 from tests.distill.tiny_runs import Workplace
 
 ROOT = Path(__file__).parents[2]

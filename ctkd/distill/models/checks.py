@@ -6,7 +6,7 @@ It loads nothing itself.
 import logging as levels
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,17 +57,22 @@ def quiet(*, show_downloads: bool = False) -> Iterator[None]:
     Args:
         show_downloads: leave the hub's download bars as they are.
     """
-    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
+    verbosities = [one.get_verbosity() for one in (logging, hub_logging)]
     bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    logging.set_verbosity(levels.ERROR)
-    hub_logging.set_verbosity(levels.ERROR)
+    _set_verbosities([levels.ERROR] * 2)
     _show_bars(transformers=False, hub=hub_bars and show_downloads)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
+        _set_verbosities(verbosities)
         _show_bars(transformers=bars, hub=hub_bars)
+
+
+def _set_verbosities(wanted: Sequence[int]) -> None:
+    """Set transformers' and the hub's, where it is another: every logger there is looks up anew."""
+    for library, level in zip((logging, hub_logging), wanted, strict=True):
+        if library.get_verbosity() != level:
+            library.set_verbosity(level)
 
 
 def _show_bars(*, transformers: bool, hub: bool) -> None:

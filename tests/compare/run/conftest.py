@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.distill.conftest import curves_are_not_drawn as curves_are_not_drawn
 from tests.distill.tiny_runs import Workplace
 
 

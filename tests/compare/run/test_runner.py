@@ -19,7 +19,6 @@ from ctkd.distill.evaluation.evaluate import run_evaluation
 from ctkd.distill.evaluation.metrics import BITS_PER_BYTE
 from ctkd.distill.models import loading as models
 from ctkd.distill.teachers import memory
-from ctkd.distill.training import measuring
 from ctkd.distill.training import run as training
 from ctkd.errors import DataError, OutputError, SettingError, TrainingError
 from ctkd.registry import describe
@@ -41,8 +40,7 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
+def no_report(monkeypatch):
     monkeypatch.setattr(
         runner, "write_report", lambda comparison, analysis, folder, published: folder / "page"
     )
@@ -62,7 +60,6 @@ def config(place: Workplace, output: str, *, common=None, **settings) -> Compare
 def done(place) -> Path:
     """The folder of a finished comparison with a sweep and two seeds."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(measuring, "plot_curves", lambda history, path: None)
     patch.setattr(runner, "write_report", lambda *rest, published: Path("page"))
     runner.compare(config(place, "done", seeds=2, sweep=SWEEP), say=lambda line: None)
     patch.undo()

@@ -105,7 +105,7 @@ def test_prompts_begin_as_the_tokenizer_begins_texts():
     assert trained.unigram().eos_token_id not in encode_prompt(trained.unigram(), "In Paris")
 
 
-def test_settings_of_the_tokenizer_neither_cut_nor_pad(caplog):
+def test_settings_of_the_tokenizer_neither_cut_nor_pad(transformers_log):
     tokenizer = trained.wrapped(trained.byte_level().backend_tokenizer, eos_token="<|end|>")
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=64)
@@ -113,7 +113,7 @@ def test_settings_of_the_tokenizer_neither_cut_nor_pad(caplog):
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     plain = encoded(trained.byte_level(), " Paris and Münster")
     assert encoded(tokenizer, " Paris and Münster") == plain
-    assert not caplog.records
+    assert transformers_log == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from ctkd.distill.data.prompts import encode_prompt
 from ctkd.distill.evaluation import evaluate as evaluate_command
 from ctkd.distill.evaluation.evaluate import answer, held_out_losses
 from ctkd.distill.models.generation import generate
-from ctkd.distill.training import measuring
 from tests.distill import tiny
 from tests.distill.tiny_runs import ANSWER, Workplace, error_of, finish, invoke, record
 
@@ -20,12 +19,10 @@ from tests.distill.tiny_runs import ANSWER, Workplace, error_of, finish, invoke,
 def place(tmp_path_factory) -> Workplace:
     """With a run that has learned its answer."""
     place = Workplace(tmp_path_factory.mktemp("place"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "plot_curves", lambda history, path: None)
-        finish(
-            *place.train("run", "--max-steps", "20", "--learning-rate", "0.03"),
-            *("--eval-data", str(place.rows), "--loss", "uld", "--kd-weight", "0.1"),
-        )
+    finish(
+        *place.train("run", "--max-steps", "20", "--learning-rate", "0.03"),
+        *("--eval-data", str(place.rows), "--loss", "uld", "--kd-weight", "0.1"),
+    )
     return place
 
 

@@ -13,7 +13,6 @@ import ctkd
 from ctkd.distill.models.adapters import add_lora
 from ctkd.distill.models.fingerprint import model_fingerprint
 from ctkd.distill.models.loading import load_model, load_tokenizer, most_positions
-from ctkd.distill.training import measuring
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import ModelError, SettingError
 from tests.distill import tiny
@@ -29,11 +28,6 @@ pytestmark = [
 ]
 LORA = ("--lora-rank", "2", "--lora-dropout", "0.1", "--max-steps", "4", "--save-steps", "2")
 IDS = torch.tensor([[5, 9, 30, 41]])
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
 
 
 @pytest.fixture(scope="module")

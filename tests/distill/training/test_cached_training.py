@@ -9,7 +9,6 @@ from ctkd.distill import preparing
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.preparing import Forms, encode, load_examples, load_models
 from ctkd.distill.teachers.cache import TeacherCache
-from ctkd.distill.training import measuring
 from ctkd.distill.training import run as training
 from ctkd.distill.training.run import train
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
@@ -26,11 +25,6 @@ def place(tmp_path_factory) -> CachePlace:
     place.part = place.cache("part", k=32, shard_rows=7)
     place.observed = place.cache("observed", k=0, texts="none", shard_rows=7)
     return place
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
 
 
 @pytest.fixture

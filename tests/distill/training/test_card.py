@@ -16,7 +16,7 @@ from ctkd.cli.options import read_settings
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.models import quantized
 from ctkd.distill.preparing import load_teacher
-from ctkd.distill.training import hub, measuring, run
+from ctkd.distill.training import hub, run
 from ctkd.distill.training.card import CARD, card_text
 from ctkd.distill.training.output_folder import OutputFolder
 from tests.distill.tiny_runs import Workplace, error_of, finish, invoke, record, weights
@@ -25,11 +25,6 @@ from tests.distill.tiny_runs import Workplace, error_of, finish, invoke, record,
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 LORA = ("--lora-rank", "2", "--max-steps", "2", "--save-steps", "1")
 QUIET = ("--measure", "nothing")
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +204,7 @@ def test_a_run_is_sent_to_the_hub_once_and_nothing_is_lost(place, online):
     assert "sent to https://hub/me/model" in finish(*words, "--resume").stderr
     assert online.made == [("me/model", True, True)] * 2
     assert online.files.pop("me/model") == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors",
+        "README.md", "config.json", "curves.png", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert '"me/model"' in (folder / CARD).read_text()

@@ -19,7 +19,7 @@ from ctkd.distill.data.tasks import examples
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.teachers.cache_writing import write_cache
 from ctkd.distill.teachers.memory import KnownStates, TeacherMemory
-from ctkd.distill.training import CrossTokenizerTrainer, Distiller, measuring
+from ctkd.distill.training import CrossTokenizerTrainer, Distiller
 from ctkd.errors import DataError, SettingError
 from ctkd.registry import get_loss
 from tests.distill import tiny
@@ -27,11 +27,6 @@ from tests.distill.tiny import CHATML, GEMMA
 from tests.distill.tiny_runs import Workplace, finish, record, weights
 from tests.distill.training.test_resume import same, signaled
 from tests.distill.training.test_trainer import arguments
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
 
 
 def conversation(number: int) -> list[dict[str, str]]:

@@ -20,11 +20,6 @@ def place(tmp_path_factory) -> CachePlace:
     return CachePlace(tmp_path_factory.mktemp("place"))
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
-
-
 def quiet(line: str) -> None:
     pass
 

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.data.prompts import PLAIN, PromptForm
 from ctkd.distill.teachers import cache_writing
-from ctkd.distill.training import measuring
 from ctkd.distill.training import run as training
 from ctkd.errors import SettingError
 from tests.distill.tiny import examples
@@ -38,7 +37,6 @@ def dated(place):
 @pytest.fixture
 def on(monkeypatch):
     """Makes it another day."""
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
 
     def change(day: str) -> None:
         class Date(datetime.date):

@@ -22,7 +22,6 @@ from ctkd.distill.models import ModelLogits
 from ctkd.distill.models.generation import generate
 from ctkd.distill.models.loading import decoder_start, decoder_start_of, load_model
 from ctkd.distill.teachers.memory import TeacherMemory
-from ctkd.distill.training import measuring
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
 from ctkd.errors import BatchError, DataError, ModelError, SettingError
 from ctkd.logits import HeadLogits
@@ -39,11 +38,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 KINDS = tiny_encoder_decoders.KINDS
 ORACLES = {"uld": uld.loss, "multilevelot": multilevelot.loss}
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 import ctkd
 from ctkd import registry
-from ctkd.distill.training import measuring
 from ctkd.distill.training import run as training
 from ctkd.distill.training.output_folder import alone
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
@@ -18,11 +17,6 @@ from ctkd.loss import LossOutput, Paper, Weights
 from tests.distill.tiny_runs import error_of, finish, invoke, record, weights
 
 EVERY_STEP = ["--save-steps", "1", "--measure", "nothing"]
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
 
 
 def copied(model, folder):

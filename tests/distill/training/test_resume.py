@@ -24,11 +24,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
-
-
 @pytest.fixture
 def answered(monkeypatch) -> list[str]:
     """What models were asked to answer for."""

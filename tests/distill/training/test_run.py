@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ctkd.distill.evaluation.metrics import Prediction
 from ctkd.distill.preparing import load_examples
 from ctkd.distill.training import measuring
 from ctkd.distill.training import run as training
+from ctkd.distill.training.curves import plot_curves
 from ctkd.distill.training.measuring import summarize
 from ctkd.errors import DataError, SettingError
 from tests.distill.tiny import TEXTS
@@ -38,13 +40,9 @@ LEARNING = ["--max-steps", "20", "--logging-steps", "5", "--learning-rate", "0.0
 
 @pytest.fixture(scope="module")
 def run(place):
-    """A run that learns the one answer, with what it printed."""
-    return finish(*place.train("run", *LEARNING))
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
+    """A run that learns the one answer and draws its curves, with what it printed."""
+    with mock.patch.object(measuring, "plot_curves", plot_curves):
+        return finish(*place.train("run", *LEARNING))
 
 
 def logged(folder, key) -> list[float]:
@@ -214,7 +212,7 @@ def test_the_summary_says_what_share_of_the_gap_was_closed_and_through_what(plac
     assert "multilevelot changed bits per byte by +0.1 (after, less control)" in summarize(folder)
 
 
-def test_a_run_is_repeated_from_its_record(place, run, undrawn):
+def test_a_run_is_repeated_from_its_record(place, run):
     settings = record(place.folder / "run")["settings"]
     assert TrainConfig.from_mapping(settings).as_dict() == settings
     (place.folder / "again.yaml").write_text(yaml.safe_dump(settings))
@@ -228,7 +226,7 @@ def test_a_run_is_repeated_from_its_record(place, run, undrawn):
     assert {**record(again)["settings"], "output": settings["output"]} == settings
 
 
-def test_another_seed_is_another_order(place, undrawn):
+def test_another_seed_is_another_order(place):
     write_rows(place.folder / "same.jsonl", 3)
     for seed in ("0", "1"):
         words = ["--seed", seed, "--eval-data", str(place.folder / "same.jsonl")]
@@ -239,7 +237,7 @@ def test_another_seed_is_another_order(place, undrawn):
     assert before[0] == before[1]
 
 
-def test_options_override_the_file(place, undrawn):
+def test_options_override_the_file(place):
     file = place.folder / "options.yaml"
     file.write_text(
         yaml.safe_dump(
@@ -262,7 +260,7 @@ def test_options_override_the_file(place, undrawn):
     assert (settings["learning_rate"], settings["seed"], settings["max_steps"]) == (1e-6, 3, 2)
 
 
-def test_epochs_as_an_option_override_the_steps_of_the_file(place, undrawn):
+def test_epochs_as_an_option_override_the_steps_of_the_file(place):
     file = place.folder / "steps.yaml"
     file.write_text("max_steps: 1\n")
     words = place.train("epochs", "--config", str(file))
@@ -273,7 +271,7 @@ def test_epochs_as_an_option_override_the_steps_of_the_file(place, undrawn):
     assert record(place.folder / "epochs")["settings"]["max_steps"] is None
 
 
-def test_sft_never_loads_a_teacher(place, monkeypatch, undrawn):
+def test_sft_never_loads_a_teacher(place, monkeypatch):
     asked = []
     for name in ("load_model", "load_tokenizer"):
         load = getattr(preparing, name)
@@ -293,7 +291,7 @@ def test_sft_never_loads_a_teacher(place, monkeypatch, undrawn):
     assert "teacher" not in shown.output
 
 
-def test_weights_of_zero_switch_a_term_off(place, undrawn):
+def test_weights_of_zero_switch_a_term_off(place):
     folder = place.folder
     finish(*place.train("sft-alone", "--loss", "sft"))
     finish(*place.train("kd0", "--kd-weight", "0"))
@@ -307,7 +305,7 @@ def test_weights_of_zero_switch_a_term_off(place, undrawn):
             assert loss == pytest.approx(ce * ce_value + kd * kd_value, rel=1e-4)
 
 
-def test_accumulated_batches_make_the_steps_of_one_batch(place, undrawn):
+def test_accumulated_batches_make_the_steps_of_one_batch(place):
     finish(*place.train("whole", "--batch-size", "4"))
     finish(*place.train("split", "--batch-size", "1", "--grad-accumulation", "4"))
     whole, split = place.folder / "whole", place.folder / "split"
@@ -316,7 +314,7 @@ def test_accumulated_batches_make_the_steps_of_one_batch(place, undrawn):
     assert record(split)["results"]["steps"] == 2
 
 
-def test_evaluation_data_of_its_own_is_used(place, undrawn):
+def test_evaluation_data_of_its_own_is_used(place):
     write_rows(place.folder / "held-out.jsonl", 3)
     shown = finish(*place.train("held", "--eval-data", str(place.folder / "held-out.jsonl")))
     assert "20 training examples, 3 held out" in shown.stderr
@@ -324,7 +322,7 @@ def test_evaluation_data_of_its_own_is_used(place, undrawn):
     assert record(place.folder / "held")["results"]["student after"]["n"] == 3
 
 
-def test_the_end_of_sequence_is_scored_if_asked(place, undrawn):
+def test_the_end_of_sequence_is_scored_if_asked(place):
     finish(*place.train("eos", "--score-eos", "--max-steps", "1"))
     finish(*place.train("no-eos", "--no-score-eos", "--max-steps", "1"))
     with_eos, without = logged(place.folder / "eos", "kd"), logged(place.folder / "no-eos", "kd")
@@ -348,7 +346,7 @@ def test_a_student_that_learns_no_end_is_pointed_out_once(place, tmp_path):
     assert "the student has no EOS, so answers are taught without an end" in page
 
 
-def test_bfloat16_trains_float32_weights(place, undrawn):
+def test_bfloat16_trains_float32_weights(place):
     shown = finish(*place.train("bf16", "--dtype", "bfloat16"))
     after = weights(place.folder / "bf16")
     assert {value.dtype for value in after.values()} == {torch.float32}
@@ -356,7 +354,7 @@ def test_bfloat16_trains_float32_weights(place, undrawn):
     assert "warning" not in shown.stderr
 
 
-def test_weights_in_bfloat16_are_warned_about(place, undrawn):
+def test_weights_in_bfloat16_are_warned_about(place):
     shown = finish(*place.train("pure", "--dtype", "bfloat16-pure"))
     assert {value.dtype for value in weights(place.folder / "pure").values()} == {torch.bfloat16}
     warned = [line for line in shown.stderr.splitlines() if line.startswith("warning: ")]
@@ -364,7 +362,7 @@ def test_weights_in_bfloat16_are_warned_about(place, undrawn):
     assert "--dtype bfloat16 keeps them in float32" in warned[0]
 
 
-def test_only_answers_to_questions_end_at_a_line_break(place, undrawn, monkeypatch):
+def test_only_answers_to_questions_end_at_a_line_break(place, monkeypatch):
     rules = {}
 
     def answered(*arguments, one_line, progress, **settings):
@@ -389,13 +387,13 @@ def test_only_answers_to_questions_end_at_a_line_break(place, undrawn, monkeypat
     assert len(rules) == 3 and all(rules.values())
 
 
-def test_the_last_two_checkpoints_are_kept_if_asked(place, undrawn):
+def test_the_last_two_checkpoints_are_kept_if_asked(place):
     finish(*place.train("kept", "--keep-checkpoints", "--save-steps", "1", "--max-steps", "3"))
     found = sorted(path.name for path in place.folder.glob("kept/checkpoint-*"))
     assert found == ["checkpoint-2", "checkpoint-3"]
 
 
-def test_rows_too_long_for_a_model_are_left_out_and_said(place, undrawn):
+def test_rows_too_long_for_a_model_are_left_out_and_said(place):
     rows = place.folder / "long.jsonl"
     write_rows(rows, 20)
     held_out = place.folder / "long-held-out.jsonl"
@@ -438,7 +436,7 @@ def test_a_held_out_part_shares_no_passage_with_the_rest(tmp_path):
     assert load_examples(other, said.append)[1] != held_out
 
 
-def test_several_files_are_one_data_set(place, tmp_path, undrawn):
+def test_several_files_are_one_data_set(place, tmp_path):
     lines = place.rows.read_text().splitlines(keepends=True)
     for name, part in (("a", lines[:5]), ("b", lines[5:12]), ("c", lines[12:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
@@ -463,7 +461,7 @@ def test_several_files_are_one_data_set(place, tmp_path, undrawn):
     assert "was started with other settings (data [" in error_of(invoke(*words))
 
 
-def test_texts_alone_are_trained_on_where_something_stands_in_front(place, tmp_path, undrawn):
+def test_texts_alone_are_trained_on_where_something_stands_in_front(place, tmp_path):
     rows = tmp_path / "texts.jsonl"
     rows.write_text("".join(json.dumps({"text": f"{TEXTS[n % 4]} {n}."}) + "\n" for n in range(20)))
     words = place.train("texts", "--data", str(rows))
@@ -480,7 +478,7 @@ def test_texts_alone_are_trained_on_where_something_stands_in_front(place, tmp_p
     assert all(loss > 0 for loss in logged(place.folder / "texts", "ce"))
 
 
-def test_documents_are_measured_in_bits_beside_a_control_without_the_loss(place, tmp_path, undrawn):
+def test_documents_are_measured_in_bits_beside_a_control_without_the_loss(place, tmp_path):
     rows, output = tmp_path / "documents.jsonl", place.folder / "documents"
     texts = [" ".join(TEXTS[(n + k) % 4] for k in range(1 + n % 3)) for n in range(24)]
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -18,7 +18,7 @@ from ctkd.distill import streaming
 from ctkd.distill.config import TrainConfig
 from ctkd.distill.data import example_stream
 from ctkd.distill.data.example_stream import ExampleStream
-from ctkd.distill.training import CrossTokenizerTrainer, Distiller, checkpoints, measuring, progress
+from ctkd.distill.training import CrossTokenizerTrainer, Distiller, checkpoints, progress
 from ctkd.distill.training import trainer as trainers
 from ctkd.errors import DataError, SettingError
 from tests.distill import tiny
@@ -26,11 +26,6 @@ from tests.distill.tiny_runs import ANSWER, error_of, finish, invoke, weights
 from tests.distill.training.test_distiller import ROWS
 from tests.distill.training.test_resume import same, training_logs
 from tests.distill.training.test_trainer import arguments, same_weights, weights_of
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
 
 
 @pytest.fixture

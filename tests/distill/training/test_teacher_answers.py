@@ -29,9 +29,8 @@ def place(tmp_path_factory) -> CachePlace:
 
 @pytest.fixture(autouse=True)
 def own_texts(monkeypatch, tmp_path):
-    """Nothing is drawn, and nothing is kept for other tests."""
+    """Nothing is kept for other tests."""
     monkeypatch.setenv("CTKD_CACHE", str(tmp_path / "kept"))
-    monkeypatch.setattr(measuring, "plot_curves", lambda history, path: None)
 
 
 @pytest.fixture
