@@ -9,6 +9,6 @@ from tests.distill.tiny_runs import undrawn
 
 @pytest.fixture(scope="session", autouse=True)
 def curves_are_not_drawn() -> Iterator[None]:
-    """One test has them drawn."""
+    """A test of what a run leaves behind draws them itself."""
     with undrawn():
         yield

@@ -69,7 +69,7 @@ def quiet(*, show_downloads: bool = False) -> Iterator[None]:
 
 
 def _set_verbosities(wanted: Sequence[int]) -> None:
-    """Set transformers' and the hub's, where it is another: every logger there is looks up anew."""
+    """Set transformers' and the hub's where they differ: setting one clears all loggers' caches."""
     for library, level in zip((logging, hub_logging), wanted, strict=True):
         if library.get_verbosity() != level:
             library.set_verbosity(level)
