@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from ctkd.errors import SettingError
 
-__all__ = ["check_choice", "check_count", "check_positive", "check_some_weight", "check_weight"]
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_flag",
+    "check_positive",
+    "check_some_weight",
+    "check_weight",
+]
 
 
 def check_positive(name: str, value: float) -> None:
@@ -31,6 +38,12 @@ def check_count(name: str, value: int) -> None:
     """Refuse a setting that is not a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Refuse a setting that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise SettingError(f"{name} must be true or false, got {value!r}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

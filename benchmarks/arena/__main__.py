@@ -69,7 +69,17 @@ ARENAS: dict[str, Makers] = {
 }
 
 
-@click.command()
+_ARENAS = """
+\b
+  scratch     a small Llama of random weights learns passages; all losses, three
+              weights and more of each (some 6 hours on two cores)
+  transfer    Gemma 3 270M with another vocabulary learns from itself (5 hours)
+  few_labels  questions of which few keep their label, a teacher answers others
+  paper       the three tasks of the MultiLevelOT paper; on a GPU alone
+"""
+
+
+@click.command(epilog=_ARENAS)
 @click.argument("name", type=click.Choice(list(ARENAS)))
 @click.argument("folder", required=False, type=click.Path(file_okay=False, path_type=Path))
 @click.option(
@@ -90,10 +100,11 @@ def main(
     only_report: bool,
     results: Path,
 ) -> None:
-    """Compare losses where they can be told apart.
+    """Compare losses where they can be told apart, in bits per byte over many seeds.
 
     FOLDER holds fairytaleqa_train.parquet and fairytaleqa_validation.parquet, and for the arena
     paper the same of qed and dialogsum. Without one, scratch and transfer take Python's reference.
+    Each finished run is a row in --results, and the same command goes on there.
     """
     if minutes is not None and not 0 <= minutes < math.inf:
         raise click.BadParameter(f"{minutes} is no time to train for", param_hint="--minutes")
@@ -101,14 +112,19 @@ def main(
     path = results / f"arena_{name}.jsonl"
     try:
         begun = time.monotonic()
-        for make in ARENAS[name]:
-            arena = make(folder, cache_dir() / "arena")
+        # All of them first, so that what one lacks is said before another has trained for hours.
+        for arena in [make(folder, cache_dir() / "arena") for make in ARENAS[name]]:
+            report = partial(
+                write_report, results, arena, path, name if folder is None else f"{name} FOLDER"
+            )
             try:
                 if not only_report:
                     with stopped_after(minutes, begun):
                         work_off(arena, path, share)
-            finally:
-                write_report(results, arena, path)
+            except (Interrupted, KeyboardInterrupt):
+                report()
+                raise
+            report()
     except (Interrupted, KeyboardInterrupt):
         click.echo("stopped; the same command goes on")
     except CtkdError as error:
@@ -141,7 +157,7 @@ def work_off(arena: Arena, path: Path, share: tuple[int, int]) -> None:
         about = environment("transformers", "tokenizers")
         append_row(path, {**about, "data": arena.data, **row})
 
-    prepared = False
+    prepared = waited = False
     while True:
         runs, models = read_runs(path, arena.data, arena.plan.methods)
         left = list(wanted(arena.plan, runs))
@@ -157,8 +173,12 @@ def work_off(arena: Arena, path: Path, share: tuple[int, int]) -> None:
         mine = [one for one in left if _place(one, share[1]) == share[0] - 1]
         if not mine:
             # What is left belongs to others, and what follows may be ours.
+            if not waited:
+                click.echo(f"waiting for {len(left)} runs of other shares")
+            waited = True
             time.sleep(20)
             continue
+        waited = False
         method, weight, seed = mine[0]
         click.echo(f"{len(runs)} runs done; {method.label}, weight {weight:g}, seed {seed}")
         keep(arena.run(method, weight, seed))

@@ -35,6 +35,7 @@ The teacher was trained with the labels that the students lack, in place of a mu
 is one pair of models, one data set, 60 steps, and each loss at its default weight alone. Bits are
 those of the first gold answer, after its prompt. Intervals are Student's, for other seeds on other
 stories; they hold one by one, the p values together.
+Models are packaged ones, whose weights were rounded to some 4 bits.
 """
 
     def __init__(self, source: Path | None, work: Path, labels: int) -> None:

@@ -48,6 +48,7 @@ class Paper(AnswerArena):
 It is one pair of models, both far smaller than the paper's, with each loss at its default weight
 alone. The teacher was trained with the labels, and was no few-shot model. Intervals are Student's,
 for other seeds on other rows of these data sets.
+Models are packaged ones, whose weights were rounded to some 4 bits.
 """
 
     def __init__(self, source: Path | None, work: Path, data_set: str, *, labelled: bool) -> None:
@@ -79,7 +80,8 @@ for other seeds on other rows of these data sets.
         if is_cpu(choose_device("auto")):
             runs, hours = self.plan.seeds * len(self.plan.methods), self.seconds() / 3600
             raise DataError(
-                f"{self.name} needs a GPU: its {runs} runs would take some {hours:,.0f} hours on "
+                f"{self.name}, one of the arena's {2 * len(TASKS)} parts, needs a GPU: its {runs} "
+                f"runs would take some {hours:,.0f} hours on "
                 "this CPU; the arenas scratch, transfer and few_labels are made for one"
             )
         super().prepare()

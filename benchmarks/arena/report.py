@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from benchmarks.arena.runs import (
     Arena,
     Documents,
     Method,
+    Plan,
     Run,
     bits_per_byte,
     chosen_weights,
@@ -40,19 +42,23 @@ def paired(
     Raises:
         DataError: If the runs were not measured on the same texts.
     """
-    ours, theirs = ({run.seed: run.test for run in some if run.seed} for some in (method, other))
+    ours, theirs = ({run.seed: run for run in some if run.seed} for some in (method, other))
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
         return None, [], 0
-    texts = {story: size for story, (_, size) in ours[seeds[0]].items()}
+    texts = {story: size for story, (_, size) in ours[seeds[0]].test.items()}
     for some, seed in itertools.product((ours, theirs), seeds):
-        if {story: size for story, (_, size) in some[seed].items()} != texts:
+        if {story: size for story, (_, size) in some[seed].test.items()} != texts:
             raise DataError(
-                f"expected runs on the same texts, got others with seed {seed}; remove its rows"
+                f"expected runs on the same texts, got others of {some[seed].method} with seed "
+                f"{seed}; remove its rows"
             )
     sizes = np.array(list(texts.values()), float)
     bits = np.array(
-        [[ours[seed][story][0] - theirs[seed][story][0] for story in texts] for seed in seeds]
+        [
+            [ours[seed].test[story][0] - theirs[seed].test[story][0] for story in texts]
+            for seed in seeds
+        ]
     )
     values = bits / sizes
     return crossed_mean(values, sizes), list(values @ (sizes / sizes.sum())), len(texts)
@@ -95,8 +101,13 @@ class Report:
         return [run for run in self.runs if (run.method, run.weight) == (label, chosen)]
 
     def mean(self, label: str) -> float:
-        """Bits per byte of test texts over seeds."""
-        return statistics.fmean(bits_per_byte(run.test) for run in self._compared(label))
+        """Bits per byte of test texts over seeds; of a method, sft's plus its paired difference.
+
+        Methods have unlike numbers of seeds, so that means of their own seeds could not be compared
+        with each other.
+        """
+        sft = statistics.fmean(bits_per_byte(run.test) for run in self._compared(SFT))
+        return sft if label == SFT else sft + self.against_sft[label].mean
 
     def _compared(self, label: str) -> list[Run]:
         """Those that chose no weight."""
@@ -118,8 +129,7 @@ class Report:
                 f"{found.mean:+.4f}",
                 f"[{low:+.4f}, {high:+.4f}]",
                 f"{self.p_values[label]:.2g}",
-                # From sft with the same seeds.
-                self._share(self.mean(label) - found.mean, label),
+                self._share(self.mean(SFT), label),
                 f"{detectable:.4f}",
             ]
             rows.append((label, contrast))
@@ -141,11 +151,11 @@ class Report:
         spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.1f}{spread}" if values else ""
 
-    def _share(self, worst: float | None, label: str) -> str:
+    def _share(self, worst: float, label: str) -> str:
         """Of the gap between something and the teacher, what a method closes."""
         teacher = self.models.get("teacher")
         # A teacher that is no better leaves no gap to close.
-        if worst is None or teacher is None or worst <= teacher:
+        if teacher is None or worst <= teacher:
             return ""
         return f"{100 * (worst - self.mean(label)) / (worst - teacher):+.1f} %"
 
@@ -181,8 +191,38 @@ class Report:
         return tabulate(rows, ["method", "weight: bits per byte"], tablefmt="github")
 
 
-def write_report(folder: Path, arena: Arena, rows: Path) -> None:
-    """Write the tables, if there is anything to compare."""
+def how_to_read(plan: Plan) -> str:
+    """What the columns mean, and what was settled before."""
+    more = f", sft and the {plan.best} best on development texts {plan.more_seeds}"
+    chosen = (
+        "Seed 0 chose each method's weight on development texts, and is compared nowhere. "
+        if any(len(one.weights()) > 1 for one in plan.methods)
+        else ""
+    )
+    return textwrap.fill(
+        'Differences are means over seeds and test texts, paired by both; "bits per byte" is what '
+        f"sft has plus the difference. {chosen}Before any test text was looked at it was settled "
+        f"that each method has {plan.seeds} seeds{more if plan.more_seeds > plan.seeds else ''}; "
+        "where there are fewer, runs are missing. Intervals and p values are Student's with "
+        "Satterthwaite's degrees of freedom, for other seeds and other texts at once: the spread "
+        "of seeds' means and that of texts' means are added, so that two seeds that agree can "
+        'suffice where texts are many. "Detectable" is the true difference that would be found '
+        'with 80 % power after the adjustment for all methods; smaller ones may be there. "Of the '
+        'gap" is what is closed of that between sft and the teacher, "recovered" of that between '
+        "the student as it starts and the teacher; a teacher that is no better leaves none.",
+        width=100,
+    )
+
+
+def write_report(folder: Path, arena: Arena, rows: Path, command: str) -> None:
+    """Write the tables, if there is anything to compare.
+
+    Args:
+        folder: Where to.
+        arena: Whose rows they are.
+        rows: The file.
+        command: What repeats them: the arena's name and, if there is one, its folder.
+    """
     methods = arena.plan.methods
     runs, models = read_runs(rows, arena.data, methods)
     report = Report(methods, runs, models, arena.metric)
@@ -194,8 +234,9 @@ def write_report(folder: Path, arena: Arena, rows: Path) -> None:
         f"# The arena {arena.name}\n",
         f"{len(runs)} runs, the last of {time.strftime('%Y-%m-%d')}; texts {arena.data}. Bits per "
         f"byte of test texts: {', '.join(f'{name} {one:.4f}' for name, one in levels.items())}. "
-        f"Repeat with `python -m benchmarks.arena {arena.name}`.\n",
+        f"Repeat with `python -m benchmarks.arena {command}`.\n",
         f"{report.table()}\n",
+        f"{how_to_read(arena.plan)}\n",
         "## MultiLevelOT against ULD\n",
         f"{report.contrasts()}\n",
     ]

@@ -17,6 +17,7 @@ import click
 
 import ctkd
 from ctkd.distill.config import SFT
+from ctkd.errors import DataError
 
 FACTORS = (0.1, 0.3, 1.0)
 MOST_WEIGHTS = 5
@@ -130,39 +131,54 @@ def bits_per_byte(documents: Documents) -> float:
 def read_runs(
     path: Path, data: str, methods: Sequence[Method]
 ) -> tuple[list[Run], dict[str, Documents]]:
-    """The runs of these methods on these data that a file holds, and test texts of whole models."""
+    """The runs of these methods on these data that a file holds, and test texts of whole models.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
     runs: dict[tuple[str, float, int], Run] = {}
     models: dict[str, Documents] = {}
-    if path.exists():
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                _ = row["method"]
-            except (ValueError, TypeError, KeyError):
-                click.echo(f"{path}: line {number} was cut off; its run is done again", err=True)
-                continue
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; move it away") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
             if row.get("data") != data:
                 continue
-            split = {
-                name: {story: (bits, size) for story, (bits, size) in row[name].items()}
-                for name in ("dev", "test")
-            }
             if "loss" not in row:
-                models[row["method"]] = split["test"]
+                models[row["method"]] = _documents(row["test"])
                 continue
             # Rows of a method that is no longer compared, or was defined otherwise, stay behind.
             if Method(row["method"], row["loss"], row["options"]) in methods:
                 run = Run(
                     method=row["method"],
-                    weight=row["weight"],
-                    seed=row["seed"],
-                    seconds=row["seconds"],
-                    dev=split["dev"],
-                    test=split["test"],
+                    weight=float(row["weight"]),
+                    seed=int(row["seed"]),
+                    seconds=float(row["seconds"]),
+                    dev=_documents(row["dev"]),
+                    test=_documents(row["test"]),
                     score=row.get("score"),
                 )
                 runs[run.key] = run
+        except (ValueError, TypeError, LookupError, AttributeError):
+            click.echo(f"{path}: line {number} is damaged; its run is done again", err=True)
     return list(runs.values()), models
+
+
+def _documents(found: Mapping[str, Any]) -> Documents:
+    """Bits and bytes of each story of a row.
+
+    Raises:
+        ValueError: If there are none, or one is no number.
+    """
+    documents = {story: (float(bits), int(size)) for story, (bits, size) in found.items()}
+    if not documents or not all(math.isfinite(bits) and size for bits, size in documents.values()):
+        raise ValueError("bits that are no numbers")
+    return documents
 
 
 def chosen_weights(methods: Iterable[Method], runs: Iterable[Run]) -> dict[str, float | None]:

@@ -27,6 +27,7 @@ class Scratch(TextArena):
 It is one pair of models, of which the student knows nothing at first, one kind of text, one length
 of training and one learning rate. Weights were chosen with one seed. Intervals are Student's, for
 other seeds on other texts of this kind; they hold one by one, the p values together.
+Models are packaged ones, whose weights were rounded to some 4 bits.
 """
 
     def __init__(self, source: Path | None, work: Path) -> None:

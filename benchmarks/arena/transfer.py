@@ -34,7 +34,8 @@ class Transfer(TextArena):
     limits = """\
 It is one body and one vocabulary, 100 steps of 4 texts, and each loss at its default weight alone.
 Intervals are Student's, for other seeds on other texts of this kind; the seeds differ in the order
-of the texts, as all students start from the same weights.
+of the texts, as all students start from the same weights. Models are packaged ones, whose weights
+were rounded to some 4 bits.
 """
 
     def __init__(self, source: Path | None, work: Path) -> None:

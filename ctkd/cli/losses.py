@@ -61,10 +61,12 @@ def losses(name: str | None) -> None:
         f"ce {facts.default_weights.ce:g}, kd {facts.default_weights.kd:g}"
     )
     if (found := facts.measured) is not None:
+        default = facts.default_weights.kd
+        apart = f"; at {default:g} {found.at_default:+.4f} on development texts, with one seed"
         show(
             f"where all were compared: {found.difference:+.4f} bits per byte to fine-tuning alone, "
             f"95 % from {found.low:+.4f} to {found.high:+.4f}, beside ce 1 at kd {found.kd:g}, the "
-            f"best of several weights; {found.at_default:+.4f} at the default kd, with one seed"
+            f"best of several weights{'' if found.kd == default else apart}"
         )
     show("")
     settings = list(facts.settings.items())

@@ -488,18 +488,31 @@ class EvaluateRequest:
     data: str | list[str] | None = same_as(TrainConfig, "data", default=None)
     task: str | None = same_as(TrainConfig, "task", default=None)
     columns: dict[str, str] = same_as(TrainConfig, "columns")
-    limit: int | None = option(None, "Use the first N examples.")
+    limit: int | None = option(None, "Use the first N examples; of documents, pieces.")
     predictions: str | None = option(
         None, "Score the answers in this file, without a MODEL.", metavar="FILE"
     )
-    output: str | None = option(None, "Write MODEL's answers to this file.", metavar="FILE")
+    output: str | None = option(
+        None,
+        "Write MODEL's answers to this file, or the bits of each piece of a document.",
+        metavar="FILE",
+    )
     loss: str | None = option(None, "Also measure this loss against a teacher.")
     loss_options: dict[str, Any] = same_as(TrainConfig, "loss_options")
     next_bytes: bool = option(
         False, "Also measure how far the next bytes it expects are from a teacher's."
     )
+    answers: Literal["data", "teacher"] = same_as(
+        TrainConfig,
+        "answers",
+        help="Given answers whose bits and losses are measured: the data's, or what a teacher "
+        "writes. Scores take the data's.",
+    )
     teacher: str | None = same_as(
-        TrainConfig, "teacher", default=None, help="For --loss and --next-bytes."
+        TrainConfig,
+        "teacher",
+        default=None,
+        help="For --loss, --next-bytes and --answers teacher.",
     )
     template: Template | None = option(
         None,
@@ -525,11 +538,11 @@ class EvaluateRequest:
         of_teacher = (self.teacher, self.teacher_template)
         if self.loss is None and self.loss_options:
             raise SettingError("--loss-option belongs to a loss; name it with --loss")
-        asks = self.loss is not None or self.next_bytes
+        asks = self.loss is not None or self.next_bytes or self.answers == "teacher"
         if not asks and any(given is not None for given in of_teacher):
             raise SettingError(
                 "--teacher and --teacher-template are for what is measured against a teacher; "
-                "add --loss or --next-bytes"
+                "add --loss, --next-bytes or --answers teacher"
             )
 
 

@@ -365,8 +365,7 @@ def answered_by_teacher(
                 f"{example.id}; make it with `ctkd cache --texts all` and the same options"
             )
         if text:
-            space = example.answer[: len(example.answer) - len(example.answer.lstrip(" "))]
-            answered.append(example.with_answer(space + text, ends=texts.ended(prompt)))
+            answered.append(example.with_answer(text, ends=texts.ended(prompt)))
     if not answered:
         raise DataError(
             "the teacher wrote nothing to any prompt; raise max_new_tokens, or take another teacher"

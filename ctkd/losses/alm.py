@@ -14,7 +14,7 @@ from ctkd.chunks import chunk_sums, chunk_table, chunks_on_both_sides
 from ctkd.errors import SettingError
 from ctkd.loss import Loss, LossOutput, Measured, Paper, TeacherNeed, Weights, average, masked_sum
 from ctkd.registry import register
-from ctkd.settings import check_positive
+from ctkd.settings import check_flag, check_positive
 from ctkd.tokenizers import Pair, check_sizes
 
 __all__ = ["ALM", "binary_kl", "log1mexp"]
@@ -169,6 +169,7 @@ class ALM(Loss):
         super().__init__()
         check_positive("temperature", temperature)
         self.temperature = temperature
+        check_flag("debias", debias)
         self.debias = debias
         if not debias:
             return

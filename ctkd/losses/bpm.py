@@ -15,7 +15,7 @@ from ctkd.loss import Loss, LossOutput, Measured, Paper, Weights, average
 from ctkd.losses.shared_kl import _LOWEST_LOGIT
 from ctkd.ops import RowLoss
 from ctkd.registry import register
-from ctkd.settings import check_choice, check_positive
+from ctkd.settings import check_choice, check_flag, check_positive
 from ctkd.tokenizers import Continuations, Pair, check_sizes
 
 __all__ = ["BPM", "LEAST_MASS", "class_probs"]
@@ -156,6 +156,7 @@ class BPM(Loss):
         check_choice("rest", rest, ("class", "renormalize"))
         check_positive("temperature", temperature)
         self.rest = rest
+        check_flag("conditional", conditional)
         self.conditional = conditional
         self.temperature = temperature
         self.teacher_temperatures = (temperature,)

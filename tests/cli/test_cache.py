@@ -33,7 +33,7 @@ def test_the_result_is_one_line_on_stdout(place, made):
         f"{cache.path}: 20 rows, top 9 of {cache.vocab_size}, temperatures 1, 2; 2 texts written, "
         f"{size:.1f} MiB\n"
     )
-    assert "caching 20 rows, " in made.stderr
+    assert "caching 20 distinct rows, " in made.stderr
     assert f"loading the teacher: {place.teacher}" in made.stderr
 
 

@@ -305,6 +305,7 @@ def test_what_is_refused():
     for settings, message in (
         ({"rest": "drop"}, "rest must be one of class, renormalize, got 'drop'"),
         ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
+        ({"conditional": "flase"}, "conditional must be true or false, got 'flase'"),
     ):
         with pytest.raises(SettingError, match=message):
             ctkd.get_loss("bpm", pair=SOME, **settings)

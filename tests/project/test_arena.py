@@ -1,6 +1,7 @@
 """The arena looks for weights, trains what is left, and says what the rows say."""
 
 import json
+import math
 import re
 import signal
 from dataclasses import replace
@@ -16,7 +17,7 @@ from datasets import Dataset
 from benchmarks.arena import __main__ as command
 from benchmarks.arena import answers, few_labels, paper, scratch
 from benchmarks.arena.few_labels import FewLabels
-from benchmarks.arena.paper import Paper
+from benchmarks.arena.paper import TASKS, Paper
 from benchmarks.arena.report import Report, paired
 from benchmarks.arena.runs import (
     Method,
@@ -100,22 +101,29 @@ def test_a_report_says_what_the_rows_say(tmp_path):
     assert "uld, chunk" in lines[2] and f"{10 / (sft - 1):+.1f} %" in lines[2]
     assert paired(report.of(SFT), report.of(SFT)[:2])[0] is None
     others = replace(runs[1], test={"0": (1.0, 999)})
-    with pytest.raises(DataError, match="on the same texts, got others with seed 1"):
+    with pytest.raises(DataError, match="on the same texts, got others of sft with seed 1"):
         paired(report.of(SFT), [others, *report.of(SFT)[2:]])
     assert "Not measured yet." in Report(METHODS[:1], runs, {}).contrasts()
     no_gap = Report(METHODS, runs, {"teacher": report.of(SFT)[0].test | {"0": (9000.0, 1000)}})
     assert "%" not in no_gap.table().splitlines()[2]
 
 
-def test_a_row_counts_for_the_method_that_it_names(tmp_path):
+def test_a_row_counts_for_the_method_that_it_names(tmp_path, capsys):
     """A method that is gone, or has other settings now, leaves its rows unread."""
     path, texts = tmp_path / "rows.jsonl", {"0": (1.0, 1)}
     row = {"data": "x", "weight": 1.0, "seed": 0, "seconds": 1.0, "dev": texts, "test": texts}
     rows = [{"method": one, "loss": "uld", "options": options, **row} for one, options in
             (("uld, chunk", {}), ("uld, chunk", {"pairing": "chunk"}), ("gone", {}))]  # fmt: skip
-    path.write_text("".join(f"{json.dumps(one)}\n" for one in rows))
+    damaged = [{**rows[0], "dev": {"0": (math.nan, 1)}}, {**rows[0], "test": []}, {"data": "x"},
+               {**rows[0], "weight": None}]  # fmt: skip
+    text = "".join(f"{json.dumps(one)}\n" for one in [*rows, *damaged])
+    path.write_bytes(b'\n"\xff"\n' + text.encode())
     found, models = read_runs(path, "x", METHODS)
     assert [run.method for run in found] == ["uld, chunk"] and not models
+    said = capsys.readouterr().err
+    assert [int(one) for one in re.findall(r"line (\d+) is damaged", said)] == [2, 6, 7, 8, 9]
+    with pytest.raises(DataError, match="cannot be read: Is a directory; move it away"):
+        read_runs(tmp_path, "x", METHODS)
     assert next(wanted(Plan(methods=METHODS), found))[0] is METHODS[1]
 
 
@@ -153,7 +161,7 @@ def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
     # Killed while it wrote, and something else.
     path.write_text(f"5\n{path.read_text()[:-40]}")
     result = CliRunner().invoke(command.main, words)
-    assert f"line {len(rows) + 1} was cut off; its run is done again" in result.stderr
+    assert f"line {len(rows) + 1} is damaged; its run is done again" in result.stderr
     again = path.read_text().splitlines()
     assert len(again) == len(rows) + 2 and json.loads(again[-1])["test"] == rows[-1]["test"]
     bad = CliRunner().invoke(command.main, [*words, "--share", "3/2"])
@@ -201,16 +209,21 @@ def test_few_labels_are_mixed_with_the_teachers_answers(tmp_path, monkeypatch):
 
 def test_the_paper_s_tasks_need_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("CTKD_CACHE", str(tmp_path / "cache"))
-    for split in ("train", "validation"):
-        rows = [{"story": f"{one}", "context": "x y", "question": "w?", "answers": ["a b"]}
-                for one in range(40)]  # fmt: skip
-        Dataset.from_list(rows).to_parquet(tmp_path / f"fairytaleqa_{split}.parquet")
     words = ["paper", str(tmp_path), "--results", str(tmp_path)]
+    for name, (task, group) in TASKS.items():
+        result = CliRunner().invoke(command.main, words)
+        assert f"{name}_train.parquet does not exist" in result.output
+        asked = {"qa": {"context": "x y", "question": "w?", "answers": ["a b"]},
+                 "summarization": {"dialogue": "x y", "summaries": ["a b"]}}  # fmt: skip
+        rows = [{**asked[task], group: f"{one}"} for one in range(40)]
+        for split in ("train", "validation"):
+            Dataset.from_list(rows).to_parquet(tmp_path / f"{name}_{split}.parquet")
     result = CliRunner().invoke(command.main, words)
-    assert result.exit_code == 1
-    assert re.search(
-        r"paper_fairytaleqa needs a GPU: its 24 runs would take some \d", result.output
+    assert result.exit_code == 1 and "no report" not in result.output
+    said = (
+        r"paper_fairytaleqa, one of the arena's 6 parts, needs a GPU: its 24 runs would take \w+ \d"
     )
+    assert re.search(said, result.output)
     # What rows of another machine say needs none.
     qa = [partial(Paper, data_set="fairytaleqa", labelled=one) for one in (True, False)]
     monkeypatch.setitem(command.ARENAS, "paper", qa)

@@ -25,7 +25,7 @@ from ctkd.compare.analysis.statistics import (
     seed_interval,
     smallest_detectable_difference,
 )
-from ctkd.compare.records import Comparison, Record
+from ctkd.compare.records import TEACHER, Comparison, Record
 from ctkd.distill.evaluation.metrics import METRICS, Metric
 from ctkd.errors import DataError, SettingError
 
@@ -58,6 +58,8 @@ class Difference:
             rejects.
         adjusted_level: The one that belongs to Holm's decision, from `holm_levels`.
         verdict: "not tested" in a demonstration, with one shared seed, or with one group.
+        gap_share: Of the gap between the baseline, with the same seeds, and the teacher, what the
+            method closes, :math:`(b - m) / (b - t)`; None where the teacher is no better.
     """
 
     mean: float
@@ -72,6 +74,14 @@ class Difference:
     adjusted_interval: Interval | None = None
     adjusted_level: float | None = None
     verdict: Verdict = "not tested"
+    gap_share: float | None = None
+
+    @property
+    def is_borne_out(self) -> bool | None:
+        """Whether the interval over seeds excludes 0 as the verdict does; None without either."""
+        if self.verdict not in ("better", "worse") or self.seed_interval is None:
+            return None
+        return self.seed_interval.excludes_zero
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +208,8 @@ def analyze(
     can_decide = (of_baseline.smallest_p_value or 1.0) <= alpha / comparisons
     for method, one in differences.items():
         detectable = _detectable(boots[method], alpha, comparisons) if can_decide else None
-        differences[method] = replace(one, smallest_detectable=detectable)
+        share = _gap_share(comparison, one)
+        differences[method] = replace(one, smallest_detectable=detectable, gap_share=share)
     family = {name: (boots[name], differences[name]) for name in tested}
     differences |= _tested(family, alpha, METRICS[metric].sign)
 
@@ -241,6 +252,17 @@ def _paired(comparison: Comparison, method: str) -> tuple[tuple[int, ...], Score
             "have; run both with the same seeds"
         )
     return shared, np.stack([of_method[seed] - of_baseline[seed] for seed in shared])
+
+
+def _gap_share(comparison: Comparison, difference: Difference) -> float | None:
+    metric = comparison.metric
+    teachers = [record for record in comparison.references if record.method == TEACHER]
+    if not teachers:
+        return None
+    baseline = [run for run in comparison.of(comparison.baseline) if run.seed in difference.seeds]
+    apart = _seed_averaged(teachers, metric) - _seed_averaged(baseline, metric)
+    gap = float(np.average(apart, weights=_weights(teachers[0], metric)))
+    return difference.mean / gap if METRICS[metric].sign * gap > 0 else None
 
 
 def _untested(

@@ -168,12 +168,20 @@ class CompareConfig:
                 f"{did_you_mean(self.metric, metrics)}; metrics: {', '.join(metrics)}"
             )
         check_equal_trials(methods, self.base.learning_rate)
+        distils = False
         for method in methods:
             for varied in method.points():
                 try:
-                    self.train_config(method, varied, self.seed_values[-1])
+                    distils |= self.train_config(method, varied, self.seed_values[-1]).distils
                 except CtkdError as error:
                     raise SettingError(f"method {method.name}: {error}") from error
+        templates = self.base.student_template, self.base.teacher_template
+        if distils and templates == ("chat", "plain"):
+            raise SettingError(
+                "answers stand without the space in front in a chat, and with it where any side is "
+                "asked in plain text, so that methods without a teacher would learn other texts; "
+                "ask the teacher in a chat as well, or the student in plain text"
+            )
 
     @classmethod
     def from_mapping(

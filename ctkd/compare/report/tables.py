@@ -163,6 +163,9 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
     baseline = comparison.baseline
     heading = METRICS[comparison.metric].heading.replace(" (", "\n(").splitlines()
     shown = (*analysis.references, *analysis.methods)
+    differences = [one.difference for one in analysis.methods if one.difference is not None]
+    has_gap = any(one.gap_share is not None for one in differences)
+    has_seeds = any(one.seed_interval is not None for one in differences)
     has_intervals = any(result.interval is not None for result in shown)
     columns = (
         Column("method", words=True),
@@ -170,6 +173,8 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
         *(Column(METRICS[name].title.replace(" ", "\n")) for name in others),
         Column("held-out\nCE"),
         Column(f"difference to {baseline}\n[Holm-adjusted]"),
+        *([Column("95 %\nover seeds")] * has_seeds),
+        *([Column("of the gap\nto the teacher")] * has_gap),
         Column("verdict", words=True),
         Column("s/step"),
         Column("peak\nGiB"),
@@ -186,7 +191,10 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
                 _with_interval(comparison.metric, result.mean, result.interval),
                 *(metric_value(result.means.get(name), name) for name in others),
                 decimal(ce, 3),
-                *_difference(result, comparison, is_reference),
+                _difference(result.difference, comparison.metric),
+                *([_over_seeds(result.difference, comparison.metric)] * has_seeds),
+                *([_gap(result.difference)] * has_gap),
+                _verdict(result.difference, is_baseline=result.method == baseline),
                 decimal(result.seconds_per_step, 2),
                 _gib(result.peak_memory),
             )
@@ -194,18 +202,29 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
     return Table(title="Results on the held-out test split", columns=columns, rows=tuple(rows))
 
 
-def _difference(
-    result: MethodResult, comparison: Comparison, is_reference: bool
-) -> tuple[str, str]:
-    if not is_reference and result.method == comparison.baseline:
-        return NOTHING, "baseline"
-    difference: Difference | None = result.difference
+def _difference(difference: Difference | None, metric: str) -> str:
     if difference is None:
-        return NOTHING, NOTHING
-    shown = _with_interval(
-        comparison.metric, difference.mean, difference.adjusted_interval, signed=True
-    )
-    return shown, difference.verdict
+        return NOTHING
+    return _with_interval(metric, difference.mean, difference.adjusted_interval, signed=True)
+
+
+def _over_seeds(difference: Difference | None, metric: str) -> str:
+    if difference is None or difference.seed_interval is None:
+        return NOTHING
+    return _ends(difference.seed_interval, metric, signed=True)
+
+
+def _gap(difference: Difference | None) -> str:
+    if difference is None or difference.gap_share is None:
+        return NOTHING
+    return f"{decimal(100 * difference.gap_share, 1, signed=True)} %"
+
+
+def _verdict(difference: Difference | None, *, is_baseline: bool) -> str:
+    if difference is None:
+        return "baseline" if is_baseline else NOTHING
+    # Other seeds might not bear it out.
+    return f"{difference.verdict}{' (these runs)' if difference.is_borne_out is False else ''}"
 
 
 def trials(comparison: Comparison) -> Table | None:
@@ -390,8 +409,12 @@ def _with_interval(
     text = metric_value(mean, metric, signed=signed)
     if interval is None:
         return text
+    return f"{text} {_ends(interval, metric, signed=signed)}"
+
+
+def _ends(interval: Interval, metric: str, *, signed: bool) -> str:
     ends = (metric_value(end, metric, signed=signed) for end in (interval.low, interval.high))
-    return f"{text} [{', '.join(ends)}]"
+    return f"[{', '.join(ends)}]"
 
 
 def _gib(size: int | None) -> str:

@@ -46,6 +46,7 @@ class EncodedSide:
             Empty where all of them are of one answer.
         decoder_start: What the decoder of an encoder-decoder reads in front of the answer, while
             its encoder reads the prompt; empty where one model reads both, see `PromptForm`.
+        text_bytes: Bytes of the answers' text in UTF-8, which lossy ids do not tell.
 
     Example:
         >>> side = EncodedSide(prompt_ids=[7], answer_ids=[5, 2, 7, 6], eos_id=2, kinds="ae.a")
@@ -59,6 +60,7 @@ class EncodedSide:
     chunk_ids: list[int] = field(default_factory=list)
     kinds: str = ""
     decoder_start: tuple[int, ...] = ()
+    text_bytes: int = 0
 
     @property
     def kinds_with_end(self) -> str:
@@ -490,7 +492,8 @@ class _Encoder:
                 kinds += self._kinds_between(between) + "a" * len(answer_ids)
         except DataError as error:
             return RefusedRow(str(error))
-        return replace(side, answer_ids=ids, kinds=kinds)
+        size = sum(len(text.encode()) for text in texts)
+        return replace(side, answer_ids=ids, kinds=kinds, text_bytes=size)
 
     def _kinds_between(self, ids: Sequence[int]) -> str:
         """Kinds of what stands between two answers: the first special token may be an end."""
@@ -520,6 +523,7 @@ class _Encoder:
             answer_ids=self._spelled(answer_ids, answer, where, exactly=exactly),
             eos_id=self.end_id,
             decoder_start=self.form.decoder_start,
+            text_bytes=len(answer.encode()),
         )
 
     def _spelled(

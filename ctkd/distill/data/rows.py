@@ -48,7 +48,7 @@ Source = str | Sequence[str]
 EMBEDDED: Mapping[str, tuple[str, ...]] = {"pocketqa": ("train", "test"), "pydocs": tuple(PYDOCS)}
 """The data sets that ship with ctkd or with Python, and their splits."""
 
-_TEXTS = (".json", ".jsonl", ".csv", ".tsv")
+_TEXTS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 _SUFFIXES = (*_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS), ".parquet")
 _HELD_OUT = ("test", "validation", "dev", "eval")
 _WITH_SPLIT = re.compile(r"(.+):([^:\[\]]+(?:\[[^\]]*\])?)", re.DOTALL)
@@ -169,8 +169,8 @@ def load_rows(source: Source, *, split: str | None = None, held_out: bool = Fals
     The forms of `source`:
 
     - a file: ``.json`` (a list of objects, or such a list under the key "data"), ``.jsonl``,
-      ``.csv`` or ``.tsv`` (with a header; every cell is text), each also as ``.gz``, or
-      ``.parquet``;
+      ``.csv`` or ``.tsv`` (with a header; every cell is text), ``.txt`` (one document, in the
+      column "text"), each also as ``.gz``, or ``.parquet``;
     - a pattern such as ``part-*.jsonl``: all files that match, sorted by name;
     - a stream such as ``/dev/stdin``, of JSON or JSON Lines, which is read once;
     - a folder written by `datasets`' `save_to_disk`;
@@ -318,9 +318,18 @@ def _read_file(path: Path) -> Rows:
     delimiter = _delimiter(suffix)
     if delimiter is not None:
         return Rows(path.name, list(_csv_rows(path, delimiter)), all_text=True)
+    if suffix.startswith(".txt"):
+        return Rows(path.name, list(_document(path)))
     with _reading(path) as file:
         text = file.read()
     return Rows(path.name, _json_rows(path, text, in_lines=suffix.startswith(".jsonl")))
+
+
+def _document(path: Path) -> Iterator[dict[str, str]]:
+    """The only row of a file of plain text; none of an empty file."""
+    with _reading(path) as file:
+        if text := file.read():
+            yield {"text": text}
 
 
 def _stream_file(path: Path) -> RowStream:
@@ -334,6 +343,8 @@ def _stream_file(path: Path) -> RowStream:
     delimiter = _delimiter(suffix)
     if delimiter is not None:
         return RowStream(path.name, lambda: _csv_rows(path, delimiter), all_text=True)
+    if suffix.startswith(".txt"):
+        return RowStream(path.name, lambda: _document(path))
     if not suffix.startswith(".jsonl"):
         raise DataError(
             f"{path} is JSON, which is read as a whole, so it cannot be streamed; write one object "

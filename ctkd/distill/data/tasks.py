@@ -58,8 +58,9 @@ class Example:
         """The texts that are scored: the answer, and those earlier in the conversation."""
         return tuple(one.content for one in self.messages if one.scored) or (self.answer,)
 
-    def with_answer(self, answer: str, *, ends: bool) -> "Example":
-        """The same example with another answer."""
+    def with_answer(self, text: str, *, ends: bool = True) -> "Example":
+        """The same example with what a model wrote, behind the spaces in front of its answer."""
+        answer = self.answer[: len(self.answer) - len(self.answer.lstrip(" "))] + text
         messages = self.messages
         if messages:
             messages = (*messages[:-1], replace(messages[-1], content=answer))

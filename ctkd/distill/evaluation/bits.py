@@ -80,7 +80,7 @@ def text_bits(
             what is stored of it.
         tokenizer: The model's.
         examples: The texts.
-        sides: The same in the model's ids.
+        sides: The same in the model's ids, none of them cut.
         batch_size: Texts read together.
         progress: The text of a bar, if one is to be shown.
 
@@ -100,8 +100,8 @@ def text_bits(
             f"the model gives text {lost[0]} no probability that is a number; look for nan or "
             "infinite values in its weights"
         )
-    sizes = [len("".join(example.answers).encode()) for example in examples]
-    return TextBits(tuple(example.id for example in examples), tuple(bits), tuple(sizes))
+    sizes = tuple(side.text_bytes for side in sides)
+    return TextBits(tuple(example.id for example in examples), tuple(bits), sizes)
 
 
 @torch.no_grad()

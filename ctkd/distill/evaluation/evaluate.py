@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ctkd.distill.config import (
@@ -17,9 +18,9 @@ from ctkd.distill.config import (
 )
 from ctkd.distill.data.collator import Collator, padding_id
 from ctkd.distill.data.encoding import EncodedExample, encode_examples
-from ctkd.distill.data.layouts import read_rows
+from ctkd.distill.data.layouts import brought
 from ctkd.distill.data.prompts import PLAIN, PromptForm
-from ctkd.distill.data.rows import Source, paths_of
+from ctkd.distill.data.rows import Source, joined, load_parts, paths_of
 from ctkd.distill.data.tasks import Example, Task, examples, get_task
 from ctkd.distill.devices import choose_device, is_cpu
 from ctkd.distill.evaluation.bits import TextBits, text_bits
@@ -47,7 +48,7 @@ from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.options import default_of
 from ctkd.distill.training.output_folder import OutputFolder, try_to_write
 from ctkd.distill.training.trainer import CrossTokenizerTrainer
-from ctkd.errors import OutputError, SettingError
+from ctkd.errors import DataError, OutputError, SettingError
 from ctkd.loss import Loss
 from ctkd.registry import get_loss
 from ctkd.tokenization.pair import TokenizerPair
@@ -201,6 +202,8 @@ def run_evaluation(
         _check_can_be_written(Path(request.output), request, overwrite)
     task = _task(request)
     chosen = _examples(request, say)
+    if request.answers == "teacher":
+        chosen = _answered_by_teacher(request, chosen, device, form, say)
     say(f"model: {request.model}, {len(chosen)} examples")
     tokenizer = load_tokenizer(request.model)
     model = load_model(request.model, device=device)
@@ -212,7 +215,7 @@ def run_evaluation(
     if not task.answered:
         if request.output is not None:
             bits.write(Path(request.output))
-            say(f"bits of each text: {request.output}")
+            say(f"bits of each piece of text: {request.output}")
         return {**bits.summary(), **losses}
     predictions = answer(
         model,
@@ -229,6 +232,43 @@ def run_evaluation(
         say(f"answers: {request.output}")
     given = {GIVEN_BITS: bits.summary()[BITS_PER_BYTE]}
     return {**score_predictions(predictions).summary(), **given, **losses}
+
+
+def _answered_by_teacher(
+    request: EvaluateRequest,
+    chosen: Sequence[Example],
+    device: torch.device,
+    form: PromptForm,
+    say: Callable[[str], None],
+) -> list[Example]:
+    """Examples with what a teacher writes in the place of the data's answers."""
+    task, name = _task(request), _teacher(request)
+    if not task.answered:
+        raise SettingError(
+            f"task {task.name} has no prompts that a teacher could answer; leave --answers at data"
+        )
+    tokenizer = load_tokenizer(name)
+    form = _teacher_form(request, form)
+    asked, _ = form.writable(tokenizer, chosen, side="teacher")
+    predictions = answer(
+        load_model(name, device=device),
+        tokenizer,
+        asked,
+        max_new_tokens=request.max_new_tokens,
+        batch_size=request.batch_size,
+        form=form,
+        one_line=task.one_line,
+        progress="teacher, answering",
+    )
+    written = [
+        example.with_answer(found.prediction)
+        for example, found in zip(asked, predictions, strict=True)
+        if found.prediction
+    ]
+    say(f"answers given: {len(written)} that the teacher {name} wrote")
+    if not written:
+        raise DataError(f"the teacher {name} wrote nothing to any prompt; take another teacher")
+    return written
 
 
 def _bits(
@@ -272,7 +312,7 @@ def _against_teacher(
     form: PromptForm,
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    name = request.teacher or default_of(TrainConfig, "teacher")
+    name = _teacher(request)
     say(f"teacher: {name}")
     teacher_tokenizer = load_tokenizer(name)
     teacher = load_model(name, device=model.device)
@@ -284,11 +324,7 @@ def _against_teacher(
         teacher_tokenizer,
         max_length=_longest(request, request.model, name),
         student_form=form,
-        teacher_form=PromptForm(
-            template=request.teacher_template or usual_template(_task(request).name),
-            day=form.day,
-            decoder_start=decoder_start(name),
-        ),
+        teacher_form=_teacher_form(request, form),
         pair=pair,
     )
     say(encoded.coverage.report())
@@ -327,6 +363,19 @@ def _against_teacher(
     return found
 
 
+def _teacher(request: EvaluateRequest) -> str:
+    name: str = request.teacher or default_of(TrainConfig, "teacher")
+    return name
+
+
+def _teacher_form(request: EvaluateRequest, form: PromptForm) -> PromptForm:
+    return PromptForm(
+        template=request.teacher_template or usual_template(_task(request).name),
+        day=form.day,
+        decoder_start=decoder_start(_teacher(request)),
+    )
+
+
 def _form(request: EvaluateRequest) -> PromptForm:
     """A student is asked as it was in training, where that is known."""
     record = OutputFolder.record_of(Path(request.model or "").expanduser())
@@ -360,8 +409,8 @@ def _check_can_be_written(path: Path, request: EvaluateRequest, overwrite: bool)
 def _score_file(request: EvaluateRequest, say: Callable[[str], None]) -> dict[str, float]:
     if request.predictions is None:
         raise SettingError("name a MODEL to evaluate, or a file of answers with --predictions")
-    for name in ("loss", "output", "next_bytes"):
-        if getattr(request, name) not in (None, False):
+    for name in ("loss", "output", "next_bytes", "answers"):
+        if getattr(request, name) not in (None, False, "data"):
             raise SettingError(f"--{name.replace('_', '-')} belongs to a model; name a MODEL")
     predictions = read_predictions(request.predictions)
     if request.data is not None or any(not one.references for one in predictions):
@@ -388,6 +437,26 @@ def _task(request: EvaluateRequest) -> Task:
 
 
 def _examples(request: EvaluateRequest, say: Callable[[str], None]) -> list[Example]:
-    source, task = _source(request), _task(request)
-    rows = read_rows(source, task, request.columns, say=say, held_out=True)
-    return examples(rows, task, request.columns)[: request.limit]
+    parts, task = load_parts(_source(request), held_out=True), _task(request)
+    columns = _columns(request, joined(parts).columns, say)
+    rows = joined([brought(part, task, columns, say) for part in parts])
+    return examples(rows, task, columns)[: request.limit]
+
+
+def _columns(
+    request: EvaluateRequest, present: Sequence[str], say: Callable[[str], None]
+) -> dict[str, str]:
+    """Where data of one's own call a field by another name: as the run was told, if nothing is."""
+    if request.columns or request.model is None or request.data is None:
+        return request.columns
+    settings = OutputFolder.record_of(Path(request.model).expanduser())["settings"]
+    if settings.get("task") != _task(request).name:
+        return {}
+    columns = {
+        field: column
+        for field, column in (settings.get("columns") or {}).items()
+        if column in present and field not in present
+    }
+    if columns:
+        say(f"columns as in training: {', '.join('='.join(one) for one in columns.items())}")
+    return columns

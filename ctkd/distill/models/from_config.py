@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from ctkd.cache_folder import cache_dir
 from ctkd.distill.config import UNTRAINED
@@ -77,7 +77,13 @@ def prepare_student(source: str, texts: Sequence[str] | None, seed: int) -> Path
             raise ModelError(
                 f"no model can be made of the configuration {source}: {one_line(error)}; mend it"
             ) from error
-        check_token_ids(model, tokenizer)
+        try:
+            check_token_ids(model, tokenizer)
+        except ModelError as error:
+            raise ModelError(
+                f"vocab_size of the configuration {source} is smaller than the tokenizer beside "
+                f"it, which has {len(tokenizer)} tokens; raise it to that"
+            ) from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -90,7 +96,11 @@ def described(folder: Path) -> str:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-    return f"{count:,} weights, {len(load_tokenizer(str(folder))):,} tokens"
+    tokens = len(load_tokenizer(str(folder)))
+    # Short texts yield fewer tokens than a configuration has columns.
+    columns = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    unused = f" in {columns:,} columns" if columns > tokens else ""
+    return f"{count:,} weights, {tokens:,} tokens{unused}"
 
 
 def _read(source: str) -> tuple[dict[str, Any], Path | None]:

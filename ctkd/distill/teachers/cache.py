@@ -383,7 +383,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise DataError(f"{path} cannot be read ({error}); delete the folder") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(
-            f"{path} was not written by this version of ctkd (format {FORMAT}); make the cache anew"
+            f"{path} was not written by this version of ctkd (format {FORMAT}); delete the folder, "
+            "or make the cache in another one"
         )
     if record.pop(_CHECK, None) != _checksum(record):
         raise DataError(f"{path} is not as it was written; restore it, or delete the folder")

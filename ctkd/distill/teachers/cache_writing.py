@@ -338,7 +338,10 @@ def _write_shards(
         if record["head"] is not None:
             each = record["head"]["width"] * STATES[record["states"]].itemsize
         mebibytes = positions * each / 2**20
-        say(f"caching {len(sides)} rows, {positions} positions, {mebibytes:,.1f} MiB: {folder}")
+        say(
+            f"caching {len(sides)} distinct rows, {positions} positions, {mebibytes:,.1f} MiB: "
+            f"{folder}"
+        )
     bar = tqdm(total=len(sides), desc="caching the teacher", unit="row", disable=done or None)
     with bar:
         for number, start in enumerate(starts):

@@ -205,7 +205,7 @@ def test_claim_that_the_seeds_do_not_bear_out():
     # All clusters agree, the seeds do not.
     analysis = analyze(compared(finals))
     found = by_method(analysis)["uld"].difference
-    assert found.verdict == "better"
+    assert found.verdict == "better" and found.is_borne_out is False
     assert found.seed_interval.low < 0 < found.seed_interval.high
     assert "uld is better as far as the examples go, but its interval over 3 seeds (-" in text(
         analysis
@@ -286,6 +286,24 @@ def test_references_have_no_seeds():
     assert untrained.interval == pytest.approx(cluster_bootstrap(scores, GROUPS).interval())
     assert untrained.seeds == untrained.seed_means == ()
     assert untrained.seed_interval is untrained.peak_memory is untrained.seconds_per_step is None
+
+
+def test_the_gap_to_the_teacher_is_that_of_the_seeds_that_both_have():
+    # sft has 20 with seed 0 and 30 with seeds 1 and 2, the teacher 90.
+    means = {"sft": (20.0, 30.0, 30.0), "uld": (None, 45.0, 60.0), "mined": (10.0, 30.0, 30.0)}
+    finals = [
+        run(name, seed, np.full(60, mean))
+        for name, of_seeds in means.items()
+        for seed, mean in enumerate(of_seeds)
+        if mean is not None
+    ]
+    teacher = run(TEACHER, None, np.full(60, 90.0))
+    found = by_method(analyze(compared(finals, [teacher]), resamples=200))
+    assert found["uld"].difference.gap_share == pytest.approx(22.5 / 60)
+    assert found["mined"].difference.gap_share == pytest.approx(-10 / 3 / (90 - 80 / 3))
+    for references in ([], [run(TEACHER, None, np.full(60, 25.0))]):
+        alone = by_method(analyze(compared(finals, references), resamples=200))
+        assert alone["uld"].difference.gap_share is None
 
 
 def test_metric_alpha_and_seed_are_used():

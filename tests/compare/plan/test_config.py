@@ -190,6 +190,11 @@ def test_runs_are_saved_more_often_than_a_single_run_is_unless_told_otherwise():
         ({"dev_data": "pocketqa"}, "dev_data serves to choose settings, but there is no sweep"),
         ({"dev_data": ["a.jsonl", 3]}, "dev_data must be text"),
         ({"live_teacher": "yes"}, "live_teacher must be true or false"),
+        (
+            {"common": {"task": "qa", "student": "some", "student_template": "chat"}},
+            "ask the teacher in a chat as well, or the student in plain text",
+        ),
+        ({"losses": ("bpm:conditional=maybe",)}, "conditional must be true or false, got 'maybe'"),
         ({"live_teacher": True, "top_k": 5}, "live_teacher keeps nothing of it; leave one"),
         ({"cache": 3}, "cache must be text"),
         ({"published_task": 3}, "published_task must be text"),

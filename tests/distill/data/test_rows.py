@@ -117,6 +117,19 @@ def test_every_file_format_keeps_text_as_text(name, fill, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_plain_text_is_one_document(tmp_path):
+    text = "It rained.\r\n\r\n  Then it did not.\n"
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"Snow."))
+    source = str(tmp_path / "?.txt*")
+    assert list(load_rows(source)) == [{"text": text}, {"text": "Snow."}]
+    streams = stream_parts(source)
+    assert [list(one.read()) for one in streams for _ in range(2)] == [[{"text": text}]] * 2 + [
+        [{"text": "Snow."}]
+    ] * 2
+    assert "a.txt has no rows" in refused(write(tmp_path / "a.txt", ""))
+
+
 def test_files_are_read_in_the_order_given_and_rows_are_called_by_their_own(tmp_path):
     paths = [
         write(tmp_path / f"part-{name}.jsonl", f'{{"n": "{name}1"}}\n{{"n": "{name}2"}}\n')
@@ -289,7 +302,7 @@ def test_what_is_on_disk_is_taken_before_what_is_embedded(tmp_path, monkeypatch)
 
 
 def test_a_missing_file_names_what_there_is(tmp_path):
-    for name in ("train.jsonl", "test.jsonl", "notes.txt"):
+    for name in ("train.jsonl", "test.jsonl", "notes.doc"):
         write(tmp_path / name, "{}")
     assert f"did you mean {tmp_path / 'train.jsonl'}?" in refused(tmp_path / "trian.jsonl")
     assert "data files there: test.jsonl, train.jsonl" in refused(tmp_path / "zzz.csv")
@@ -299,7 +312,7 @@ def test_a_missing_file_names_what_there_is(tmp_path):
     assert "holds no data files" in refused(tmp_path / "empty" / "a.json")
     assert "name one of its files: test.jsonl, train.jsonl" in refused(tmp_path)
     assert "name a data file" in refused(tmp_path / "empty")
-    assert "expected a file that ends in one of .json" in refused(tmp_path / "notes.txt")
+    assert "expected a file that ends in one of .json" in refused(tmp_path / "notes.doc")
     assert "has no splits; leave out 'dev'" in refused(tmp_path / "train.jsonl", split="dev")
 
 

@@ -1,5 +1,6 @@
 """Bits of text, against a loop over tokens."""
 
+import copy
 import json
 import math
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from ctkd.distill.data.collator import padding_id
+from ctkd.distill.data.encoding import encode_examples
+from ctkd.distill.data.prompts import PromptForm
 from ctkd.distill.evaluation.bits import text_bits
 from ctkd.distill.models.model_logits import ModelLogits
 from ctkd.distill.teachers.memory import TeacherMemory
@@ -59,3 +62,15 @@ def test_columns_past_the_vocabulary_get_no_probability(setup):
     found = text_bits(logits, setup.student_tokenizer, tiny.examples(5), sides)
     assert found.bits == pytest.approx(expected, abs=1e-9)
     assert setup.student.training
+
+
+def test_in_a_chat_the_space_in_front_is_neither_read_nor_counted(setup):
+    tokenizer = copy.deepcopy(setup.student_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}:{% endfor %}"
+    texts, form = tiny.examples(5), PromptForm(template="chat")
+    rows = encode_examples(texts, tokenizer, max_length=64, student_form=form).rows
+    found = text_bits(ModelLogits(setup.student), tokenizer, texts, [row.student for row in rows])
+    assert all(text.answer.startswith(" ") for text in texts)
+    assert found.bytes == tuple(len(text.answer.encode()) - 1 for text in texts)
+    spelled = [tokenizer.decode(row.student.answer_ids) for row in rows]
+    assert spelled == [text.answer[1:] for text in texts]

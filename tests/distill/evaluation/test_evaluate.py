@@ -1,13 +1,13 @@
 """Answers and losses of a model, and the command that measures them alone."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
 import ctkd
 from ctkd.distill.config import EvaluateRequest
 from ctkd.distill.data.prompts import encode_prompt
+from ctkd.distill.data.rows import Rows
 from ctkd.distill.evaluation import evaluate as evaluate_command
 from ctkd.distill.evaluation.evaluate import answer, held_out_losses
 from ctkd.distill.models.generation import generate
@@ -97,6 +97,34 @@ def test_options_reach_the_loss(place):
     assert plain["kd"] != pytest.approx(hot["kd"], rel=1e-3)
 
 
+def test_given_answers_are_the_data_s_or_what_a_teacher_writes(place, tmp_path):
+    student, teacher = str(place.folder / "run"), str(place.teacher)
+    answers = tmp_path / "answers.jsonl"
+    finish(*place.evaluate(teacher, "--output", str(answers)))
+    written = [json.loads(line) for line in answers.read_text().splitlines()]
+    rows = [{"asked": one["prompt"], "answer": f" {one['prediction']}"} for one in written]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows if row["answer"].strip()))
+    words = place.evaluate(student, "--answers", "teacher", "--teacher", teacher, "--loss", "uld")
+    found = scores(finish(*words, "--format", "json"))
+    words = place.evaluate(student, "--loss", "uld", "--teacher", teacher, "--data", str(data))
+    same = scores(finish(*words, "--column", "prompt=asked", "--format", "json"))
+    for name in ("given_bits_per_byte", "ce", "kd"):
+        assert found[name] == pytest.approx(same[name], rel=1e-6), name
+    assert found["f1"] == scores(finish(*place.evaluate(student, "--format", "json")))["f1"] > 0
+    # Names of columns are those of the run, where the data lack the field and have the column.
+    path = tmp_path / "told" / "ctkd.json"
+    path.parent.mkdir()
+    told = record(place.folder / "run")
+    told["settings"]["columns"] = {"prompt": "asked", "answer": "gone"}
+    path.write_text(json.dumps(told))
+    said = []
+    request = EvaluateRequest(model=str(path.parent), data=str(data))
+    found = evaluate_command._examples(request, said.append)
+    assert [one.prompt for one in found] == [row["asked"] for row in rows if row["answer"].strip()]
+    assert said == ["columns as in training: prompt=asked"]
+
+
 def test_a_file_of_answers_scores_as_the_model_did(place, tmp_path):
     file = tmp_path / "deep" / "answers.jsonl"
     words = place.evaluate(str(place.folder / "run"), "--limit", "7", "--format", "json")
@@ -146,11 +174,11 @@ def test_the_table_shows_counts_in_full(place, monkeypatch):
 def test_the_embedded_sets_test_part_is_the_default(monkeypatch):
     asked = []
 
-    def rows(source, task, columns, *, say, held_out):
+    def parts(source, *, held_out):
         asked.append((source, held_out))
-        return SimpleNamespace()
+        return [Rows("some", [{}])]
 
-    monkeypatch.setattr(evaluate_command, "read_rows", rows)
+    monkeypatch.setattr(evaluate_command, "load_parts", parts)
     monkeypatch.setattr(evaluate_command, "examples", lambda *arguments: [1, 2, 3])
     request = EvaluateRequest(limit=2)
     assert evaluate_command._examples(request, print) == [1, 2]
@@ -178,7 +206,7 @@ def test_the_embedded_sets_test_part_is_the_default(monkeypatch):
         (["MODEL", "--loss", "ulld"], "unknown loss 'ulld'. Did you mean 'uld'?"),
         (["MODEL", "--loss", "uld", "--loss-option", "topk=3"], "Did you mean 'top_k'?"),
         (["MODEL", "--loss-option", "k=3"], "belongs to a loss; name it with --loss"),
-        (["MODEL", "--teacher", "gemma-3-270m"], "add --loss or --next-bytes"),
+        (["MODEL", "--teacher", "gemma-3-270m"], "add --loss, --next-bytes or --answers teacher"),
         (["MODEL", "--data", "no-such.jsonl"], "no-such.jsonl does not exist"),
         (["MODEL", "--column", "prompt"], "a column is FIELD=COLUMN"),
         (["./no-such-model"], "there is no folder ./no-such-model"),

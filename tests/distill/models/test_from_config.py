@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ctkd.cache_folder import cache_dir
-from ctkd.distill.models.from_config import prepare_student
+from ctkd.distill.models.from_config import described, prepare_student
 from ctkd.distill.models.loading import load_model, load_tokenizer, most_positions
 from ctkd.errors import ModelError
 from tests.distill import tiny
@@ -74,6 +74,10 @@ def test_weights_follow_from_the_seed_and_the_vocabulary_from_the_texts(kind, tm
     assert load_tokenizer(str(other_texts)).get_vocab() != tokenizer.get_vocab()
     larger = prepare_student(write(tmp_path / "small.json", kind, vocab_size=310), tiny.TEXTS, 3)
     assert load_model(str(larger)).get_output_embeddings().weight.shape == (310, 16)
+    assert described(larger).endswith(" weights, 310 tokens")
+    # What a short text does not yield stays unused, which is said.
+    short = prepare_student(source, ["ab ab"], 3)
+    assert described(short).endswith(f" {len(load_tokenizer(str(short)))} tokens in 310 columns")
 
 
 def test_a_tokenizer_beside_the_configuration_is_taken(tmp_path):
@@ -93,7 +97,7 @@ def test_a_tokenizer_beside_the_configuration_is_taken(tmp_path):
     assert prepare_student(str(folder), tiny.TEXTS, 0) != made
     tiny.tokenizer(300).save_pretrained(folder)
     write(folder / "config.json", vocab_size=270)
-    with pytest.raises(ModelError, match="token ids out of a model's range"):
+    with pytest.raises(ModelError, match="vocab_size of .* tokenizer beside it, which has 300 tok"):
         prepare_student(str(folder), tiny.TEXTS, 0)
 
 
