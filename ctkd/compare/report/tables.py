@@ -163,9 +163,7 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
     baseline = comparison.baseline
     heading = METRICS[comparison.metric].heading.replace(" (", "\n(").splitlines()
     shown = (*analysis.references, *analysis.methods)
-    differences = [one.difference for one in analysis.methods if one.difference is not None]
-    has_gap = any(one.gap_share is not None for one in differences)
-    has_seeds = any(one.seed_interval is not None for one in differences)
+    has_gap = any(one.difference and one.difference.gap_share is not None for one in shown)
     has_intervals = any(result.interval is not None for result in shown)
     columns = (
         Column("method", words=True),
@@ -173,7 +171,6 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
         *(Column(METRICS[name].title.replace(" ", "\n")) for name in others),
         Column("held-out\nCE"),
         Column(f"difference to {baseline}\n[Holm-adjusted]"),
-        *([Column("95 %\nover seeds")] * has_seeds),
         *([Column("of the gap\nto the teacher")] * has_gap),
         Column("verdict", words=True),
         Column("s/step"),
@@ -192,9 +189,10 @@ def results(comparison: Comparison, analysis: Analysis) -> Table:
                 *(metric_value(result.means.get(name), name) for name in others),
                 decimal(ce, 3),
                 _difference(result.difference, comparison.metric),
-                *([_over_seeds(result.difference, comparison.metric)] * has_seeds),
                 *([_gap(result.difference)] * has_gap),
-                _verdict(result.difference, is_baseline=result.method == baseline),
+                _verdict(
+                    result.difference, is_baseline=not is_reference and result.method == baseline
+                ),
                 decimal(result.seconds_per_step, 2),
                 _gib(result.peak_memory),
             )
@@ -206,12 +204,6 @@ def _difference(difference: Difference | None, metric: str) -> str:
     if difference is None:
         return NOTHING
     return _with_interval(metric, difference.mean, difference.adjusted_interval, signed=True)
-
-
-def _over_seeds(difference: Difference | None, metric: str) -> str:
-    if difference is None or difference.seed_interval is None:
-        return NOTHING
-    return _ends(difference.seed_interval, metric, signed=True)
 
 
 def _gap(difference: Difference | None) -> str:
@@ -409,12 +401,8 @@ def _with_interval(
     text = metric_value(mean, metric, signed=signed)
     if interval is None:
         return text
-    return f"{text} {_ends(interval, metric, signed=signed)}"
-
-
-def _ends(interval: Interval, metric: str, *, signed: bool) -> str:
     ends = (metric_value(end, metric, signed=signed) for end in (interval.low, interval.high))
-    return f"[{', '.join(ends)}]"
+    return f"{text} [{', '.join(ends)}]"
 
 
 def _gib(size: int | None) -> str:
