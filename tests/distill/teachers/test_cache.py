@@ -194,7 +194,7 @@ def change(folder, **entries):
 
 def test_other_formats_and_unfinished_caches_are_refused(copied):
     change(copied, format=FORMAT - 1)
-    message = f"not written by this version of ctkd .format {FORMAT}.; make"
+    message = f"not written by this version of ctkd .format {FORMAT}.; delete"
     with pytest.raises(DataError, match=message):
         TeacherCache.open(copied)
     text = (copied / "cache.json").read_text()
