@@ -230,11 +230,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         simplify_sources(self, "data", "eval_data", "lora_target", "report_to")
         # Defaults that follow from other settings; none of them is None any more afterwards.
-        if self.student_config is not None and self.student not in (None, self.student_config):
-            raise SettingError(
-                f"student {self.student!r} and student_config {self.student_config!r} are two "
-                "students; leave one of them out"
-            )
+        _check_one_student(self.student, self.student_config)
         from_nothing = self.student_config is not None or self.student in (None, UNTRAINED)
         for name, value in (
             ("student", self.student_config or UNTRAINED),
@@ -546,6 +542,14 @@ class EvaluateRequest:
             )
 
 
+def _check_one_student(student: str | None, student_config: str | None) -> None:
+    if student_config is not None and student not in (None, student_config):
+        raise SettingError(
+            f"student {student!r} and student_config {student_config!r} are two students; leave "
+            "one of them out"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorRequest:
     """Two tokenizers to examine, and the data to examine them on.
@@ -554,7 +558,13 @@ class DoctorRequest:
         SettingError: If the limit is below 1 or a threshold lies outside its range.
     """
 
-    student: str = same_as(TrainConfig, "student", default=UNTRAINED)
+    student: str = same_as(TrainConfig, "student", default=None)
+    student_config: str | None = same_as(
+        TrainConfig,
+        "student_config",
+        help="In the student's place: a config.json or its folder. A tokenizer in the folder is "
+        "taken, else one is learned from the data.",
+    )
     teacher: str = same_as(TrainConfig, "teacher")
     data: str | list[str] = same_as(TrainConfig, "data")
     task: str = same_as(TrainConfig, "task")
@@ -564,6 +574,9 @@ class DoctorRequest:
 
     def __post_init__(self) -> None:
         simplify_sources(self, "data")
+        _check_one_student(self.student, self.student_config)
+        if self.student is None:
+            object.__setattr__(self, "student", self.student_config or UNTRAINED)
         if self.task is None:
             object.__setattr__(self, "task", usual_task(self.data))
         if self.limit < 1:

@@ -17,6 +17,7 @@ from ctkd.distill.data.prompts import PLAIN, PromptForm
 from ctkd.distill.data.rows import names_of
 from ctkd.distill.data.tasks import Example, examples
 from ctkd.distill.models.checks import check_causal, one_line, quiet
+from ctkd.distill.models.from_config import prepare_tokenizer
 from ctkd.distill.models.loading import load_tokenizer, sources
 from ctkd.errors import CtkdError, DataError, ModelError
 from ctkd.loss import Measured
@@ -115,10 +116,16 @@ def run_doctor(request: DoctorRequest, *, say: Callable[[str], None] = print) ->
     """
     say(f"data: {names_of(request.data)}, the first {request.limit} rows")
     data = read_rows(request.data, request.task, request.columns, say=say)
-    chosen = examples(data, request.task, request.columns)[: request.limit]
+    every = examples(data, request.task, request.columns)
+    chosen = every[: request.limit]
     say(f"student: the tokenizer of {request.student}")
-    student = load_tokenizer(request.student)
-    student_head = read_head_width(request.student)
+    if request.student_config is None:
+        student = load_tokenizer(request.student)
+        student_head = read_head_width(request.student)
+    else:
+        texts = [one.prompt + one.answer for one in every]
+        folder, student_head = prepare_tokenizer(request.student_config, texts)
+        student = load_tokenizer(str(folder))
     say(f"teacher: the tokenizer of {request.teacher}")
     teacher = load_tokenizer(request.teacher)
     teacher_head = read_head_width(request.teacher)

@@ -27,7 +27,7 @@ from ctkd.distill.models.untrained import (
 )
 from ctkd.errors import ModelError
 
-__all__ = ["described", "prepare_student"]
+__all__ = ["described", "prepare_student", "prepare_tokenizer"]
 
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
@@ -51,21 +51,14 @@ def prepare_student(source: str, texts: Sequence[str] | None, seed: int) -> Path
     """
     settings, folder = _read(source)
     config = _configured(settings, source)
-    if folder is not None and has_tokenizer(folder):
-        place = folder
+    place = _tokenizer(config, source, folder, texts)
+    vocabulary = [place.name]
+    if place == folder:
         vocabulary = [
             f"{path.name} {file_sha256(path)}"
             for path in sorted(folder.iterdir())
             if path.suffix in _TOKENIZER_SUFFIXES
         ]
-    elif texts is None:
-        raise ModelError(
-            f"{source} has no tokenizer, and none is learned from rows that are streamed; name a "
-            "folder that holds one beside its config.json"
-        )
-    else:
-        place = _learned(config, source, texts)
-        vocabulary = [place.name]
     tokenizer = load_tokenizer(str(place))
     made = json.dumps([settings, vocabulary, seed], sort_keys=True)
     name = hashlib.sha256(made.encode()).hexdigest()[:16]
@@ -88,6 +81,23 @@ def prepare_student(source: str, texts: Sequence[str] | None, seed: int) -> Path
         tokenizer.save_pretrained(folder)
 
     return made_once(cache_dir() / "models" / f"random-{config.model_type}-{name}", write)
+
+
+def prepare_tokenizer(source: str, texts: Sequence[str]) -> tuple[Path, int]:
+    """Return the folder of such a model's tokenizer, and the width of its head; draws no weights.
+
+    Args:
+        source: As in `prepare_student`.
+        texts: To learn the vocabulary from, where the source has none.
+
+    Raises:
+        ModelError: As `prepare_student`.
+    """
+    settings, folder = _read(source)
+    config = _configured(settings, source)
+    place = _tokenizer(config, source, folder, texts)
+    width: int = config.get_text_config().vocab_size
+    return place, width
 
 
 def described(folder: Path) -> str:
@@ -150,6 +160,20 @@ def _configured(settings: dict[str, Any], source: str) -> PretrainedConfig:
         ) from error
     check_causal(config, source)
     return config
+
+
+def _tokenizer(
+    config: PretrainedConfig, source: str, folder: Path | None, texts: Sequence[str] | None
+) -> Path:
+    """The folder of a tokenizer: that of the configuration, if it holds one, or a learned one."""
+    if folder is not None and has_tokenizer(folder):
+        return folder
+    if texts is None:
+        raise ModelError(
+            f"{source} has no tokenizer, and none is learned from rows that are streamed; name a "
+            "folder that holds one beside its config.json"
+        )
+    return _learned(config, source, texts)
 
 
 def _learned(config: PretrainedConfig, source: str, texts: Sequence[str]) -> Path:

@@ -100,7 +100,7 @@ def resolve(name: str) -> str:
         if path.suffix.lower() != ".gguf":
             raise ModelError(
                 f"{name} is a file, but no .gguf file; give the folder of the model instead, or a "
-                "configuration to --student-config, which ctkd train, compare and cache take"
+                "configuration to --student-config of another command than evaluate"
             )
         return str(convert_gguf(path))
     if path.suffix.lower() == ".gguf":

@@ -220,6 +220,21 @@ def test_no_weights_are_loaded(place, monkeypatch):
         (place.folder / "aside").rename(place.folder / "student" / "model.safetensors")
 
 
+def test_a_student_of_random_weights_is_examined_by_what_it_would_learn(place, monkeypatch):
+    monkeypatch.setenv("CTKD_CACHE", str(place.folder / "made"))
+    file = place.folder / "config.json"
+    file.write_text('{"model_type": "llama", "vocab_size": 290}')
+    options = {"teacher": str(place.teacher), "data": str(place.rows), "task": "text"}
+    request = DoctorRequest(student_config=str(file), limit=3, **options)
+    report = run_doctor(request, say=lambda _: None)
+    assert report.sound and report.as_dict()["student"] == str(file)
+    assert report.examination.student.head.width == 290
+    (made,) = [one for one in (place.folder / "made" / "models").iterdir() if one.is_dir()]
+    assert made.name.startswith("vocabulary-")
+    with pytest.raises(SettingError, match="are two students; leave one of them out"):
+        DoctorRequest(student_config=str(file), student="other", **options)
+
+
 def test_head_widths_come_from_configurations(place, tmp_path):
     assert read_head_width(str(place.student)) == 286
     assert read_head_width(str(place.folder / "alone")) is None
