@@ -100,6 +100,11 @@ class Task:
         return not self.window
 
     @property
+    def unit(self) -> str:
+        """What one example is, for a count."""
+        return "pieces of documents" if self.window else "rows"
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Every field of the task that `columns` can map; those of all tasks are optional."""
         fields = dict.fromkeys(field for needed in self.bodies for field in needed)

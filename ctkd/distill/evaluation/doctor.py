@@ -15,7 +15,7 @@ from ctkd.distill.data.encoding import EncodedExample, EncodedExamples, encode_e
 from ctkd.distill.data.layouts import read_rows
 from ctkd.distill.data.prompts import PLAIN, PromptForm
 from ctkd.distill.data.rows import names_of
-from ctkd.distill.data.tasks import Example, examples
+from ctkd.distill.data.tasks import Example, examples, get_task
 from ctkd.distill.models.checks import check_causal, one_line, quiet
 from ctkd.distill.models.from_config import prepare_tokenizer
 from ctkd.distill.models.loading import load_tokenizer, sources
@@ -114,7 +114,8 @@ def run_doctor(request: DoctorRequest, *, say: Callable[[str], None] = print) ->
     Raises:
         CtkdError: If what was given cannot be loaded or read.
     """
-    say(f"data: {names_of(request.data)}, the first {request.limit} rows")
+    unit = get_task(request.task).unit
+    say(f"data: {names_of(request.data)}, the first {request.limit} {unit}")
     data = read_rows(request.data, request.task, request.columns, say=say)
     every = examples(data, request.task, request.columns)
     chosen = every[: request.limit]

@@ -293,9 +293,9 @@ def _data(config: TrainConfig, folder: OutputFolder) -> str:
     facts, count = folder.record["facts"], folder.record["facts"]["rows"]
     if config.streaming:
         count = folder.results["steps"] * _rows_a_step(config, folder)
-    how = "streamed from" if config.streaming else "of"
-    text = f"Trained on {count:,} rows {how} {_shown(config.data)}, task `{config.task}`. "
-    held_out = f"{facts['held-out rows']:,} rows"
+    how, unit = "streamed from" if config.streaming else "of", get_task(config.task).unit
+    text = f"Trained on {count:,} {unit} {how} {_shown(config.data)}, task `{config.task}`. "
+    held_out = f"{facts['held-out rows']:,} {unit}"
     if config.eval_data is not None:
         return text + f"Held out: {held_out} of {_shown(config.eval_data)}."
     if is_embedded(config.data):
