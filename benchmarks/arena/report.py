@@ -191,8 +191,9 @@ class Report:
         return tabulate(rows, ["method", "weight: bits per byte"], tablefmt="github")
 
 
-def how_to_read(plan: Plan) -> str:
+def how_to_read(plan: Plan, metric: str | None) -> str:
     """What the columns mean, and what was settled before."""
+    score = f' "{metric}" has its standard deviation over seeds beside it.' if metric else ""
     more = f", sft and the {plan.best} best on development texts {plan.more_seeds}"
     chosen = (
         "Seed 0 chose each method's weight on development texts, and is compared nowhere. "
@@ -209,7 +210,8 @@ def how_to_read(plan: Plan) -> str:
         'suffice where texts are many. "Detectable" is the true difference that would be found '
         'with 80 % power after the adjustment for all methods; smaller ones may be there. "Of the '
         'gap" is what is closed of that between sft and the teacher, "recovered" of that between '
-        "the student as it starts and the teacher; a teacher that is no better leaves none.",
+        "the student as it starts and the teacher; a teacher that is no better leaves none."
+        f"{score}",
         width=100,
     )
 
@@ -236,7 +238,7 @@ def write_report(folder: Path, arena: Arena, rows: Path, command: str) -> None:
         f"byte of test texts: {', '.join(f'{name} {one:.4f}' for name, one in levels.items())}. "
         f"Repeat with `python -m benchmarks.arena {command}`.\n",
         f"{report.table()}\n",
-        f"{how_to_read(arena.plan)}\n",
+        f"{how_to_read(arena.plan, arena.metric)}\n",
         "## MultiLevelOT against ULD\n",
         f"{report.contrasts()}\n",
     ]
