@@ -71,23 +71,20 @@ def test_a_method_that_is_none_is_refused(text, said):
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "key", "values"),
-    [
+def test_a_sweep_is_a_setting_with_values():
+    for text, key, values in (
         ("uld.kd_weight=0.15,1.5", "uld.kd_weight", (0.15, 1.5)),
         ("learning_rate=5e-5,1e-4", "learning_rate", (5e-5, 1e-4)),
         ("mined.alignment=chunk, dtw", "mined.alignment", ("chunk", "dtw")),
         ("uld top_k=64.kd_weight=1,2", "uld top_k=64.kd_weight", (1, 2)),
-    ],
-)
-def test_a_sweep_is_a_setting_with_values(text, key, values):
-    assert parse_sweep(text) == (key, values)
+    ):
+        assert parse_sweep(text) == (key, values)
 
 
-@pytest.mark.parametrize("text", ["uld.kd_weight", "=1,2", "uld.kd_weight="])
-def test_a_sweep_without_name_or_values_is_refused(text):
-    with pytest.raises(SettingError, match=r"a sweep is METHOD\.SETTING=VALUE,VALUE"):
-        parse_sweep(text)
+def test_a_sweep_without_name_or_values_is_refused():
+    for text in ("uld.kd_weight", "=1,2", "uld.kd_weight="):
+        with pytest.raises(SettingError, match=r"a sweep is METHOD\.SETTING=VALUE,VALUE"):
+            parse_sweep(text)
 
 
 def test_a_sweep_without_a_method_is_tried_for_all():

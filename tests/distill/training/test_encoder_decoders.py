@@ -261,9 +261,11 @@ def test_adapters_of_a_student(place):
     ids = torch.tensor([[5, 9, 30, 41]])
     with torch.no_grad():
         first, *others, before = [one(input_ids=ids, labels=ids).logits for one in models]
+    change = (first - before).abs().max()
+    assert change > 1e-4
+    # Merging rounds each weight once, of which logits of 10 show more than their own rounding.
     for other in others:
-        torch.testing.assert_close(other, first, rtol=1e-5, atol=1e-5)
-    assert (first - before).abs().max() > 1e-4
+        assert (other - first).abs().max() < 1e-3 * change
 
 
 def test_a_student_of_random_weights(place, tmp_path, monkeypatch):
