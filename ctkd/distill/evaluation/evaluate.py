@@ -202,16 +202,17 @@ def run_evaluation(
         _check_can_be_written(Path(request.output), request, overwrite)
     task = _task(request)
     chosen = _examples(request, say)
+    given = chosen
     if request.answers == "teacher":
-        chosen = _answered_by_teacher(request, chosen, device, form, say)
+        given = _answered_by_teacher(request, chosen, device, form, say)
     say(f"model: {request.model}, {len(chosen)} examples")
     tokenizer = load_tokenizer(request.model)
     model = load_model(request.model, device=device)
     check_token_ids(model, tokenizer)
     losses: dict[str, float] = {}
     if request.loss is not None or request.next_bytes:
-        losses = _against_teacher(request, chosen, model, tokenizer, form, say)
-    chosen, bits = _bits(request, chosen, model, tokenizer, form, say)
+        losses = _against_teacher(request, given, model, tokenizer, form, say)
+    bits = _bits(request, given, model, tokenizer, form, say)
     if not task.answered:
         if request.output is not None:
             bits.write(Path(request.output))
@@ -220,7 +221,7 @@ def run_evaluation(
     predictions = answer(
         model,
         tokenizer,
-        chosen,
+        form.writable(tokenizer, chosen, side="model")[0],
         max_new_tokens=request.max_new_tokens,
         batch_size=request.batch_size,
         form=form,
@@ -230,8 +231,8 @@ def run_evaluation(
     if request.output is not None:
         write_predictions(request.output, predictions)
         say(f"answers: {request.output}")
-    given = {GIVEN_BITS: bits.summary()[BITS_PER_BYTE]}
-    return {**score_predictions(predictions).summary(), **given, **losses}
+    measured = {GIVEN_BITS: bits.summary()[BITS_PER_BYTE], **losses}
+    return {**score_predictions(predictions).summary(), **measured}
 
 
 def _answered_by_teacher(
@@ -265,7 +266,7 @@ def _answered_by_teacher(
         for example, found in zip(asked, predictions, strict=True)
         if found.prediction
     ]
-    say(f"answers given: {len(written)} that the teacher {name} wrote")
+    say(f"answers given: those that the teacher {name} wrote, to {len(written)} of {len(chosen)}")
     if not written:
         raise DataError(f"the teacher {name} wrote nothing to any prompt; take another teacher")
     return written
@@ -278,8 +279,8 @@ def _bits(
     tokenizer: PreTrainedTokenizerBase,
     form: PromptForm,
     say: Callable[[str], None],
-) -> tuple[list[Example], TextBits]:
-    """The bits of texts that are not too long, and the examples that the model can be asked."""
+) -> TextBits:
+    """The bits of texts that are not too long."""
     encoded = encode_examples(
         chosen, tokenizer, max_length=_longest(request, request.model), student_form=form
     )
@@ -287,7 +288,7 @@ def _bits(
         if line:
             say(line)
     kept = {row.id for row in encoded.rows}
-    bits = text_bits(
+    return text_bits(
         ModelLogits(model),
         tokenizer,
         [one for one in chosen if one.id in kept],
@@ -295,7 +296,6 @@ def _bits(
         batch_size=request.batch_size,
         progress="reading",
     )
-    return form.writable(tokenizer, chosen, side="model")[0], bits
 
 
 def _longest(request: EvaluateRequest, *models: str | None) -> int:
@@ -438,7 +438,7 @@ def _task(request: EvaluateRequest) -> Task:
 
 def _examples(request: EvaluateRequest, say: Callable[[str], None]) -> list[Example]:
     parts, task = load_parts(_source(request), held_out=True), _task(request)
-    columns = _columns(request, joined(parts).columns, say)
+    columns = _columns(request, [name for part in parts for name in part.columns], say)
     rows = joined([brought(part, task, columns, say) for part in parts])
     return examples(rows, task, columns)[: request.limit]
 

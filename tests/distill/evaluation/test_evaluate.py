@@ -1,6 +1,7 @@
 """Answers and losses of a model, and the command that measures them alone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -97,7 +98,7 @@ def test_options_reach_the_loss(place):
     assert plain["kd"] != pytest.approx(hot["kd"], rel=1e-3)
 
 
-def test_given_answers_are_the_data_s_or_what_a_teacher_writes(place, tmp_path):
+def test_given_answers_are_the_data_s_or_what_a_teacher_writes(place, tmp_path, monkeypatch):
     student, teacher = str(place.folder / "run"), str(place.teacher)
     answers = tmp_path / "answers.jsonl"
     finish(*place.evaluate(teacher, "--output", str(answers)))
@@ -112,6 +113,17 @@ def test_given_answers_are_the_data_s_or_what_a_teacher_writes(place, tmp_path):
     for name in ("given_bits_per_byte", "ce", "kd"):
         assert found[name] == pytest.approx(same[name], rel=1e-6), name
     assert found["f1"] == scores(finish(*place.evaluate(student, "--format", "json")))["f1"] > 0
+
+    def silent_at_first(*arguments, **options):
+        first, *rest = answer(*arguments, **options)
+        is_teacher = options["progress"] == "teacher, answering"
+        return [replace(first, prediction="") if is_teacher else first, *rest]
+
+    # The model's own answers are scored to all prompts.
+    monkeypatch.setattr(evaluate_command, "answer", silent_at_first)
+    words = place.evaluate(student, "--answers", "teacher", "--teacher", teacher)
+    result = finish(*words, "--format", "json")
+    assert scores(result)["n"] == 20 and " wrote, to 19 of 20" in result.stderr
     # Names of columns are those of the run, where the data lack the field and have the column.
     path = tmp_path / "told" / "ctkd.json"
     path.parent.mkdir()
