@@ -199,6 +199,41 @@ def draw_bars(
     _save(figure, path)
 
 
+def draw_intervals(
+    path: Path, panels: Mapping[str, Mapping[str, tuple[float, float, float]]], *, across: str
+) -> None:
+    """Draw one panel of values with their intervals for each mapping, and a line at 0.
+
+    What differs from 0 is in color, the rest is grey.
+
+    Args:
+        path: Of the picture; its ending says the format.
+        panels: Title to names to value, lower and upper end.
+        across: What the values are.
+    """
+    from ctkd.compare.report import drawing
+
+    heights = [len(values) + 2 for values in panels.values()]
+    figure = drawing.new_figure(0.27 * sum(heights) + 0.4 * len(panels))
+    grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
+    for place, (title, values) in enumerate(panels.items()):
+        axes = figure.add_subplot(grid[place, 0])
+        drawing.dress(axes, title, across=across)
+        axes.grid(visible=False)
+        axes.axvline(0, color=drawing.INK, linewidth=1)
+        for row, (value, low, high) in enumerate(values.values()):
+            colour = drawing.FAINT if low <= 0 <= high else drawing.METHOD_COLORS[5]
+            axes.plot([low, high], [row, row], color=colour, linewidth=2.5)
+            axes.plot([value], [row], color=colour, marker="D", markersize=6)
+            text = f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
+            axes.text(
+                1.02, row, text, transform=axes.get_yaxis_transform(), fontsize=9, va="center"
+            )
+        axes.set_yticks(range(len(values)), list(values), fontsize=9)
+        axes.set_ylim(len(values) - 0.4, -0.6)
+    _save(figure, path)
+
+
 def draw_lines(
     path: Path,
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],

@@ -3,7 +3,6 @@
 import itertools
 import statistics
 import textwrap
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from benchmarks.arena.runs import (
     read_runs,
     tried_weights,
 )
+from benchmarks.measuring import draw_intervals
 from ctkd.compare.analysis.statistics import (
     CrossedMean,
     crossed_mean,
@@ -32,12 +32,10 @@ from ctkd.distill.config import SFT
 from ctkd.errors import DataError
 
 
-def paired(
-    method: Iterable[Run], other: Iterable[Run]
-) -> tuple[CrossedMean | None, list[float], int]:
-    """Differences of bits per byte on test texts, of runs of equal seeds but 0.
+def paired(method: Iterable[Run], other: Iterable[Run]) -> CrossedMean | None:
+    """Mean difference of bits per byte on test texts, of runs of equal seeds but 0.
 
-    Their mean, each seed's, and the number of texts; None with fewer than two seeds.
+    None with fewer than two seeds.
 
     Raises:
         DataError: If the runs were not measured on the same texts.
@@ -45,7 +43,7 @@ def paired(
     ours, theirs = ({run.seed: run for run in some if run.seed} for some in (method, other))
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
-        return None, [], 0
+        return None
     texts = {story: size for story, (_, size) in ours[seeds[0]].test.items()}
     for some, seed in itertools.product((ours, theirs), seeds):
         if {story: size for story, (_, size) in some[seed].test.items()} != texts:
@@ -60,8 +58,7 @@ def paired(
             for seed in seeds
         ]
     )
-    values = bits / sizes
-    return crossed_mean(values, sizes), list(values @ (sizes / sizes.sum())), len(texts)
+    return crossed_mean(bits / sizes, sizes)
 
 
 class Report:
@@ -90,7 +87,7 @@ class Report:
         self.against_sft = {
             label: found
             for label in self.methods
-            if label != SFT and (found := paired(self.of(label), sft)[0]) is not None
+            if label != SFT and (found := paired(self.of(label), sft)) is not None
         }
         adjusted = holm([found.p_value for found in self.against_sft.values()])
         self.p_values = dict(zip(self.against_sft, adjusted, strict=True))
@@ -121,13 +118,12 @@ class Report:
         heads += [] if self.metric is None else [self.metric]
         rows = []
         for label, found in sorted(self.against_sft.items(), key=lambda one: one[1].mean):
-            low, high = found.interval()
             detectable = smallest_detectable_difference(
                 found.standard_error, comparisons=len(self.against_sft), degrees=found.degrees
             )
             contrast = [
                 f"{found.mean:+.4f}",
-                f"[{low:+.4f}, {high:+.4f}]",
+                _brackets(found),
                 f"{self.p_values[label]:.2g}",
                 self._share(self.mean(SFT), label),
                 f"{detectable:.4f}",
@@ -159,28 +155,26 @@ class Report:
             return ""
         return f"{100 * (worst - self.mean(label)) / (worst - teacher):+.1f} %"
 
-    def contrasts(self) -> str:
-        """MultiLevelOT against ULD, in each pairing and form."""
-        rows = []
+    def contrasts(self) -> dict[str, CrossedMean]:
+        """MultiLevelOT to ULD, in each pairing and form, as far as they were measured."""
+        found = {}
         for ours in ("multilevelot", "multilevelot_released"):
             for pairing in ("position", "chunk"):
                 label = ours if ours in self.weights else f"{ours}, {pairing}"
-                found, each, _ = paired(self.of(label), self.of(f"uld, {pairing}"))
-                if found is not None:
-                    low, high = found.interval()
-                    rows.append(
-                        [
-                            label,
-                            f"uld, {pairing}",
-                            len(each),
-                            f"{found.mean:+.4f}",
-                            f"[{low:+.4f}, {high:+.4f}]",
-                        ]
-                    )
-        if not rows:
-            return "Not measured yet."
-        heads = ["method", "other", "seeds", "difference", "95 %"]
-        return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+                other = f"uld, {pairing}"
+                if (difference := paired(self.of(label), self.of(other))) is not None:
+                    found[f"{label} - {other}"] = difference
+        return found
+
+    def contrast_table(self) -> str:
+        """A row for each of them."""
+        rows = [
+            [label, f"{found.mean:+.4f}", _brackets(found)]
+            for label, found in self.contrasts().items()
+        ]
+        heads = ["methods", "difference", "95 %"]
+        table = tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+        return table if rows else "Not measured yet."
 
     def trials(self) -> str:
         """Development bits per byte of every weight that was tried with seed 0."""
@@ -191,10 +185,30 @@ class Report:
         return tabulate(rows, ["method", "weight: bits per byte"], tablefmt="github")
 
 
+def _brackets(found: CrossedMean) -> str:
+    low, high = found.interval()
+    return f"[{low:+.4f}, {high:+.4f}]"
+
+
+def draw(path: Path, report: Report) -> None:
+    """Draw the differences to sft, those that help most first, and of MultiLevelOT to ULD."""
+    ranked = sorted(report.against_sft.items(), key=lambda one: one[1].mean)
+    panels = {"To plain fine-tuning": dict(ranked)}
+    if contrasts := report.contrasts():
+        panels["MultiLevelOT to ULD"] = contrasts
+    draw_intervals(
+        path,
+        {
+            title: {label: (one.mean, *one.interval()) for label, one in found.items()}
+            for title, found in panels.items()
+        },
+        across="difference in bits per byte, 95 % interval; below 0 is better",
+    )
+
+
 def how_to_read(plan: Plan, metric: str | None) -> str:
     """What the columns mean, and what was settled before."""
     score = f' "{metric}" has its standard deviation over seeds beside it.' if metric else ""
-    more = f", sft and the {plan.best} best on development texts {plan.more_seeds}"
     chosen = (
         "Seed 0 chose each method's weight on development texts, and is compared nowhere. "
         if any(len(one.weights()) > 1 for one in plan.methods)
@@ -202,8 +216,7 @@ def how_to_read(plan: Plan, metric: str | None) -> str:
     )
     return textwrap.fill(
         'Differences are means over seeds and test texts, paired by both; "bits per byte" is what '
-        f"sft has plus the difference. {chosen}Before any test text was looked at it was settled "
-        f"that each method has {plan.seeds} seeds{more if plan.more_seeds > plan.seeds else ''}; "
+        f"sft has plus the difference. {chosen}Each method has {plan.seeds} seeds, {plan.settled}; "
         "where there are fewer, runs are missing. Intervals and p values are Student's with "
         "Satterthwaite's degrees of freedom, for other seeds and other texts at once: the spread "
         "of seeds' means and that of texts' means are added, so that two seeds that agree can "
@@ -217,7 +230,7 @@ def how_to_read(plan: Plan, metric: str | None) -> str:
 
 
 def write_report(folder: Path, arena: Arena, rows: Path, command: str) -> None:
-    """Write the tables, if there is anything to compare.
+    """Write the tables and their picture, if there is anything to compare.
 
     Args:
         folder: Where to.
@@ -231,16 +244,18 @@ def write_report(folder: Path, arena: Arena, rows: Path, command: str) -> None:
     if not report.against_sft:
         click.echo(f"{rows} has no two seeds of a method and of sft in {arena.name} yet: no report")
         return
+    last = max(run.date for run in runs)
     levels = {"sft": report.mean(SFT), **report.models}
     words = [
         f"# The arena {arena.name}\n",
-        f"{len(runs)} runs, the last of {time.strftime('%Y-%m-%d')}; texts {arena.data}. Bits per "
+        f"{len(runs)} runs, the last of {last[:10]}; texts {arena.data}. Bits per "
         f"byte of test texts: {', '.join(f'{name} {one:.4f}' for name, one in levels.items())}. "
         f"Repeat with `python -m benchmarks.arena {command}`.\n",
         f"{report.table()}\n",
+        f"![Differences with their intervals](arena_{arena.name}.svg)\n",
         f"{how_to_read(arena.plan, arena.metric)}\n",
         "## MultiLevelOT against ULD\n",
-        f"{report.contrasts()}\n",
+        f"{report.contrast_table()}\n",
     ]
     if tried_weights(runs):
         words += ["## Weights that were tried, on development texts\n", f"{report.trials()}\n"]
@@ -248,3 +263,4 @@ def write_report(folder: Path, arena: Arena, rows: Path, command: str) -> None:
     path = folder / f"arena_{arena.name}.md"
     path.write_text("\n".join(words), "utf-8")
     click.echo(f"wrote {path}")
+    draw(path.with_suffix(".svg"), report)

@@ -54,14 +54,12 @@ class Plan:
     Attributes:
         methods: Those compared, sft among them.
         seeds: Of each method, after seed 0, which only chooses weights.
-        more_seeds: Of sft and the best methods.
-        best: How many these are.
+        settled: When that was, for the report.
     """
 
     methods: Sequence[Method]
-    seeds: int = 5
-    more_seeds: int = 12
-    best: int = 5
+    seeds: int
+    settled: str = "which was settled before any test text was looked at"
 
 
 DEFAULT_WEIGHTS = Plan(
@@ -81,7 +79,6 @@ DEFAULT_WEIGHTS = Plan(
         ),
     ],
     seeds=3,
-    more_seeds=3,
 )
 """For long runs: some losses, each at its default weight, with few seeds."""
 
@@ -107,6 +104,7 @@ class Run:
         dev: Of the development texts.
         test: Of the test texts.
         score: Of answers to the test rows' prompts, in percent, where there are prompts.
+        date: When it was finished, as ISO 8601 has it.
     """
 
     method: str
@@ -116,6 +114,7 @@ class Run:
     dev: Documents
     test: Documents
     score: float | None = None
+    date: str = ""
 
     @property
     def key(self) -> tuple[str, float, int]:
@@ -162,6 +161,7 @@ def read_runs(
                     dev=_documents(row["dev"]),
                     test=_documents(row["test"]),
                     score=row.get("score"),
+                    date=row.get("date", ""),
                 )
                 runs[run.key] = run
         except (ValueError, TypeError, LookupError, AttributeError):
@@ -239,21 +239,11 @@ def wanted(plan: Plan, runs: Sequence[Run]) -> Iterator[tuple[Method, float, int
             weight = next_weight(method, tried[method.label])
             if weight is not None:
                 yield method, weight, 0
-    seeds = {method.label: plan.seeds for method in plan.methods}
-    if all(weight is not None for weight in weights.values()):
-        ranked = sorted(
-            (min(of_weight.values()), label)
-            for label, of_weight in tried.items()
-            if label in weights
-        )
-        best = [label for _, label in ranked if label != SFT][: plan.best]
-        seeds |= dict.fromkeys([SFT, *best], plan.more_seeds)
-    for seed in range(1, plan.more_seeds + 1):
+    for seed in range(1, plan.seeds + 1):
         for method in plan.methods:
             weight = weights[method.label]
-            if weight is not None and seed <= seeds[method.label]:
-                if (method.label, weight, seed) not in done:
-                    yield method, weight, seed
+            if weight is not None and (method.label, weight, seed) not in done:
+                yield method, weight, seed
 
 
 class Arena(ABC):

@@ -59,7 +59,7 @@ def finished(method: Method, weight: float, seed: int) -> Run:
 def test_weights_are_looked_for_and_then_seeds_are_trained():
     runs: list[Run] = []
     order = []
-    while left := list(wanted(Plan(methods=METHODS), runs)):
+    while left := list(wanted(Plan(methods=METHODS, seeds=12), runs)):
         order.append(left[0])
         runs.append(finished(*left[0]))
     assert len({run.key for run in runs}) == len(runs)
@@ -99,11 +99,11 @@ def test_a_report_says_what_the_rows_say(tmp_path):
     sft = np.mean([bits_per_byte(run.test) for run in report.of(SFT) if run.seed])
     lines = report.table().splitlines()
     assert "uld, chunk" in lines[2] and f"{10 / (sft - 1):+.1f} %" in lines[2]
-    assert paired(report.of(SFT), report.of(SFT)[:2])[0] is None
+    assert paired(report.of(SFT), report.of(SFT)[:2]) is None
     others = replace(runs[1], test={"0": (1.0, 999)})
     with pytest.raises(DataError, match="on the same texts, got others of sft with seed 1"):
         paired(report.of(SFT), [others, *report.of(SFT)[2:]])
-    assert "Not measured yet." in Report(METHODS[:1], runs, {}).contrasts()
+    assert "Not measured yet." in Report(METHODS[:1], runs, {}).contrast_table()
     no_gap = Report(METHODS, runs, {"teacher": report.of(SFT)[0].test | {"0": (9000.0, 1000)}})
     assert "%" not in no_gap.table().splitlines()[2]
 
@@ -124,7 +124,7 @@ def test_a_row_counts_for_the_method_that_it_names(tmp_path, capsys):
     assert [int(one) for one in re.findall(r"line (\d+) is damaged", said)] == [2, 6, 7, 8, 9]
     with pytest.raises(DataError, match="cannot be read: Is a directory; move it away"):
         read_runs(tmp_path, "x", METHODS)
-    assert next(wanted(Plan(methods=METHODS), found))[0] is METHODS[1]
+    assert next(wanted(Plan(methods=METHODS, seeds=2), found))[0] is METHODS[1]
 
 
 def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
     shared_kl = Method("shared_kl", "shared_kl", {"rest": "class"}, factors=(1.0,))
     monkeypatch.setattr(scratch, "all_methods", lambda: [METHODS[0], shared_kl])
     monkeypatch.setattr(
-        scratch, "Plan", lambda methods: Plan(methods=methods, seeds=2, best=0, more_seeds=2)
+        scratch, "Plan", lambda methods, seeds, settled: Plan(methods=methods, seeds=2)
     )
     short = {
         split: [{**row, "text": row["text"][:90]} for row in rows[:3]]
@@ -155,7 +155,11 @@ def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
     assert [row["seed"] for row in rows[1:]] == [1, 1, 2, 2]
     assert rows[1]["test"] != rows[3]["test"] and set(rows[1]["test"]) == set(rows[0]["test"])
     report = (tmp_path / "arena_scratch.md").read_text()
+    assert f"4 runs, the last of {rows[-1]['date'][:10]};" in report
     assert "| shared_kl | 1        | 2       |" in report and "Not measured yet." in report
+    picture = (tmp_path / "arena_scratch.svg").read_text()
+    (said,) = re.findall(r"\| ([+-]\d\.\d{4}) +\| \[", report)
+    assert f">{said} [" in picture and "To plain fine-tuning" in picture
     assert CliRunner().invoke(command.main, [*words, "--report"]).exit_code == 0
     assert len(path.read_text().splitlines()) == len(rows)
     # Killed while it wrote, and something else.
@@ -178,7 +182,7 @@ def test_few_labels_are_mixed_with_the_teachers_answers(tmp_path, monkeypatch):
         "SETTINGS": {"max_steps": 1, "batch_size": 2},
         "ROWS": {"train": 6, "dev": 2, "test": 3},
         "MAX_NEW_TOKENS": 2,
-        "DEFAULT_WEIGHTS": Plan(methods=[METHODS[0], shared_kl], seeds=3, more_seeds=3),
+        "DEFAULT_WEIGHTS": Plan(methods=[METHODS[0], shared_kl], seeds=3),
     }.items():
         monkeypatch.setattr(few_labels, name, value)
     for split, count in (("train", 20), ("validation", 4)):
