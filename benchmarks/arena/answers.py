@@ -48,14 +48,16 @@ class AnswerArena(TextArena):
     ) -> None:
         self.name, self.task, self.columns = name, task, columns
         self.metric = get_task(task).metrics[0]
-        self._gold, self._max_new_tokens = rows["train"], max_new_tokens
+        self._gold, self._dev, self._max_new_tokens = rows["train"], rows["dev"], max_new_tokens
         self._labels = len(self._gold) if labels is None else labels
         known = {**settings, "labels": self._labels}
         super().__init__(rows, TEACHER, known, plan, work, keep_rows=False)
         self.settings = settings
         # The teacher and its answers, which do not depend on the number of labels.
-        digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]
+        text = json.dumps([TEACHER, rows], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         self._shared = work / f"answers-{digest}"
+        self.training = self.work / "mixed.jsonl"
 
     @property
     def student(self) -> str:
@@ -66,9 +68,10 @@ class AnswerArena(TextArena):
         self._shared.mkdir(parents=True, exist_ok=True)
         # Several processes share the runs, and the first makes what all need.
         with locked(self._shared / "teacher"):
-            gold = self._shared / "gold.jsonl"
+            gold, dev = self._shared / "gold.jsonl", self._shared / "dev.jsonl"
             write_rows(gold, self._gold)
-            paths = {"train": str(gold), "dev": str(self.work / "dev.jsonl")}
+            write_rows(dev, self._dev)
+            paths = {"train": str(gold), "dev": str(dev)}
             self.teacher = fine_tuned(
                 TEACHER, paths, self._shared / "teacher", task=self.task, columns=self.columns
             )
@@ -81,7 +84,7 @@ class AnswerArena(TextArena):
             for number, row in enumerate(self._gold)
         ]
         # A teacher that is silent has nothing to teach.
-        write_rows(self.work / "train.jsonl", [row for row in mixed if row[target][0].strip()])
+        write_rows(self.training, [row for row in mixed if row[target][0].strip()])
 
     def scores(self, model: str) -> dict[str, Any]:
         predictions = self._answer(model, self.examples("test"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from abc import abstractmethod
@@ -57,6 +58,7 @@ class TextArena(Arena):
         self.work.mkdir(parents=True, exist_ok=True)
         for split, some in rows.items():
             write_rows(self.work / f"{split}.jsonl", some)
+        self.training = self.work / "train.jsonl"
         self._known = KnownStates(rows_folder=self.work if keep_rows else None)
 
     @property
@@ -75,7 +77,7 @@ class TextArena(Arena):
             loss=method.loss,
             loss_options=method.options,
             teacher=self.teacher,
-            data=str(self.work / "train.jsonl"),
+            data=str(self.training),
             eval_data=str(self.work / "dev.jsonl"),
             task=self.task,
             columns=dict(self.columns),
@@ -140,9 +142,11 @@ class TextArena(Arena):
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as JSON Lines."""
+    """Write rows as JSON Lines, all at once, as other processes may be reading the same ones."""
     lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-    path.write_text(lines, "utf-8")
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(lines, "utf-8")
+    partial.replace(path)
 
 
 def _silent(_: str) -> None:

@@ -182,7 +182,7 @@ def test_few_labels_are_mixed_with_the_teachers_answers(tmp_path, monkeypatch):
         "SETTINGS": {"max_steps": 1, "batch_size": 2},
         "ROWS": {"train": 6, "dev": 2, "test": 3},
         "MAX_NEW_TOKENS": 2,
-        "DEFAULT_WEIGHTS": Plan(methods=[METHODS[0], shared_kl], seeds=3),
+        "DEFAULT_WEIGHTS": Plan(methods=[METHODS[0], shared_kl], seeds=2),
     }.items():
         monkeypatch.setattr(few_labels, name, value)
     for split, count in (("train", 20), ("validation", 4)):
@@ -192,14 +192,18 @@ def test_few_labels_are_mixed_with_the_teachers_answers(tmp_path, monkeypatch):
         ]
         Dataset.from_list(rows).to_parquet(tmp_path / f"fairytaleqa_{split}.parquet")
     words = ["few_labels", str(tmp_path), "--results", str(tmp_path)]
-    monkeypatch.setitem(command.ARENAS, "few_labels", [partial(FewLabels, labels=2)])
+    # Both have one teacher.
+    parts = [partial(FewLabels, labels=count) for count in (2, 4)]
+    monkeypatch.setitem(command.ARENAS, "few_labels", parts)
     result = CliRunner().invoke(command.main, words)
     assert result.exit_code == 0, result.output
-    (mixed,) = (tmp_path / "cache").glob("arena/*/train.jsonl")
-    labels = [json.loads(line)["answers"] for line in mixed.read_text().splitlines()]
     (said,) = (tmp_path / "cache").glob("arena/answers-*/answers.json")
-    spoken = [[one] for one in json.loads(said.read_text())[2:] if one.strip()]
-    assert labels == [["a b"]] * 2 + spoken
+    for count in (2, 4):
+        # A report makes it too, while others train.
+        mixed = FewLabels(tmp_path, tmp_path / "cache/arena", labels=count).training
+        labels = [json.loads(line)["answers"] for line in mixed.read_text().splitlines()]
+        spoken = [[one] for one in json.loads(said.read_text())[count:] if one.strip()]
+        assert labels == [["a b"]] * count + spoken
     stories = [json.loads(line)["story"] for line in mixed.read_text().splitlines()]
     assert "train 0" not in stories and len(set(stories[:6])) == len(stories[:6])
     report = (tmp_path / "arena_few_labels_2.md").read_text()
