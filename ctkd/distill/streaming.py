@@ -6,7 +6,9 @@ batch. What is asked of data as a whole, coverage and shots, is asked of the fir
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,13 +16,15 @@ from ctkd.distill.config import TrainConfig
 from ctkd.distill.data.encoding import EncodedExample
 from ctkd.distill.data.example_stream import BLOCK, BUFFER, ExampleStream
 from ctkd.distill.data.layouts import brought
-from ctkd.distill.data.rows import NothingLeft, names_of, stream_parts
+from ctkd.distill.data.rows import NothingLeft, Source, names_of, paths_of, stream_parts
 from ctkd.distill.data.tasks import Example, examples, get_task
 from ctkd.distill.preparing import Forms, Models, encode, read_held_out
 from ctkd.distill.printable import say_nothing
 from ctkd.errors import DataError
 
-__all__ = ["StreamedData", "Tally"]
+__all__ = ["StreamedData", "Tally", "files_fingerprint"]
+
+_END = 1 << 20
 
 
 @dataclass(slots=True)
@@ -163,3 +167,23 @@ class StreamedData:
             raise reason or DataError(
                 f"{names_of(self._config.data)} has no rows; expected at least one"
             )
+
+
+def files_fingerprint(source: Source) -> str:
+    """SHA-256 of the sizes and both ends of all files, as corpora are too long to be read twice.
+
+    An edit between the first and the last MiB that leaves a file's size goes unnoticed.
+    """
+    digest = hashlib.sha256()
+    for place in paths_of(source):
+        # What `datasets` computes it keeps beside the rows.
+        inside = (one for one in place.rglob("*") if one.is_file() and "cache-" not in one.name)
+        for path in sorted(inside) if place.is_dir() else [place]:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                ends = []
+                for start in (0, max(size - _END, 0)):
+                    file.seek(start)
+                    ends.append(hashlib.sha256(file.read(_END)).hexdigest())
+            digest.update(f"{path.name} {size} {ends}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()

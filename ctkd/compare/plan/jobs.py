@@ -18,9 +18,9 @@ from typing import Any, Literal
 from ctkd.compare.plan.config import CompareConfig
 from ctkd.compare.plan.methods import Method
 from ctkd.compare.plan.splits import COLUMNS, Splits
-from ctkd.compare.records import Record
+from ctkd.compare.records import TEACHER, Record
 from ctkd.distill.config import TrainConfig
-from ctkd.distill.evaluation.metrics import METRICS
+from ctkd.distill.evaluation.metrics import GIVEN_BITS, METRICS
 from ctkd.errors import SettingError
 from ctkd.registry import describe
 
@@ -142,15 +142,17 @@ class Plan:
     def reference_key(self, name: str) -> str:
         """Key of the record of the untrained student or the teacher."""
         base = self.config.base
-        return digest(
-            {
-                "reference": name,
-                "fingerprints": self.fingerprints,
-                "test": self.splits.test.fingerprint,
-                "max_new_tokens": base.max_new_tokens,
-                "templates": [base.student_template, base.teacher_template, base.teacher_shots],
-            }
-        )
+        made_of: dict[str, Any] = {
+            "reference": name,
+            "fingerprints": self.fingerprints,
+            "test": self.splits.test.fingerprint,
+            "max_new_tokens": base.max_new_tokens,
+            "templates": [base.student_template, base.teacher_template, base.teacher_shots],
+        }
+        if name == TEACHER and self.config.metric_name == GIVEN_BITS:
+            # A teacher that wrote its answers before is not read for any other metric.
+            made_of["metric"] = GIVEN_BITS
+        return digest(made_of)
 
     def _job(
         self, method: Method, stage: Literal["trial", "final"], varied: dict[str, Any], seed: int

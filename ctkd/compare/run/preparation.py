@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.cache_writing import write_cache
 from ctkd.errors import DataError, OutputError, SettingError
 from ctkd.tokenization.pair import TokenizerPair
+from ctkd.tokenization.token_bytes import TokenBytes
+from ctkd.tokenization.vocabulary_map import fingerprint
 
 __all__ = ["Prepared", "prepare"]
 
@@ -101,6 +104,11 @@ def prepare(config: CompareConfig, folder: ComparisonFolder, say: Say) -> Prepar
     _check_needs(config, pair)
     splits = prepare_splits(config, cut, models, folder.path / ROWS_FOLDER, say)
     folder.check_same("data", splits.fingerprints())
+    tokenizers = {
+        "student": _tokenizer_fingerprint(models.student_tokenizer, pair.student_bytes),
+        "teacher": _tokenizer_fingerprint(tokenizer, pair.teacher_bytes),
+    }
+    folder.check_same("tokenizers", tokenizers)
     cache = None
     if not config.is_live or get_task(base.task).answered:
         with _timed("teacher cache", folder):
@@ -145,6 +153,14 @@ def _students(
             seed: with_student(replace(base, seed=seed), training, say).student
             for seed in config.seed_values
         }
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, table: TokenBytes) -> str:
+    """SHA-256 of what decides how a text is read: tokens, ends, chat template, and a probe."""
+    ends = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token
+    probe = tokenizer("Two words, 12 times.").input_ids
+    text = repr((fingerprint(table), ends, tokenizer.chat_template, probe))
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _check_rows(config: CompareConfig, cache: TeacherCache, models: Models, splits: Splits) -> None:

@@ -54,7 +54,7 @@ from ctkd.distill.preparing import (
     writable,
 )
 from ctkd.distill.printable import say_nothing
-from ctkd.distill.streaming import StreamedData
+from ctkd.distill.streaming import StreamedData, files_fingerprint
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.memory import KnownStates, TeacherMemory, memory_bytes
 from ctkd.distill.teachers.texts import TeacherTexts
@@ -148,9 +148,9 @@ def _begin(
     folder = OutputFolder.prepare(config.folder, settings, resume=resume, overwrite=overwrite)
     folder.record["environment"] = _environment(device)
     folder.record["date"] = inputs.date
-    _check_same_rows(folder, inputs)
+    _check_same_rows(folder, config, inputs)
     _check_same_code(folder, config)
-    _check_same_student(folder, config, inputs)
+    _check_same_models(folder, config, inputs)
     _check_same_processes(folder)
     folder.record["facts"] = facts_of_run(
         config, inputs.models, inputs.forms, inputs.encoded, inputs.encoded_held_out
@@ -196,9 +196,9 @@ def dry_run(
         return f"{folder.path} is finished already; nothing would be done"
     inputs = _load(config, folder.record.get("date"), say, answering=False)
     _check_same_code(folder, config)
-    _check_same_student(folder, config, inputs)
+    _check_same_models(folder, config, inputs)
     if config.answers == "data":
-        _check_same_rows(folder, inputs)
+        _check_same_rows(folder, config, inputs)
     elif inputs.cache is None:
         say("the teacher has not answered yet; what follows is of the answers of the data")
     if config.gradient_checkpointing:
@@ -648,7 +648,7 @@ def _train_control(
         below.record.update(
             {name: folder.record[name] for name in ("environment", "date", "facts")}
         )
-        _check_same_rows(below, inputs)
+        _check_same_rows(below, config, inputs)
         below.results["student before"] = folder.results["student before"]
         below.write()
         control = _control_of(config)
@@ -745,13 +745,16 @@ def _tell_how_logits_are_read(trainer: CrossTokenizerTrainer, say: Callable[[str
             say(f"logits of the {name}: {how}")
 
 
-def _check_same_rows(folder: OutputFolder, inputs: _Inputs) -> None:
+def _check_same_rows(folder: OutputFolder, config: TrainConfig, inputs: _Inputs) -> None:
     """Keep fingerprints of the rows, or refuse to go on with others: paths say little."""
     splits = {"training": inputs.encoded, "held-out": inputs.encoded_held_out}
     now = {
         what: hashlib.sha256(repr(split.rows).encode()).hexdigest()
         for what, split in splits.items()
     }
+    if config.streaming:
+        # What was encoded is the first block alone.
+        now["training"] += files_fingerprint(config.data)
     before = folder.record.setdefault("rows", now)
     changed = [what for what in now if before.get(what) != now[what]]
     if changed:
@@ -771,23 +774,31 @@ def _check_same_code(folder: OutputFolder, config: TrainConfig) -> None:
         )
 
 
-def _check_same_student(folder: OutputFolder, config: TrainConfig, inputs: _Inputs) -> None:
-    """Keep what tells a student that checkpoints do not hold, or refuse to go on with another.
+def _check_same_models(folder: OutputFolder, config: TrainConfig, inputs: _Inputs) -> None:
+    """Keep fingerprints of both models, or refuse to go on with others: names say little.
 
-    It was made from a configuration, or lies below adapters.
+    A cache stands for its teacher.
     """
-    if config.student_config is not None:
-        now = Path(inputs.student_name).name
-        other = f"{config.student_config} is another configuration, or has another tokenizer,"
-    elif is_adapted(inputs.student):
-        now = model_fingerprint(config.student)
-        other = f"{config.student} has other weights"
+    if config.student_config is None:
+        now = {"student": model_fingerprint(config.student)}
+        others = {"student": f"{config.student} has other weights"}
     else:
-        return
-    if folder.record.setdefault("initial weights", now) != now:
-        raise OutputError(
-            f"{other} than {folder.path} was begun with; restore it, or start anew with --overwrite"
-        )
+        now = {"student": Path(inputs.student_name).name}
+        configuration = config.student_config
+        others = {"student": f"{configuration} is another configuration, or has another tokenizer,"}
+    if inputs.cache is not None:
+        now["teacher"] = inputs.cache.fingerprint
+        others["teacher"] = f"{inputs.cache.path} is another cache"
+    elif config.needs_teacher:
+        now["teacher"] = model_fingerprint(config.teacher)
+        others["teacher"] = f"{config.teacher} has other weights"
+    before = folder.record.setdefault("models", now)
+    for which, other in others.items():
+        if before.get(which) != now[which]:
+            raise OutputError(
+                f"{other} than {folder.path} was begun with; restore it, or start anew with "
+                "--overwrite"
+            )
 
 
 def _check_same_processes(folder: OutputFolder) -> None:

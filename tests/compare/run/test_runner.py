@@ -135,8 +135,13 @@ def test_every_method_is_tried_chosen_and_measured_on_equal_terms(place, done):
 
 
 def test_methods_may_be_compared_by_the_bits_of_given_answers(place):
-    settings = {"losses": ("sft", "uld"), "metric": "given_bits_per_byte"}
+    settings = {"losses": ("sft", "uld")}
+    by_f1 = runner.compare(config(place, "by-bits", **settings), say=lambda line: None)
+    settings["metric"] = "given_bits_per_byte"
     outcome = runner.compare(config(place, "by-bits", **settings), say=lambda line: None)
+    assert [one.key for one in outcome.comparison.finals] == [
+        one.key for one in by_f1.comparison.finals
+    ]
     assert {one.method for one in outcome.comparison.references} == {UNTRAINED, TEACHER}
     for one in (*outcome.comparison.references, *outcome.comparison.finals):
         assert one.metrics["given_bits_per_byte"] > 0
@@ -425,6 +430,9 @@ def test_each_seed_has_weights_of_its_own_that_all_methods_begin_from(place, mon
     assert found.finals[0].settings["student_config"] == str(source)
     source.write_text(json.dumps({**settings, "num_hidden_layers": 2}))
     with pytest.raises(OutputError, match="was begun with other models"):
+        runner.compare(more, say=lambda line: None)
+    source.write_text(json.dumps({**settings, "vocab_size": settings["vocab_size"] + 10}))
+    with pytest.raises(OutputError, match=r"was begun with other tokenizers \(student\)"):
         runner.compare(more, say=lambda line: None)
 
 

@@ -144,7 +144,7 @@ def test_a_run_begins_from_it_goes_on_and_is_evaluated(tmp_path):
     # The control, too, begins from the same weights.
     control = record(folder / "control")["results"]["history"][0]["eval_ce"]
     assert control == kept["results"]["losses before"]["ce"]
-    made = cache_dir() / "models" / kept["initial weights"]
+    made = cache_dir() / "models" / kept["models"]["student"]
     assert not same(made, folder)
     assert load_tokenizer(str(folder)).get_vocab() == load_tokenizer(str(made)).get_vocab()
     assert "rouge_lsum" in finish(*place.evaluate(str(folder))).stdout

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ctkd.cli import main
 from ctkd.distill.training import measuring, progress
@@ -176,6 +177,25 @@ def test_a_run_that_was_stopped_before_its_first_step_begins(place, monkeypatch)
     shown = finish(*place.train("early", "--resume"))
     assert "going on" not in shown.stderr
     assert record(place.folder / "early")["results"]["steps"] == 2
+
+
+def test_a_run_goes_on_with_the_models_that_it_was_begun_with(place, monkeypatch, tmp_path):
+    models = {"student": place.student, "teacher": place.teacher}
+    copies = {which: shutil.copytree(path, tmp_path / which) for which, path in models.items()}
+    words = place.train("same", *(f"--{which}={path}" for which, path in copies.items()))
+
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(measuring, "answer", interrupted)
+        error_of(invoke(*words))
+    for which, path in copies.items():
+        kept = weights(path)
+        save_file({name: one + 1 for name, one in kept.items()}, path / "model.safetensors")
+        assert f"{path} has other weights than" in error_of(invoke(*words, "--resume"))
+        shutil.copy(models[which] / "model.safetensors", path)
+    finish(*words, "--resume")
 
 
 def test_a_finished_run_is_left_as_it_is(place, answered):

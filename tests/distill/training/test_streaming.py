@@ -94,6 +94,11 @@ def test_a_stopped_run_goes_on_in_a_later_pass(place, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(progress.StepReport, "on_step_end", interrupted)
         assert "stopped at step 5 of 8" in error_of(invoke(*place.train("stopped", *words)))
+    rows = place.rows.read_text()
+    place.rows.write_text(rows + rows[: rows.index("\n") + 1])
+    refused = error_of(invoke(*place.train("stopped", *words, "--resume")))
+    assert "the training rows are others than those that" in refused
+    place.rows.write_text(rows)
     said = finish(*place.train("stopped", *words, "--resume")).stderr
     assert "going on from checkpoint-5; the rows before it are read again" in said
     ours, theirs = place.folder / "stopped", place.folder / "straight"
