@@ -13,8 +13,9 @@ TEACHER = "smollm2-135m-instruct"
 SETTINGS: dict[str, Any] = {"epochs": 4, "batch_size": 8, "learning_rate": 2e-3}
 
 SETTLED = (
-    "which was settled for sft and the five methods that are best on development texts before any "
-    "test text was looked at; the others had five until these turned out to tell too little"
+    "of which 12 of sft and of the five methods that are best on development texts, and 5 of the "
+    "others, were settled before any test text was looked at, and the rest was added for shorter "
+    "intervals"
 )
 
 
@@ -37,7 +38,7 @@ Models are packaged ones, whose weights were rounded to some 4 bits.
 
     def __init__(self, source: Path | None, work: Path) -> None:
         rows = python_rows() if source is None else fairytale_rows(source)
-        plan = Plan(methods=all_methods(), seeds=12, settled=SETTLED)
+        plan = Plan(methods=all_methods(), seeds=13, settled=SETTLED)
         super().__init__(rows, TEACHER, SETTINGS, plan, work, keep_rows=True)
 
     @property

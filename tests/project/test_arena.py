@@ -295,7 +295,7 @@ def test_what_losses_say_of_themselves_was_measured_in_scratch():
         tried = tried_weights(report.runs)
         at_default = tried[label][facts.default_weights.kd] - tried[SFT][0.0]
         assert measured.at_default == round(at_default, 4), name
-        assert measured.helped == (name in ("alm", "bpm", "multilevelot_released", "shared_kl"))
+        assert measured.helped == (name in ("bpm", "multilevelot_released", "shared_kl"))
         if name not in ("multilevelot_token", "multilevelot_sequence"):
             row = f"| `{name}` | {measured.kd:g} ({facts.default_weights.kd:g}) | "
             assert row in (ROOT / "README.md").read_text(), name

@@ -104,7 +104,8 @@ def settings_of(command):
     """The settings that a command of the card stands for."""
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:2] == ["ctkd", "train"]
-    context = main.commands["train"].make_context("train", words[2:])
+    parent = main.make_context("ctkd", words[1:])
+    context = main.commands["train"].make_context("train", words[2:], parent=parent)
     return TrainConfig.from_mapping(read_settings(None, context.params, TrainConfig)).as_dict()
 
 
