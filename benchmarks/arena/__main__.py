@@ -137,12 +137,14 @@ def stopped_after(minutes: float | None, begun: float) -> Iterator[None]:
     if minutes is None:
         yield
         return
+    left = 60 * minutes - (time.monotonic() - begun)
+    if left <= 0:
+        raise KeyboardInterrupt
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # As shells start what runs in the background.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # As early as that would stop nothing, so that 0 minutes train nothing.
     before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.setitimer(signal.ITIMER_REAL, max(60 * minutes - (time.monotonic() - begun), 1e-3))
+    signal.setitimer(signal.ITIMER_REAL, left)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,8 @@ def test_a_run_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
     result = CliRunner().invoke(command.main, [*words, "--minutes", "0"])
     assert result.exit_code == 0
     assert result.output.endswith("in scratch yet: no report\nstopped; the same command goes on\n")
+    with pytest.raises(KeyboardInterrupt), command.stopped_after(1e-3, time.monotonic()):
+        time.sleep(60)
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
     result = CliRunner().invoke(command.main, words)
     assert result.exit_code == 0, result.output
