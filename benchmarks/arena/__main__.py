@@ -72,7 +72,7 @@ ARENAS: dict[str, Makers] = {
 _ARENAS = """
 \b
   scratch     a small Llama of random weights learns passages; all losses, three
-              weights and more of each (some 6 hours on two cores)
+              weights and more of each (4 to 8 hours on two cores)
   transfer    Gemma 3 270M with another vocabulary learns from itself (5 hours)
   few_labels  questions of which few keep their label, a teacher answers others
   paper       the three tasks of the MultiLevelOT paper; on a GPU alone

@@ -16,13 +16,13 @@ from ctkd.distill.config import TrainConfig
 from ctkd.distill.data.encoding import EncodedExample
 from ctkd.distill.data.example_stream import BLOCK, BUFFER, ExampleStream
 from ctkd.distill.data.layouts import brought
-from ctkd.distill.data.rows import NothingLeft, Source, names_of, paths_of, stream_parts
+from ctkd.distill.data.rows import NothingLeft, names_of, paths_of, stream_parts
 from ctkd.distill.data.tasks import Example, examples, get_task
 from ctkd.distill.preparing import Forms, Models, encode, read_held_out
 from ctkd.distill.printable import say_nothing
 from ctkd.errors import DataError
 
-__all__ = ["StreamedData", "Tally", "files_fingerprint"]
+__all__ = ["StreamedData", "Tally"]
 
 _END = 1 << 20
 
@@ -133,6 +133,25 @@ class StreamedData:
 
         return ExampleStream(blocks, seed=config.seed)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the sizes and both ends of all files, as corpora are too long to read twice.
+
+        An edit between the first and the last MiB that leaves a file's size goes unnoticed.
+        """
+        digest = hashlib.sha256()
+        for place in paths_of(self._config.data):
+            # What `datasets` computes it keeps beside the rows.
+            inside = (one for one in place.rglob("*") if one.is_file() and "cache-" not in one.name)
+            for path in sorted(inside) if place.is_dir() else [place]:
+                with path.open("rb") as file:
+                    size = file.seek(0, os.SEEK_END)
+                    ends = []
+                    for start in (0, max(size - _END, 0)):
+                        file.seek(start)
+                        ends.append(hashlib.sha256(file.read(_END)).hexdigest())
+                digest.update(f"{path.name} {size} {ends}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
     def _first_examples(self, count: int) -> list[Example]:
         found: list[Example] = []
         for block in self._blocks(say_nothing):
@@ -167,23 +186,3 @@ class StreamedData:
             raise reason or DataError(
                 f"{names_of(self._config.data)} has no rows; expected at least one"
             )
-
-
-def files_fingerprint(source: Source) -> str:
-    """SHA-256 of the sizes and both ends of all files, as corpora are too long to be read twice.
-
-    An edit between the first and the last MiB that leaves a file's size goes unnoticed.
-    """
-    digest = hashlib.sha256()
-    for place in paths_of(source):
-        # What `datasets` computes it keeps beside the rows.
-        inside = (one for one in place.rglob("*") if one.is_file() and "cache-" not in one.name)
-        for path in sorted(inside) if place.is_dir() else [place]:
-            with path.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                ends = []
-                for start in (0, max(size - _END, 0)):
-                    file.seek(start)
-                    ends.append(hashlib.sha256(file.read(_END)).hexdigest())
-            digest.update(f"{path.name} {size} {ends}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from ctkd.compare.plan.config import TOP_K, CompareConfig
+from ctkd.compare.plan.jobs import digest
 from ctkd.compare.plan.methods import SEQKD, Method
 from ctkd.compare.plan.splits import COLUMNS, CutRows, Splits, cut_rows, prepare_splits
 from ctkd.compare.run.folder import ROWS_FOLDER, ComparisonFolder
@@ -157,10 +157,14 @@ def _students(
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, table: TokenBytes) -> str:
     """SHA-256 of what decides how a text is read: tokens, ends, chat template, and a probe."""
-    ends = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token
-    probe = tokenizer("Two words, 12 times.").input_ids
-    text = repr((fingerprint(table), ends, tokenizer.chat_template, probe))
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return digest(
+        {
+            "tokens": fingerprint(table),
+            "ends": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],
+            "chat template": tokenizer.chat_template,
+            "probe": tokenizer("Two words, 12 times.").input_ids,
+        }
+    )
 
 
 def _check_rows(config: CompareConfig, cache: TeacherCache, models: Models, splits: Splits) -> None:

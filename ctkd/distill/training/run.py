@@ -54,7 +54,7 @@ from ctkd.distill.preparing import (
     writable,
 )
 from ctkd.distill.printable import say_nothing
-from ctkd.distill.streaming import StreamedData, files_fingerprint
+from ctkd.distill.streaming import StreamedData
 from ctkd.distill.teachers.cache import TeacherCache
 from ctkd.distill.teachers.memory import KnownStates, TeacherMemory, memory_bytes
 from ctkd.distill.teachers.texts import TeacherTexts
@@ -148,7 +148,7 @@ def _begin(
     folder = OutputFolder.prepare(config.folder, settings, resume=resume, overwrite=overwrite)
     folder.record["environment"] = _environment(device)
     folder.record["date"] = inputs.date
-    _check_same_rows(folder, config, inputs)
+    _check_same_rows(folder, inputs)
     _check_same_code(folder, config)
     _check_same_models(folder, config, inputs)
     _check_same_processes(folder)
@@ -198,7 +198,7 @@ def dry_run(
     _check_same_code(folder, config)
     _check_same_models(folder, config, inputs)
     if config.answers == "data":
-        _check_same_rows(folder, config, inputs)
+        _check_same_rows(folder, inputs)
     elif inputs.cache is None:
         say("the teacher has not answered yet; what follows is of the answers of the data")
     if config.gradient_checkpointing:
@@ -648,7 +648,7 @@ def _train_control(
         below.record.update(
             {name: folder.record[name] for name in ("environment", "date", "facts")}
         )
-        _check_same_rows(below, config, inputs)
+        _check_same_rows(below, inputs)
         below.results["student before"] = folder.results["student before"]
         below.write()
         control = _control_of(config)
@@ -745,16 +745,16 @@ def _tell_how_logits_are_read(trainer: CrossTokenizerTrainer, say: Callable[[str
             say(f"logits of the {name}: {how}")
 
 
-def _check_same_rows(folder: OutputFolder, config: TrainConfig, inputs: _Inputs) -> None:
+def _check_same_rows(folder: OutputFolder, inputs: _Inputs) -> None:
     """Keep fingerprints of the rows, or refuse to go on with others: paths say little."""
     splits = {"training": inputs.encoded, "held-out": inputs.encoded_held_out}
     now = {
         what: hashlib.sha256(repr(split.rows).encode()).hexdigest()
         for what, split in splits.items()
     }
-    if config.streaming:
+    if inputs.data is not None:
         # What was encoded is the first block alone.
-        now["training"] += files_fingerprint(config.data)
+        now["training"] += inputs.data.fingerprint()
     before = folder.record.setdefault("rows", now)
     changed = [what for what in now if before.get(what) != now[what]]
     if changed:
